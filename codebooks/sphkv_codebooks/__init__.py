@@ -1,0 +1,1 @@
+"""The mathematics of spherical KV codes: rotation, polar recursion, codebooks, distortion."""

@@ -1,0 +1,1 @@
+"""The command line of sphkv: models, files, the terminal and the clock."""
