@@ -1,0 +1,1 @@
+"""What any artifact is, what it was made from, and what it holds."""

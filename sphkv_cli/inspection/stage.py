@@ -1,0 +1,96 @@
+"""Read an artifact of any kind and describe it, without loading its large datasets."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from sphkv_cli.artifacts.header import Header
+from sphkv_cli.artifacts.store import open_artifact, read_header, verify_digest
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One dataset, or `count` datasets of equal shape under names that differ in a number."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    axes: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The header, the plain attributes and the datasets of an artifact.
+
+    `digest_ok` is None unless the digest was recomputed.
+    """
+
+    path: str
+    header: Header
+    attributes: Mapping[str, Any]
+    datasets: tuple[DatasetInfo, ...]
+    file_bytes: int
+    digest_ok: bool | None
+
+
+def inspect_artifact(path: Path, *, verify: bool = False) -> Inspection:
+    """Describe the artifact at `path`; with `verify`, recompute its content digest.
+
+    Raises:
+        ArtifactError: missing, truncated, foreign or newer file.
+    """
+    header = read_header(path)
+    with open_artifact(path, header.kind) as file:
+        attributes = {
+            key: _plain(file.attrs[key])
+            for key in sorted(file.attrs)
+            if key not in ("format", "kind", "version", "digest", "inputs", "provenance")
+        }
+        datasets = _datasets(file)
+    return Inspection(
+        path=str(path),
+        header=header,
+        attributes=attributes,
+        datasets=datasets,
+        file_bytes=path.stat().st_size,
+        digest_ok=verify_digest(path) if verify else None,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as JSON-able Python; JSON text is opened."""
+    if isinstance(value, str) and value[:1] in "[{":
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _datasets(file: h5py.File) -> tuple[DatasetInfo, ...]:
+    """Datasets in order; those that differ only in numbered groups are one line with a count."""
+    groups: dict[tuple[str, str, tuple[int, ...] | None], list[h5py.Dataset]] = {}
+
+    def collect(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            pattern = "/".join("*" if part.isdigit() else part for part in name.split("/"))
+            groups.setdefault((pattern, item.dtype.str, item.shape[1:]), []).append(item)
+
+    file.visititems(collect)
+    return tuple(
+        DatasetInfo(
+            name=pattern,
+            count=len(items),
+            shape=items[0].shape,
+            dtype=str(items[0].attrs.get("stored_as", items[0].dtype)),
+            axes=str(items[0].attrs.get("axes", "")),
+            n_bytes=sum(item.nbytes for item in items),
+        )
+        for (pattern, _, _), items in groups.items()
+    )
