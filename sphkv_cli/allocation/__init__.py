@@ -1,0 +1,1 @@
+"""Rate-Distortion Retention (RDR): which tokens to keep, and how precisely, per byte."""
