@@ -1,4 +1,4 @@
-"""Bytes of a native page region: which bit of which word holds which field (kernels/LAYOUT.md; ours).
+"""Bytes of a native page region: which bit of which word holds which field (LAYOUT.md; ours).
 
 offset(word) = (b / chunk) * 32 * chunk + lane * chunk + b % chunk,  b = slot * width_bytes
 
