@@ -1,0 +1,144 @@
+"""Logits and value sums straight from page bytes, tier by tier, in float64.
+
+Spherical keys (ADA): with the cosines and sines of the stored angles,
+
+    t^0 = q,   t^l_j = c^l_j t^{l-1}_{2j-1} + s^l_j t^{l-1}_{2j},   logit = sum_j r_j t^L_j;
+
+int8 keys: ``scale * (code . q)``; dense keys: a dot product.  Every page of a tier is read once,
+however many sequences share it.  Sources as in `sphkv_kernels.reference`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sphkv_codebooks.encoded import EncodedVectors
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.int8_code import Int8Vectors
+from sphkv_kernels.layout import Operand
+from sphkv_kernels.pages import key_region_bytes, unpack_region
+from sphkv_kernels.tier import RegionFormat
+from sphkv_kernels.vectors import StoredVectors, decode_vectors
+
+_CHUNK_ELEMENTS = 1 << 21
+"""float64 elements of the largest intermediate: 16 MiB, so that it stays near the caches."""
+
+
+@dataclass(frozen=True)
+class _TierPages:
+    """The live pages of one tier: unique stored vectors and which of them each entry reads."""
+
+    region_format: RegionFormat
+    entries: Tensor
+    page_of_entry: Tensor
+    stored: StoredVectors
+
+
+def page_logits(grouped_query: Tensor, cache: PagedCache) -> Tensor:
+    """``(n_entries, group_size, page_size) float64``; rows that are not live hold anything.
+
+    grouped_query: ``(n_sequences, n_kv_heads, group_size, head_dim) float64``.
+    """
+    group_size = grouped_query.shape[2]
+    query_of_head = grouped_query.reshape(-1, group_size, cache.head_dim)
+    head = cache.page_table.head_of_entry()
+    shape = (cache.page_table.n_entries, group_size, cache.page_size)
+    logits = torch.zeros(shape, dtype=torch.float64, device=cache.device)
+    chunk = max(1, _CHUNK_ELEMENTS // (group_size * cache.page_size * cache.head_dim))
+    for tier in _tier_pages(cache, "key"):
+        keys = _KeyOperand.of(tier)
+        for first in range(0, tier.entries.shape[0], chunk):
+            entries = tier.entries[first : first + chunk]
+            pages = tier.page_of_entry[first : first + chunk]
+            logits[entries] = keys.dot(query_of_head[head[entries]], pages)
+    return logits
+
+
+def page_values(weights: Tensor, cache: PagedCache, n_heads: int) -> Tensor:
+    """``sum_t weight_t vhat_t`` per head: ``(n_heads, group_size, head_dim) float64``.
+
+    weights: ``(n_entries, group_size, page_size)``, zero in rows that are not live; whatever those
+    rows store (NaN included) is not read into the sum.
+    """
+    head = cache.page_table.head_of_entry()
+    group_size = weights.shape[1]
+    shape = (n_heads, group_size, cache.head_dim)
+    sums = torch.zeros(shape, dtype=torch.float64, device=cache.device)
+    rows = torch.arange(cache.page_size, device=cache.device)
+    for tier in _tier_pages(cache, "value"):
+        values = decode_vectors(tier.region_format, tier.stored)
+        live = cache.page_table.live_tokens[tier.entries].to(torch.int64)
+        # The largest live count of any entry that shares the page: its rows are all written.
+        live_of_page = torch.zeros(values.shape[0], dtype=torch.int64, device=cache.device)
+        live_of_page.scatter_reduce_(0, tier.page_of_entry, live, "amax")
+        values = torch.where((rows < live_of_page[:, None])[..., None], values, 0.0)
+        parts = weights[tier.entries] @ values[tier.page_of_entry]
+        sums.index_add_(0, head[tier.entries], parts)
+    return sums
+
+
+class _KeyOperand:
+    """Keys of one tier ready to meet queries: cosines and sines, or dense rows."""
+
+    def __init__(self, cosines: list[Tensor], sines: list[Tensor], scales: Tensor, rope: bool):
+        self._cosines, self._sines, self._scales, self._rope = cosines, sines, scales, rope
+
+    @staticmethod
+    def of(tier: _TierPages) -> "_KeyOperand":
+        stored = tier.stored
+        if isinstance(tier.region_format, SphericalCode):
+            assert isinstance(stored, EncodedVectors)
+            code = tier.region_format
+            cosines, sines = [], []
+            for book, codes in zip(code.codebooks, stored.angle_codes, strict=True):
+                cosine, sine = book.cos_sin()
+                index = codes.to(torch.int64)
+                cosines.append(torch.tensor(cosine.copy(), device=codes.device)[index])
+                sines.append(torch.tensor(sine.copy(), device=codes.device)[index])
+            return _KeyOperand(
+                cosines,
+                sines,
+                code.decode_radii(stored, torch.float64),
+                code.pairing == "rope",
+            )
+        # Depth 0 of the same recursion: the "radii" are the coordinates themselves.
+        if isinstance(stored, Int8Vectors):
+            rows = stored.codes.to(torch.float64) * stored.scales.to(torch.float64)[..., None]
+            return _KeyOperand([], [], rows, False)
+        assert isinstance(stored, Tensor)
+        return _KeyOperand([], [], stored.to(torch.float64), False)
+
+    def dot(self, query: Tensor, pages: Tensor) -> Tensor:
+        """query ``(n, group_size, head_dim)``, pages ``(n)`` -> ``(n, group_size, page_size)``."""
+        t = query[:, :, None, :]
+        for level, (cosines, sines) in enumerate(zip(self._cosines, self._sines, strict=True)):
+            if level == 0 and self._rope:
+                first, second = t.chunk(2, dim=-1)
+            else:
+                first, second = t[..., 0::2], t[..., 1::2]
+            t = cosines[pages][:, None] * first + sines[pages][:, None] * second
+        scales = self._scales[pages]
+        if t.shape[2] == 1:
+            return t[:, :, 0, :] @ scales.transpose(1, 2)
+        return torch.einsum("ngtr,ntr->ngt", t, scales)
+
+
+def _tier_pages(cache: PagedCache, operand: Operand) -> Iterator[_TierPages]:
+    table = cache.page_table
+    for index, tier in enumerate(cache.tiers):
+        live = (table.tiers == index) & (table.live_tokens > 0)
+        entries = torch.nonzero(live).flatten()
+        if entries.numel() == 0:
+            continue
+        offsets, page_of_entry = torch.unique(table.offsets[entries], return_inverse=True)
+        key_bytes = key_region_bytes(tier, cache.head_dim, cache.page_size)
+        region_format = tier.key_format if operand == "key" else tier.value_format
+        total = cache.tier_page_bytes()[index]
+        span = (0, key_bytes) if operand == "key" else (key_bytes, total)
+        columns = torch.arange(*span, device=cache.device)
+        regions = cache.pool[offsets[:, None] + columns]
+        stored = unpack_region(region_format, operand, regions, cache.head_dim, cache.page_size)
+        yield _TierPages(region_format, entries, page_of_entry, stored)
