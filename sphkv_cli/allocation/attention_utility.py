@@ -1,7 +1,7 @@
 """How much an error in one token's key or value, or its loss, would hurt the queries.
 
 With p the attention of a query on the token, v its value, o the query's attention output, F_h the
-weight of query head h and E the mean over the queries that see the token (MATH.md section 5):
+weight of query head h and E the mean over the queries (MATH.md section 5):
 
     key    = sum_h F_h E[p^2 s^2 ||v - o||^2 ||q'||^2] softmax_scale^2 / head_dim   per ||e_k||^2
     value  = sum_h F_h E[p^2]                                                       per ||e_v||^2
@@ -14,6 +14,7 @@ float64: near p = 1 both 1 - p and ||v - o|| cancel.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ def token_utility(
     geometry: LayerGeometry,
     *,
     n_context: int,
+    mean_over: Literal["all", "seeing"],
 ) -> TokenUtility:
     """Utility of the first `n_context` tokens for the given queries.
 
@@ -87,12 +89,16 @@ def token_utility(
         query_positions: (n_queries) int64, each below n_tokens.
         keys, values: (n_tokens, n_kv_heads, head_dim), dense.
         head_weights: (n_q_heads) F.
+        mean_over: all queries, or those that see the token: the last tokens of a context are seen
+            by few of its own queries, and by all that come later.
     """
     n_queries, n_q_heads, head_dim = queries.shape
     n_tokens, n_kv_heads, _ = keys.shape
     group_size = n_q_heads // n_kv_heads
     seen = visible(query_positions, n_tokens, geometry.window)
-    n_seeing = seen[:, :n_context].sum(dim=0).clamp(min=1).to(torch.float64)
+    n_seeing = torch.full((n_context,), float(n_queries), dtype=torch.float64)
+    if mean_over == "seeing":
+        n_seeing = seen[:, :n_context].sum(dim=0).clamp(min=1).to(torch.float64)
     scale_sq = geometry.softmax_scale**2 / head_dim
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for kv_head in range(n_kv_heads):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.pages import page_bytes
@@ -80,7 +81,9 @@ class PageLayout:
     def option_bytes(self) -> Int:
         """(n_layers, n_options) bytes of one page with its table entry and positions."""
         sizes = np.zeros((self.n_layers, 1 + len(self.tiers)), dtype=np.int64)
-        positions = POSITION_BYTES * self.page_size * np.array(self.stores_positions, dtype=np.int64)
+        positions = (
+            POSITION_BYTES * self.page_size * np.array(self.stores_positions, dtype=np.int64)
+        )
         sizes[:, 1:] = self.tier_bytes() + ENTRY_BYTES + positions[:, None]
         return sizes
 

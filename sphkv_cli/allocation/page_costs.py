@@ -1,0 +1,103 @@
+"""Items of the allocation: pages of tokens of like score, and what each tier costs them.
+
+Inside a (layer, KV head) tokens are sorted by falling score (ties by position) and cut into pages
+of page_size, so that a page is tier-homogeneous and needs no padding but in the last one.  With u
+the expected damage per token (attention_utility.py, calibration.py) and e the errors that encoding
+really made, a page costs
+
+    tier:  sum_t u_key(t) ||e_k(t)||^2 + u_value(t) ||e_v(t)||^2        (quantisation: incoherent)
+    drop:  c_drop sum_t u_drop(t)
+
+c_drop stands for the coherence of dropped tokens, whose errors share a direction (MATH.md
+section 5: 4 to 16 is flat and halves KL against 1).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TierErrors:
+    """Squared encode errors of every token in every tier, in the frame.
+
+    key, value: (n_formats, n_layers, n_kv_heads, n_context) float32, one slice per distinct format.
+    key_format, value_format: (n_tiers) slice of each tier.
+    """
+
+    key: NDArray[np.float32]
+    value: NDArray[np.float32]
+    key_format: tuple[int, ...]
+    value_format: tuple[int, ...]
+
+    @property
+    def n_tiers(self) -> int:
+        return len(self.key_format)
+
+    def token_costs(self, tier: int, key_utility: Float, value_utility: Float) -> Float:
+        """Cost of one tier per token: (n_layers, n_kv_heads, n_context)."""
+        key = self.key[self.key_format[tier]] * key_utility
+        cost: Float = key + self.value[self.value_format[tier]] * value_utility
+        return cost
+
+
+@dataclass(frozen=True)
+class Utilities:
+    """Expected damage per token: (n_layers, n_kv_heads, n_context) each."""
+
+    key: Float
+    value: Float
+    drop: Float
+
+
+def token_option_costs(errors: TierErrors, utilities: Utilities, drop_coefficient: float) -> Float:
+    """(n_options, n_layers, n_kv_heads, n_context) cost of every option; option 0 drops."""
+    costs = np.empty((1 + errors.n_tiers, *utilities.drop.shape))
+    costs[0] = drop_coefficient * utilities.drop
+    for tier in range(errors.n_tiers):
+        costs[1 + tier] = errors.token_costs(tier, utilities.key, utilities.value)
+    return costs
+
+
+def order_by_score(scores: Float) -> NDArray[np.int64]:
+    """(n_layers, n_kv_heads, n_context) token at each rank: falling score, ties by position."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def page_option_costs(token_costs: Float, order: NDArray[np.int64], page_size: int) -> Float:
+    """(n_layers, n_kv_heads, n_pages, n_options) summed cost of each page.
+
+    Args:
+        token_costs: (n_options, n_layers, n_kv_heads, n_context).
+        order: token at each rank, as `order_by_score` gives it.
+    """
+    n_options, n_layers, n_kv_heads, n_context = token_costs.shape
+    starts = np.arange(0, n_context, page_size)
+    pages = np.empty((n_layers, n_kv_heads, starts.size, n_options))
+    for option in range(n_options):
+        ranked = np.take_along_axis(token_costs[option], order, axis=-1)
+        pages[..., option] = np.add.reduceat(ranked, starts, axis=-1)
+    return pages
+
+
+def page_of_token(order: NDArray[np.int64], page_size: int) -> NDArray[np.int32]:
+    """(n_layers, n_kv_heads, n_context) page of each token, by position."""
+    pages = np.empty(order.shape, dtype=np.int32)
+    ranks = np.broadcast_to(np.arange(order.shape[-1], dtype=np.int32) // page_size, order.shape)
+    np.put_along_axis(pages, order, ranks, axis=-1)
+    return pages
+
+
+def option_of_token(option_of_page: NDArray[np.int8], pages: NDArray[np.int32]) -> NDArray[np.int8]:
+    """(n_layers, n_kv_heads, n_context) option of each token from that of its page."""
+    return np.take_along_axis(option_of_page, pages.astype(np.int64), axis=-1)
+
+
+def plan_cost(token_costs: Float, option_of_token: NDArray[np.int8]) -> Float:
+    """(n_layers, n_kv_heads) summed cost of a plan given per token."""
+    chosen = np.take_along_axis(token_costs, option_of_token[None].astype(np.int64), axis=0)
+    total: Float = chosen[0].sum(axis=-1)
+    return total
