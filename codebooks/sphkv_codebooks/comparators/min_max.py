@@ -1,0 +1,24 @@
+"""Uniform quantisation between the smallest and the largest value of a group.
+
+    z = min x,  s = (max x - z) / (2^b - 1),  xhat = z + s round((x - z) / s)
+
+z and s are kept in fp16, the codes are made from them as kept. A constant group: s = 0, xhat = z.
+Source: KIVI, arXiv 2402.02750, equation 1 ("asymmetric", round to nearest).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sphkv_codebooks.comparators.interface import divide_or_zero, stored_in_fp16
+
+
+def reconstruct_min_max(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """x coded along `dim` (one zero and one scale for all of it) and decoded; same shape."""
+    if x.numel() == 0:
+        return x
+    n_steps = 2**bits - 1
+    zero = stored_in_fp16(x.amin(dim, keepdim=True), "a group's minimum")
+    scale = stored_in_fp16((x.amax(dim, keepdim=True) - zero) / n_steps, "a group's scale")
+    codes = divide_or_zero(x - zero, scale.expand_as(x)).round().clamp(0, n_steps)
+    return zero + scale * codes
