@@ -68,9 +68,9 @@ class PagedCache:
         if self.tail_keys is not None:
             assert self.tail_values is not None and self.tail_tokens is not None
             size = self.tail_keys.shape[2]
-            shape = (self.n_sequences, self.n_kv_heads, size, self.head_dim)
-            expected["tail_keys"] = (self.tail_keys, shape, torch.bfloat16)
-            expected["tail_values"] = (self.tail_values, shape, torch.bfloat16)
+            tail_shape = (self.n_sequences, self.n_kv_heads, size, self.head_dim)
+            expected["tail_keys"] = (self.tail_keys, tail_shape, torch.bfloat16)
+            expected["tail_values"] = (self.tail_values, tail_shape, torch.bfloat16)
             expected["tail_tokens"] = (self.tail_tokens, (self.n_sequences,), torch.int32)
         if self.tail_positions is not None:
             expected["tail_positions"] = (self.tail_positions, (self.n_sequences,), torch.int32)
