@@ -1,0 +1,242 @@
+"""Encoding and decoding of many vectors: chunks laid out coordinate-major, one pass per level.
+
+The order of operations is part of the format (spherical_code.py): pairs, radii and sums over radii
+combine neighbours (2j, 2j+1) level by level, each float32 operation rounded on its own; the norm is
+the radius of the full-depth recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sphkv_codebooks.codebook import Codebook
+from sphkv_codebooks.encoder import encode_pairs, pair_radius
+from sphkv_codebooks.errors import CodeError
+from sphkv_codebooks.polar import join_pairs
+from sphkv_codebooks.radius import LloydMaxRadius, StoredRadii, to_fp16
+
+if TYPE_CHECKING:
+    from sphkv_codebooks.spherical_code import SphericalCode
+
+# Temporaries of a chunk should stay in a core's cache on a CPU; a GPU wants few launches.
+_CHUNK_CPU = 2048
+_CHUNK_GPU = 1 << 18
+
+
+@dataclass(frozen=True)
+class EncodedVectors:
+    """Codes of vectors with leading shape (...); only the parts the radius coding needs are set.
+
+    angle_codes[l-1]: (..., head_dim / 2^l) uint8; radius_codes: (..., n_radii) uint8 or int16;
+    radii: (..., n_radii) float16; norms: (...) float16.
+    """
+
+    angle_codes: tuple[torch.Tensor, ...]
+    radius_codes: torch.Tensor | None = None
+    radii: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading shape."""
+        return self.angle_codes[0].shape[:-1]
+
+    @property
+    def stored_radii(self) -> StoredRadii:
+        return StoredRadii(self.radius_codes, self.radii, self.norms)
+
+    def __getitem__(self, index: Any) -> EncodedVectors:
+        """The vectors at `index` of the leading axes (no ellipsis)."""
+        return EncodedVectors(
+            tuple(codes[index] for codes in self.angle_codes),
+            None if self.radius_codes is None else self.radius_codes[index],
+            None if self.radii is None else self.radii[index],
+            None if self.norms is None else self.norms[index],
+        )
+
+    def reshape(self, leading: Sequence[int]) -> EncodedVectors:
+        """The same vectors with another leading shape."""
+
+        def vectors(part: torch.Tensor) -> torch.Tensor:
+            return part.reshape(*leading, part.shape[-1])
+
+        return EncodedVectors(
+            tuple(vectors(codes) for codes in self.angle_codes),
+            None if self.radius_codes is None else vectors(self.radius_codes),
+            None if self.radii is None else vectors(self.radii),
+            None if self.norms is None else self.norms.reshape(tuple(leading)),
+        )
+
+    def to(self, device: torch.device | str) -> EncodedVectors:
+        """The same codes on another device."""
+        return EncodedVectors(
+            tuple(codes.to(device) for codes in self.angle_codes),
+            None if self.radius_codes is None else self.radius_codes.to(device),
+            None if self.radii is None else self.radii.to(device),
+            None if self.norms is None else self.norms.to(device),
+        )
+
+
+def encode_vectors(code: SphericalCode, x: torch.Tensor, *, check: bool) -> EncodedVectors:
+    """The body of SphericalCode.encode."""
+    if x.ndim < 1 or x.shape[-1] != code.head_dim:
+        raise CodeError(
+            f"{code.name} codes vectors of head_dim {code.head_dim}, got a tensor {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise CodeError(f"{code.name} codes floating point vectors, got {x.dtype}")
+    flat = x.detach().reshape(-1, code.head_dim)
+    size = _CHUNK_CPU if x.device.type == "cpu" else _CHUNK_GPU
+    # At least one chunk, so that no vectors encode to empty tensors of the right shapes.
+    starts = range(0, max(flat.shape[0], 1), size)
+    chunks = [_encode_chunk(code, flat[start : start + size], check) for start in starts]
+    return _concatenate(chunks).reshape(x.shape[:-1])
+
+
+def _concatenate(chunks: Sequence[EncodedVectors]) -> EncodedVectors:
+    def joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    n_levels = len(chunks[0].angle_codes)
+    return EncodedVectors(
+        tuple(torch.cat([c.angle_codes[level] for c in chunks]) for level in range(n_levels)),
+        joined([chunk.radius_codes for chunk in chunks]),
+        joined([chunk.radii for chunk in chunks]),
+        joined([chunk.norms for chunk in chunks]),
+    )
+
+
+def _encode_chunk(code: SphericalCode, x: torch.Tensor, check: bool) -> EncodedVectors:
+    columns = x.to(torch.float32).T.contiguous()  # (head_dim, n_vectors)
+    if check and not bool(torch.isfinite(columns).all()):
+        raise CodeError(
+            f"{code.name}: the vectors to encode hold NaN or Inf; find the layer that produced "
+            "them before coding its cache"
+        )
+    first, second = _halves(columns, code.pairing)
+    # <x, unit-radius decode> of each node, by the angle-domain recursion with q = x.
+    self_dot = columns
+    angle_codes = []
+    for level, book in enumerate(code.codebooks, start=1):
+        codes = encode_pairs(book, first, second)
+        angle_codes.append(codes.T.contiguous())
+        if code.gain != "none":
+            left, right = _halves(self_dot, code.pairing if level == 1 else "adjacent")
+            cosine, sine = cos_sin_of(book, codes, torch.float32)
+            self_dot = (cosine * left).add_(sine * right)
+        radii = pair_radius(first, second)
+        first, second = radii[0::2], radii[1::2]
+    stored = _encode_radii(code, radii, self_dot, check)
+    return EncodedVectors(tuple(angle_codes), stored.codes, stored.radii, stored.norms)
+
+
+def _encode_radii(
+    code: SphericalCode, radii: torch.Tensor, self_dot: torch.Tensor, check: bool
+) -> StoredRadii:
+    """radii, self_dot: (n_radii, n_vectors) float32."""
+    coding = code.radius_coding
+    norms = radii
+    while norms.shape[0] > 1:
+        norms = pair_radius(norms[0::2], norms[1::2])
+    norms = norms[0]
+    if isinstance(coding, LloydMaxRadius):
+        stored = coding.encode(radii.T.contiguous(), norms)
+        if code.gain != "none" and stored.codes is not None:
+            relative = coding.relative_radii(stored.codes, torch.float32).T
+            along = _pairwise_sum(relative * self_dot)
+            power = _pairwise_sum(relative * relative)
+            norms = folded_gain(code.gain, norms, along, power)
+            stored = StoredRadii(codes=stored.codes, norms=to_fp16(norms))
+        kept = norms
+    else:
+        # One stored radius per block: its unit decode has power 1, least squares is <x, u> itself.
+        kept = radii
+        if code.gain != "none":
+            kept = folded_gain(code.gain, radii, self_dot, torch.ones_like(radii))
+        stored = coding.encode(kept.T.contiguous(), norms)
+    if check and kept.numel() and float(kept.max()) > coding.largest:
+        raise CodeError(
+            f"{code.name}: a radius of {float(kept.max()):.6g} does not fit its {coding.spec} "
+            f"field (largest {coding.largest:.6g}); scale the vectors down or keep them dense"
+        )
+    return stored
+
+
+def folded_gain(
+    gain: str, norms: torch.Tensor, along: torch.Tensor, power: torch.Tensor
+) -> torch.Tensor:
+    """The norm to store so that x is met best by norm * v, with along = <x, v>, power = ||v||^2.
+
+    least_squares: <x, v> / ||v||^2. unbiased: ||x||^2 / <x, v>. Zero where <x, v> is not positive.
+    """
+    corrected = along / power if gain == "least_squares" else norms * norms / along
+    return torch.where(along > 0, corrected, torch.zeros_like(corrected))
+
+
+def decode_vectors(
+    code: SphericalCode, encoded: EncodedVectors, *, dtype: torch.dtype
+) -> torch.Tensor:
+    """The body of SphericalCode.decode."""
+    expected = tuple(codes.shape[-1] for codes in encoded.angle_codes)
+    if expected != code.n_angles:
+        raise CodeError(
+            f"{code.name} has {code.n_angles} angles per level, the encoded vectors {expected}: "
+            "they belong to another code"
+        )
+    leading = encoded.shape
+    n_vectors = leading.numel()
+    flat = encoded.reshape((n_vectors,))
+    device = encoded.angle_codes[0].device
+    size = _CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU
+    x = torch.empty((n_vectors, code.head_dim), dtype=dtype, device=device)
+    for start in range(0, n_vectors, size):
+        x[start : start + size] = _decode_chunk(code, flat[start : start + size], dtype)
+    return x.reshape(*leading, code.head_dim)
+
+
+def _decode_chunk(code: SphericalCode, encoded: EncodedVectors, dtype: torch.dtype) -> torch.Tensor:
+    x = code.radius_coding.decode(encoded.stored_radii, dtype)
+    for level in range(code.depth, 0, -1):
+        cosine, sine = cos_sin_of(code.codebooks[level - 1], encoded.angle_codes[level - 1], dtype)
+        x = join_pairs(x * cosine, x * sine, code.pairing if level == 1 else "adjacent")
+    return x
+
+
+def _halves(columns: torch.Tensor, pairing: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """split_pairs on the first axis."""
+    if pairing == "adjacent":
+        return columns[0::2], columns[1::2]
+    half = columns.shape[0] // 2
+    return columns[:half], columns[half:]
+
+
+def _pairwise_sum(values: torch.Tensor) -> torch.Tensor:
+    while values.shape[0] > 1:
+        values = values[0::2] + values[1::2]
+    return values[0]
+
+
+@lru_cache(maxsize=1024)
+def _cos_sin_tables(
+    book: Codebook, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cosine, sine = book.cos_sin()
+    return (
+        torch.tensor(cosine.tolist(), dtype=torch.float64).to(device, dtype),
+        torch.tensor(sine.tolist(), dtype=torch.float64).to(device, dtype),
+    )
+
+
+def cos_sin_of(
+    book: Codebook, codes: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the coded angles, same shape as codes."""
+    cosine, sine = _cos_sin_tables(book, codes.device, dtype)
+    index = codes.to(torch.int32)
+    return cosine[index], sine[index]

@@ -1,0 +1,135 @@
+"""Exact encoding of pairs: which cell a pair (first, second) falls into, decided without atan2.
+
+atan2 differs by a rounding between libraries, devices and even vector lanes. The stored codes are
+therefore defined by comparisons of float32 products, which IEEE arithmetic makes the same
+everywhere:
+
+    psi >= t   <=>   second * cos(t) >= first * sin(t)      (0 <= psi, t <= pi/2)
+
+with cos(t) and sin(t) rounded once to float32 and each product rounded on its own (no fused
+multiply-add). The code is the number of thresholds passed. Ties go up: a pair exactly on a
+threshold belongs to the cell above it, and the pair (0, 0) passes every threshold of its quadrant.
+
+Level 1 first turns the pair into the quadrant [0, pi/2) by an exact exchange of coordinates:
+quadrant 0 is first > 0 and second >= 0 (and the pair (0, 0)), 1 is first <= 0 and second > 0, 2 is
+first < 0 and second <= 0, 3 is first >= 0 and second < 0; in quadrants 1 and 3 (|second|, |first|)
+takes the place of (|first|, |second|). Thresholds in earlier quadrants count as passed.
+
+Radii: r = sqrt(first * first + second * second), each operation rounded to float32 on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sphkv_codebooks.codebook import Codebook
+from sphkv_codebooks.density import HALF_PI
+
+_SNAP_RAD = 1e-12  # a threshold this close to a quadrant's start is the start
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdDirections:
+    """A book's thresholds as float32 directions, per quadrant.
+
+    passed_before: (n_quadrants,) thresholds below each quadrant, less one on the circle (cell i
+    starts at threshold i). cos, sin: (n_quadrants, n_per_quadrant), NaN where a quadrant has fewer
+    (never passed).
+    """
+
+    n_cells: int
+    passed_before: npt.NDArray[np.int64]
+    cos: npt.NDArray[np.float32]
+    sin: npt.NDArray[np.float32]
+
+
+@lru_cache(maxsize=4096)
+def threshold_directions(book: Codebook) -> ThresholdDirections:
+    """The tables that encode_pairs (and a kernel that must match it) compares with."""
+    n_quadrants = 4 if book.is_circle else 1
+    quadrant = np.floor(book.thresholds / HALF_PI + _SNAP_RAD).astype(np.int64)
+    quadrant = np.minimum(quadrant, n_quadrants - 1)
+    local = book.thresholds - quadrant * HALF_PI
+    local = np.where(np.abs(local) < _SNAP_RAD, 0.0, local)
+    per_quadrant = np.bincount(quadrant, minlength=n_quadrants)
+    width = int(per_quadrant.max()) if book.thresholds.size else 0
+    cos = np.full((n_quadrants, width), np.nan, dtype=np.float32)
+    sin = np.full((n_quadrants, width), np.nan, dtype=np.float32)
+    for index in range(n_quadrants):
+        inside = local[quadrant == index]
+        cos[index, : inside.size] = np.cos(inside)
+        sin[index, : inside.size] = np.sin(inside)
+    before = np.concatenate([[0], np.cumsum(per_quadrant)[:-1]])
+    return ThresholdDirections(book.n_cells, before - (1 if book.is_circle else 0), cos, sin)
+
+
+def pair_radius(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """sqrt(first^2 + second^2), each operation rounded on its own."""
+    return (first * first).add_(second * second).sqrt_()
+
+
+def encode_pairs(book: Codebook, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of float32 pairs, same shape; on levels >= 2 both members must be >= 0."""
+    if book.n_cells == 1:
+        return torch.zeros(first.shape, dtype=torch.uint8, device=first.device)
+    table = threshold_directions(book)
+    if not book.is_circle:
+        count = torch.zeros(first.shape, dtype=torch.uint8, device=first.device)
+        return _count_passed(count, first, second, table.cos[0], table.sin[0])
+    return _encode_circle(table, first, second)
+
+
+def _count_passed(
+    count: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    cos: npt.NDArray[np.float32],
+    sin: npt.NDArray[np.float32],
+) -> torch.Tensor:
+    """Adds to `count` the number of thresholds passed."""
+    left, right = torch.empty_like(first), torch.empty_like(first)
+    passed = torch.empty(first.shape, dtype=torch.bool, device=first.device)
+    for c, s in zip(cos.tolist(), sin.tolist(), strict=True):
+        torch.mul(second, c, out=left)
+        torch.mul(first, s, out=right)
+        torch.ge(left, right, out=passed)
+        count += passed
+    return count
+
+
+def _encode_circle(
+    table: ThresholdDirections, first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    odd = ((first <= 0) & (second > 0)) | ((first >= 0) & (second < 0))
+    lower_half = (second < 0) | ((second == 0) & (first < 0))
+    across, along = first.abs(), second.abs()
+    local_first = torch.where(odd, along, across)
+    local_second = torch.where(odd, across, along)
+    n_cells = table.n_cells
+    if n_cells % 4 == 0 and _quadrants_agree(table):
+        # Equal quadrants that start on a threshold, as in every uniform book of 4, 8, 12... cells.
+        count = odd.to(torch.uint8).add_(lower_half, alpha=2).mul_(n_cells // 4)
+        return _count_passed(count, local_first, local_second, table.cos[0, 1:], table.sin[0, 1:])
+    quadrant = odd.long().add_(lower_half, alpha=2)
+    before = torch.as_tensor(table.passed_before, device=first.device)
+    code = before[quadrant]
+    cos = torch.as_tensor(table.cos, device=first.device)
+    sin = torch.as_tensor(table.sin, device=first.device)
+    for index in range(table.cos.shape[1]):
+        code += local_second * cos[:, index][quadrant] >= local_first * sin[:, index][quadrant]
+    return code.remainder_(n_cells).to(torch.uint8)
+
+
+def _quadrants_agree(table: ThresholdDirections) -> bool:
+    """Every quadrant has the same thresholds, the first of them at its start."""
+    return bool(
+        (table.cos[0] == table.cos).all()
+        and (table.sin[0] == table.sin).all()
+        and table.sin[0, 0] == 0.0
+        and table.cos.shape[1] * 4 == table.n_cells
+    )
