@@ -73,10 +73,11 @@ def inspect_command(
 ) -> None:
     """Print what an artifact is, what it was made from, and its main tables."""
     from sphkv_cli.inspection.stage import inspect_artifact
+    from sphkv_cli.inspection.view import view
     from sphkv_cli.render import Output
 
     result = inspect_artifact(artifact, verify=verify)
-    Output(json_output).inspection(result)
+    Output(json_output).show(result, view(result))
     if result.digest_ok is False:
         raise typer.Exit(1)
 
@@ -85,9 +86,10 @@ def inspect_command(
 def doctor_command(json_output: JsonFlag = False) -> None:
     """Say what this environment can run, what is missing, and the command that mends it."""
     from sphkv_cli.doctor.checks import diagnose
+    from sphkv_cli.doctor.view import view
     from sphkv_cli.render import Output
 
     diagnosis = diagnose()
-    Output(json_output).diagnosis(diagnosis)
+    Output(json_output).show(diagnosis, view(diagnosis))
     if not diagnosis.core_ok:
         raise typer.Exit(4)

@@ -20,11 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from sphkv_cli.doctor.checks import Diagnosis
-from sphkv_cli.inspection.stage import Inspection
+from sphkv_cli.blocks import Block, Line, Table, cell_text
 
 
 class TerminalProgress:
@@ -92,15 +91,6 @@ def plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
-def bytes_text(n_bytes: float) -> str:
-    """Bytes with a binary unit: 1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024 or unit == "GiB":
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    raise AssertionError
-
-
 class Output:
     """The one place that writes to stdout."""
 
@@ -110,101 +100,28 @@ class Output:
         width = None if sys.stdout.isatty() else 140
         self._console = Console(width=width, highlight=False, soft_wrap=False)
 
-    def line(self, text: str = "") -> None:
-        """One line of plain text."""
-        self._console.print(escape(text), soft_wrap=True)
-
-    def json(self, value: Any) -> None:
-        """One JSON document."""
-        sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
-
-    def table(
-        self,
-        title: str,
-        columns: Sequence[str],
-        rows: Iterable[Sequence[object]],
-        *,
-        text_columns: int = 1,
-    ) -> None:
-        """A table; the first `text_columns` columns are left-aligned, the others right."""
-        table = Table(
-            title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-        )
-        for index, column in enumerate(columns):
-            justify = "left" if index < text_columns else "right"
-            table.add_column(escape(column), justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for row in rows:
-            table.add_row(*(escape(cell_text(cell)) for cell in row))
-        self._console.print(table)
-
-    def diagnosis(self, diagnosis: Diagnosis) -> None:
-        """`sphkv doctor`."""
+    def show(self, result: object, blocks: Sequence[Block]) -> None:
+        """Print `result` as one JSON document, or `blocks` for people."""
         if self._json_only:
-            return self.json(diagnosis)
-        self.table(
-            "This environment",
-            ("what", "", "found", "to mend it"),
-            [
-                (check.subject, "ok" if check.ok else "no", check.finding, check.mend)
-                for check in diagnosis.checks
-            ],
-            text_columns=4,
+            sys.stdout.write(json.dumps(plain(result), indent=2) + "\n")
+            return
+        for block in blocks:
+            if isinstance(block, Line):
+                self._console.print(escape(block.text), soft_wrap=True)
+            else:
+                self._console.print(_drawn(block))
+
+
+def _drawn(block: Table) -> RichTable:
+    table = RichTable(
+        title=escape(block.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+    )
+    for index, column in enumerate(block.columns):
+        table.add_column(
+            escape(column),
+            justify="left" if index < block.text_columns else "right",
+            overflow="fold",
         )
-        self.table(
-            "What it can run",
-            ("command", "", "because"),
-            [(c.command, "yes" if c.ok else "no", c.because) for c in diagnosis.capabilities],
-            text_columns=3,
-        )
-
-    def inspection(self, result: Inspection) -> None:
-        """`sphkv inspect`."""
-        if self._json_only:
-            return self.json(result)
-        header = result.header
-        self.line(f"{result.path}: {header.kind}, format version {header.version}")
-        self.line(f"digest      {header.digest}{_digest_note(result.digest_ok)}")
-        for role, ref in header.inputs.items():
-            self.line(f"made from   {role} {ref.file_name}, digest {ref.digest[:12]}")
-        for key, value in header.provenance.items():
-            self.line(f"{key:<11} {_compact(value)}")
-        self.table(
-            "Attributes",
-            ("name", "value"),
-            [(key, _compact(value)) for key, value in result.attributes.items()],
-            text_columns=2,
-        )
-        self.table(
-            f"Datasets ({bytes_text(result.file_bytes)} on disk)",
-            ("name", "axes", "type", "shape", "count", "bytes"),
-            [
-                (
-                    d.name,
-                    d.axes,
-                    d.dtype,
-                    " x ".join(map(str, d.shape)),
-                    d.count,
-                    bytes_text(d.n_bytes),
-                )
-                for d in result.datasets
-            ],
-            text_columns=3,
-        )
-
-
-def cell_text(cell: object) -> str:
-    """A table cell: floats with four significant digits."""
-    if isinstance(cell, float):
-        return "-" if math.isnan(cell) else f"{cell:.4g}"
-    return str(cell)
-
-
-def _digest_note(digest_ok: bool | None) -> str:
-    if digest_ok is None:
-        return ""
-    return " (verified)" if digest_ok else " DOES NOT MATCH THE CONTENT: the file was changed"
-
-
-def _compact(value: Any, limit: int = 160) -> str:
-    text = value if isinstance(value, str) else json.dumps(plain(value))
-    return text if len(text) <= limit else text[: limit - 4] + " ..."
+    for row in block.rows:
+        table.add_row(*(escape(cell_text(cell)) for cell in row))
+    return table
