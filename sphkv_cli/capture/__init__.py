@@ -1,0 +1,1 @@
+"""Records the queries, keys and values that attention really receives, document by document."""

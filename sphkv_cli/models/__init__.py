@@ -1,0 +1,1 @@
+"""Finding and loading causal language models: packaged default, hub id, local folder, GGUF."""
