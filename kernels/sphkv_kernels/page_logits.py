@@ -21,7 +21,7 @@ from sphkv_kernels.int8_code import Int8Vectors
 from sphkv_kernels.layout import Operand
 from sphkv_kernels.pages import key_region_bytes, unpack_region
 from sphkv_kernels.tier import RegionFormat
-from sphkv_kernels.vectors import StoredVectors, decode_vectors
+from sphkv_kernels.vectors import StoredVectors, decode_vectors, zeroed_rows
 
 _CHUNK_ELEMENTS = 1 << 21
 """float64 elements of the largest intermediate: 16 MiB, so that it stays near the caches."""
@@ -38,7 +38,7 @@ class _TierPages:
 
 
 def page_logits(grouped_query: Tensor, cache: PagedCache) -> Tensor:
-    """``(n_entries, group_size, page_size) float64``; rows that are not live hold anything.
+    """``(n_entries, group_size, page_size) float64``, 0 in rows that are not live.
 
     grouped_query: ``(n_sequences, n_kv_heads, group_size, head_dim) float64``.
     """
@@ -60,21 +60,14 @@ def page_logits(grouped_query: Tensor, cache: PagedCache) -> Tensor:
 def page_values(weights: Tensor, cache: PagedCache, n_heads: int) -> Tensor:
     """``sum_t weight_t vhat_t`` per head: ``(n_heads, group_size, head_dim) float64``.
 
-    weights: ``(n_entries, group_size, page_size)``, zero in rows that are not live; whatever those
-    rows store (NaN included) is not read into the sum.
+    weights: ``(n_entries, group_size, page_size)``, zero in rows that are not live.
     """
     head = cache.page_table.head_of_entry()
     group_size = weights.shape[1]
     shape = (n_heads, group_size, cache.head_dim)
     sums = torch.zeros(shape, dtype=torch.float64, device=cache.device)
-    rows = torch.arange(cache.page_size, device=cache.device)
     for tier in _tier_pages(cache, "value"):
         values = decode_vectors(tier.region_format, tier.stored)
-        live = cache.page_table.live_tokens[tier.entries].to(torch.int64)
-        # The largest live count of any entry that shares the page: its rows are all written.
-        live_of_page = torch.zeros(values.shape[0], dtype=torch.int64, device=cache.device)
-        live_of_page.scatter_reduce_(0, tier.page_of_entry, live, "amax")
-        values = torch.where((rows < live_of_page[:, None])[..., None], values, 0.0)
         parts = weights[tier.entries] @ values[tier.page_of_entry]
         sums.index_add_(0, head[tier.entries], parts)
     return sums
@@ -141,4 +134,10 @@ def _tier_pages(cache: PagedCache, operand: Operand) -> Iterator[_TierPages]:
         columns = torch.arange(*span, device=cache.device)
         regions = cache.pool[offsets[:, None] + columns]
         stored = unpack_region(region_format, operand, regions, cache.head_dim, cache.page_size)
+        # Rows that no entry calls live may hold anything, even codes that no table has.
+        live_of_page = torch.zeros(offsets.shape[0], dtype=torch.int64, device=cache.device)
+        counts = table.live_tokens[entries].to(torch.int64)
+        live_of_page.scatter_reduce_(0, page_of_entry, counts, "amax")
+        rows = torch.arange(cache.page_size, device=cache.device)
+        stored = zeroed_rows(stored, rows >= live_of_page[:, None])
         yield _TierPages(region_format, entries, page_of_entry, stored)

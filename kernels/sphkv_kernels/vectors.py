@@ -75,6 +75,15 @@ def placed_rows(stored: StoredVectors, slots: Tensor, n_slots: int) -> StoredVec
     return map_tensors(stored, place)
 
 
+def zeroed_rows(stored: StoredVectors, dead: Tensor) -> StoredVectors:
+    """The same vectors with zeros in the dead rows; dead: ``(...) bool`` over the leading axes."""
+
+    def zero(t: Tensor) -> Tensor:
+        return t.masked_fill(dead.reshape(*dead.shape, *[1] * (t.ndim - dead.ndim)), 0)
+
+    return map_tensors(stored, zero)
+
+
 def poisoned_rows(stored: StoredVectors, dead: Tensor, radius_bits: int) -> StoredVectors:
     """The same vectors with NaN in every floating-point field of the dead rows.
 
