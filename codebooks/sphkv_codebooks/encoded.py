@@ -7,6 +7,7 @@ the radius of the full-depth recursion.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,6 @@ import torch
 from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.encoder import encode_pairs, pair_radius
 from sphkv_codebooks.errors import CodeError
-from sphkv_codebooks.polar import join_pairs
 from sphkv_codebooks.radius import LloydMaxRadius, StoredRadii, to_fp16
 
 if TYPE_CHECKING:
@@ -114,11 +114,6 @@ def _concatenate(chunks: Sequence[EncodedVectors]) -> EncodedVectors:
 
 def _encode_chunk(code: SphericalCode, x: torch.Tensor, check: bool) -> EncodedVectors:
     columns = x.to(torch.float32).T.contiguous()  # (head_dim, n_vectors)
-    if check and not bool(torch.isfinite(columns).all()):
-        raise CodeError(
-            f"{code.name}: the vectors to encode hold NaN or Inf; find the layer that produced "
-            "them before coding its cache"
-        )
     first, second = _halves(columns, code.pairing)
     # <x, unit-radius decode> of each node, by the angle-domain recursion with q = x.
     self_dot = columns
@@ -132,14 +127,14 @@ def _encode_chunk(code: SphericalCode, x: torch.Tensor, check: bool) -> EncodedV
             self_dot = (cosine * left).add_(sine * right)
         radii = pair_radius(first, second)
         first, second = radii[0::2], radii[1::2]
-    stored = _encode_radii(code, radii, self_dot, check)
+    stored = _encode_radii(code, radii, self_dot, columns if check else None)
     return EncodedVectors(tuple(angle_codes), stored.codes, stored.radii, stored.norms)
 
 
 def _encode_radii(
-    code: SphericalCode, radii: torch.Tensor, self_dot: torch.Tensor, check: bool
+    code: SphericalCode, radii: torch.Tensor, self_dot: torch.Tensor, checked: torch.Tensor | None
 ) -> StoredRadii:
-    """radii, self_dot: (n_radii, n_vectors) float32."""
+    """radii, self_dot: (n_radii, n_vectors) float32; checked: the input, or None for no check."""
     coding = code.radius_coding
     norms = radii
     while norms.shape[0] > 1:
@@ -160,12 +155,27 @@ def _encode_radii(
         if code.gain != "none":
             kept = folded_gain(code.gain, radii, self_dot, torch.ones_like(radii))
         stored = coding.encode(kept.T.contiguous(), norms)
-    if check and kept.numel() and float(kept.max()) > coding.largest:
-        raise CodeError(
-            f"{code.name}: a radius of {float(kept.max()):.6g} does not fit its {coding.spec} "
-            f"field (largest {coding.largest:.6g}); scale the vectors down or keep them dense"
-        )
+    if checked is not None and kept.numel():
+        _refuse_unstorable(code, checked, float(norms.max()), float(kept.max()))
     return stored
+
+
+def _refuse_unstorable(
+    code: SphericalCode, x: torch.Tensor, largest_norm: float, largest_stored: float
+) -> None:
+    """NaN and Inf anywhere in x show in the largest norm: max lets NaN through."""
+    if not math.isfinite(largest_norm) and not bool(torch.isfinite(x).all()):
+        raise CodeError(
+            f"{code.name}: the vectors to encode hold NaN or Inf; find the layer that produced "
+            "them before coding its cache"
+        )
+    coding = code.radius_coding
+    if not max(largest_norm, largest_stored) < math.inf or largest_stored > coding.largest:
+        raise CodeError(
+            f"{code.name}: a radius of {max(largest_stored, largest_norm):.6g} does not fit "
+            f"{coding.spec} (largest {coding.largest:.6g}); scale the vectors down or keep them "
+            "dense"
+        )
 
 
 def folded_gain(
@@ -183,6 +193,8 @@ def decode_vectors(
     code: SphericalCode, encoded: EncodedVectors, *, dtype: torch.dtype
 ) -> torch.Tensor:
     """The body of SphericalCode.decode."""
+    if dtype not in (torch.float32, torch.float64):
+        raise CodeError(f"{code.name} decodes to float32 or float64, not {dtype}; convert after")
     expected = tuple(codes.shape[-1] for codes in encoded.angle_codes)
     if expected != code.n_angles:
         raise CodeError(
@@ -201,10 +213,16 @@ def decode_vectors(
 
 
 def _decode_chunk(code: SphericalCode, encoded: EncodedVectors, dtype: torch.dtype) -> torch.Tensor:
+    """Multiplies each radius by (cos, sin), written as a complex number: its parts are the pair."""
     x = code.radius_coding.decode(encoded.stored_radii, dtype)
     for level in range(code.depth, 0, -1):
-        cosine, sine = cos_sin_of(code.codebooks[level - 1], encoded.angle_codes[level - 1], dtype)
-        x = join_pairs(x * cosine, x * sine, code.pairing if level == 1 else "adjacent")
+        codes = encoded.angle_codes[level - 1]
+        table = _complex_table(code.codebooks[level - 1], codes.device, dtype)
+        directions = torch.index_select(table, 0, codes.reshape(-1).long()).reshape(codes.shape)
+        pairs = torch.view_as_real(directions * x)
+        if level == 1 and code.pairing == "rope":
+            pairs = pairs.transpose(-1, -2)
+        x = pairs.flatten(-2)
     return x
 
 
@@ -223,20 +241,27 @@ def _pairwise_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _cos_sin_tables(
+def _complex_table(book: Codebook, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """cos + i sin of the centroids, parts in `dtype`."""
+    cosine, sine = _tables(book, device, dtype)
+    return torch.complex(cosine, sine)
+
+
+@lru_cache(maxsize=1024)
+def _tables(
     book: Codebook, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cosine, sine = book.cos_sin()
-    return (
-        torch.tensor(cosine.tolist(), dtype=torch.float64).to(device, dtype),
-        torch.tensor(sine.tolist(), dtype=torch.float64).to(device, dtype),
-    )
+    cosine, sine = (torch.tensor(table.tolist(), dtype=torch.float64) for table in book.cos_sin())
+    return cosine.to(device, dtype), sine.to(device, dtype)
 
 
 def cos_sin_of(
     book: Codebook, codes: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the coded angles, same shape as codes."""
-    cosine, sine = _cos_sin_tables(book, codes.device, dtype)
-    index = codes.to(torch.int32)
-    return cosine[index], sine[index]
+    cosine, sine = _tables(book, codes.device, dtype)
+    index = codes.reshape(-1).long()
+    return (
+        torch.index_select(cosine, 0, index).reshape(codes.shape),
+        torch.index_select(sine, 0, index).reshape(codes.shape),
+    )

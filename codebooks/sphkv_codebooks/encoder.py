@@ -8,12 +8,13 @@ everywhere:
 
 with cos(t) and sin(t) rounded once to float32 and each product rounded on its own (no fused
 multiply-add). The code is the number of thresholds passed. Ties go up: a pair exactly on a
-threshold belongs to the cell above it, and the pair (0, 0) passes every threshold of its quadrant.
+threshold belongs to the cell above it.
 
-Level 1 first turns the pair into the quadrant [0, pi/2) by an exact exchange of coordinates:
-quadrant 0 is first > 0 and second >= 0 (and the pair (0, 0)), 1 is first <= 0 and second > 0, 2 is
-first < 0 and second <= 0, 3 is first >= 0 and second < 0; in quadrants 1 and 3 (|second|, |first|)
-takes the place of (|first|, |second|). Thresholds in earlier quadrants count as passed.
+Level 1 first turns the pair into the quadrant [0, pi/2] by an exact exchange of coordinates. The
+sign bits of (first, second), those of -0.0 included, name the quadrant: (+, +) 0, (-, +) 1,
+(-, -) 2, (+, -) 3; in quadrants 1 and 3 (|second|, |first|) takes the place of (|first|, |second|).
+Thresholds in earlier quadrants count as passed. So on an axis the sign bits decide which of the two
+cells that meet there is meant, and the pair (0, 0) passes every threshold of its quadrant.
 
 Radii: r = sqrt(first * first + second * second), each operation rounded to float32 on its own.
 """
@@ -79,8 +80,8 @@ def encode_pairs(book: Codebook, first: torch.Tensor, second: torch.Tensor) -> t
         return torch.zeros(first.shape, dtype=torch.uint8, device=first.device)
     table = threshold_directions(book)
     if not book.is_circle:
-        count = torch.zeros(first.shape, dtype=torch.uint8, device=first.device)
-        return _count_passed(count, first, second, table.cos[0], table.sin[0])
+        count = torch.zeros(first.shape, dtype=torch.float32, device=first.device)
+        return _count_passed(count, first, second, table.cos[0], table.sin[0]).to(torch.uint8)
     return _encode_circle(table, first, second)
 
 
@@ -91,37 +92,40 @@ def _count_passed(
     cos: npt.NDArray[np.float32],
     sin: npt.NDArray[np.float32],
 ) -> torch.Tensor:
-    """Adds to `count` the number of thresholds passed."""
-    left, right = torch.empty_like(first), torch.empty_like(first)
-    passed = torch.empty(first.shape, dtype=torch.bool, device=first.device)
+    """Adds to the float32 `count` the number of thresholds passed.
+
+    In float32 because CPU vector units compare and add floats several times faster than booleans.
+    """
+    left, right = torch.empty_like(count), torch.empty_like(count)
     for c, s in zip(cos.tolist(), sin.tolist(), strict=True):
         torch.mul(second, c, out=left)
         torch.mul(first, s, out=right)
-        torch.ge(left, right, out=passed)
-        count += passed
+        count += torch.ge(left, right, out=left)
     return count
 
 
 def _encode_circle(
     table: ThresholdDirections, first: torch.Tensor, second: torch.Tensor
 ) -> torch.Tensor:
-    odd = ((first <= 0) & (second > 0)) | ((first >= 0) & (second < 0))
-    lower_half = (second < 0) | ((second == 0) & (first < 0))
-    across, along = first.abs(), second.abs()
-    local_first = torch.where(odd, along, across)
-    local_second = torch.where(odd, across, along)
+    first_bits, second_bits = first.view(torch.int32), second.view(torch.int32)
+    odd = (first_bits ^ second_bits) >> 31  # all ones in quadrants 1 and 3, else 0
+    across, along = first.abs().view(torch.int32), second.abs().view(torch.int32)
+    exchanged = (across ^ along) & odd
+    local_first = (across ^ exchanged).view(torch.float32)
+    local_second = along.bitwise_xor_(exchanged).view(torch.float32)
+    quadrant = -(odd + 2 * (second_bits >> 31))
     n_cells = table.n_cells
     if n_cells % 4 == 0 and _quadrants_agree(table):
-        # Equal quadrants that start on a threshold, as in every uniform book of 4, 8, 12... cells.
-        count = odd.to(torch.uint8).add_(lower_half, alpha=2).mul_(n_cells // 4)
-        return _count_passed(count, local_first, local_second, table.cos[0, 1:], table.sin[0, 1:])
-    quadrant = odd.long().add_(lower_half, alpha=2)
-    before = torch.as_tensor(table.passed_before, device=first.device)
-    code = before[quadrant]
-    cos = torch.as_tensor(table.cos, device=first.device)
-    sin = torch.as_tensor(table.sin, device=first.device)
-    for index in range(table.cos.shape[1]):
-        code += local_second * cos[:, index][quadrant] >= local_first * sin[:, index][quadrant]
+        # Equal quadrants that start on a threshold: uniform books of 4, 8, 12... cells.
+        count = quadrant.mul_(n_cells // 4).to(torch.float32)
+        cos, sin = table.cos[0, 1:], table.sin[0, 1:]
+        return _count_passed(count, local_first, local_second, cos, sin).to(torch.uint8)
+    index = quadrant.long()
+    code = torch.as_tensor(table.passed_before, device=first.device)[index]
+    cosines = torch.as_tensor(table.cos, device=first.device)
+    sines = torch.as_tensor(table.sin, device=first.device)
+    for column in range(table.cos.shape[1]):
+        code += local_second * cosines[:, column][index] >= local_first * sines[:, column][index]
     return code.remainder_(n_cells).to(torch.uint8)
 
 
