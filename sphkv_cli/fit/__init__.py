@@ -1,0 +1,1 @@
+"""Fit codebooks: the frames and the ordered list of candidate codes of one model."""

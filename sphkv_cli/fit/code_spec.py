@@ -1,0 +1,188 @@
+"""How a user names a spherical code, and the candidates that are tried when nobody names any.
+
+A specification is ``[NAME=]BITS[:RADIUS][+OPTION...]``:
+
+- BITS: one integer per level, outermost pairs first, joined by ``/``: ``4/2/2/2``. A level of 0
+  bits keeps one cell. Its length is the depth.
+- RADIUS: ``fp16`` (one per block), ``rB`` or ``lloyd_max:B`` (B-bit Lloyd-Max radii against one
+  fp16 norm), ``eEmM`` or ``minifloat:E,M``, ``norm`` (full depth: the radius is the norm, fp16).
+  Left out it is ``norm`` at full depth and ``fp16`` otherwise.
+- OPTION: ``adjacent`` | ``rope`` (pairing), ``least_squares`` | ``unbiased`` (gain).
+
+The paper's code (PolarQuant, arXiv 2502.02617) is ``4/2/2/2:fp16``; the other candidates spend the
+bits of its fp16 radii on angles instead (ours).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sphkv_cli.errors import UsageError
+from sphkv_codebooks.polar import Pairing
+from sphkv_codebooks.spherical_code import Gain
+
+MAX_BITS = 8
+"""Most bits of an angle: its code is one byte."""
+
+PAIRINGS: tuple[Pairing, ...] = ("adjacent", "rope")
+GAINS: tuple[Gain, ...] = ("none", "least_squares", "unbiased")
+
+_FORM = "[NAME=]BITS[:RADIUS][+OPTION...], for example 4/2/2/2:fp16 or small=3/2/2/2:r2"
+_SHORT_RADIUS = (
+    (re.compile(r"r(\d+)"), "lloyd_max:{}"),
+    (re.compile(r"e(\d+)m(\d+)"), "minifloat:{},{}"),
+)
+_LONG_RADIUS = re.compile(r"fp16|norm|lloyd_max:\d+|minifloat:\d+,\d+")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+_RESERVED_NAMES = frozenset({"drop", "int8", "dense"})
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """What a specification says, before any codebook is computed.
+
+    bits: per level; radius: as `SphericalCode.analytic` takes it; name: unique in its list.
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    radius: str
+    pairing: Pairing = "adjacent"
+    gain: Gain = "none"
+
+    @property
+    def depth(self) -> int:
+        """Recursion levels applied."""
+        return len(self.bits)
+
+
+def parse_code_spec(text: str, head_dim: int) -> CodeSpec:
+    """Read one specification for vectors of `head_dim` coordinates (a power of two).
+
+    Raises:
+        UsageError: not of the form above, bits or depth out of range, or a radius that contradicts
+            the depth; says which part and what is allowed.
+    """
+    max_depth = head_dim.bit_length() - 1
+    name, has_name, rest = text.rpartition("=")
+    body, *options = rest.split("+")
+    bits_text, has_radius, radius_text = body.partition(":")
+    if not re.fullmatch(r"-?\d+(/-?\d+)*", bits_text):
+        raise UsageError(f"the code {text!r} is not of the form BITS[:RADIUS]", f"write {_FORM}")
+    bits = tuple(int(word) for word in bits_text.split("/"))
+    if len(bits) > max_depth:
+        raise UsageError(
+            f"the code {text!r} has {len(bits)} levels, but head_dim {head_dim} allows {max_depth}",
+            f"name 1 to {max_depth} levels of bits",
+        )
+    for level, level_bits in enumerate(bits, start=1):
+        if not 0 <= level_bits <= MAX_BITS:
+            raise UsageError(
+                f"the code {text!r} has {level_bits} bits at level {level}",
+                f"give each level 0 to {MAX_BITS} bits",
+            )
+    is_full_depth = len(bits) == max_depth
+    radius = _parse_radius(radius_text, text) if has_radius else ""
+    radius = radius or ("norm" if is_full_depth else "fp16")
+    if radius == "norm" and not is_full_depth:
+        raise UsageError(
+            f"the code {text!r} stores one norm, but its depth {len(bits)} leaves "
+            f"{head_dim >> len(bits)} radii for head_dim {head_dim}",
+            f"give it {max_depth} levels, or a radius per block: fp16, r2, e5m6",
+        )
+    pairing, gain = _parse_options(options, text)
+    if has_name and (not _NAME.fullmatch(name) or name in _RESERVED_NAMES):
+        raise UsageError(
+            f"the code name {name!r} is empty, reserved or has other characters than letters, "
+            "digits and ._-",
+            f"write {_FORM}",
+        )
+    return CodeSpec(
+        name if has_name else _default_name(bits, radius, pairing, gain),
+        bits,
+        radius,
+        pairing,
+        gain,
+    )
+
+
+def parse_code_specs(texts: Sequence[str], head_dim: int) -> tuple[CodeSpec, ...]:
+    """Read a list of specifications; refuses an empty list and a name that appears twice."""
+    specs = tuple(parse_code_spec(text, head_dim) for text in texts)
+    if not specs:
+        raise UsageError("no codes to fit", "name at least one with --code, or leave --code out")
+    seen: dict[str, str] = {}
+    for text, spec in zip(texts, specs, strict=True):
+        if spec.name in seen:
+            raise UsageError(
+                f"the codes {seen[spec.name]!r} and {text!r} are both called {spec.name}",
+                "leave one out, or give it another name: NAME=BITS[:RADIUS]",
+            )
+        seen[spec.name] = text
+    return specs
+
+
+def default_code_texts(head_dim: int) -> tuple[str, ...]:
+    """The candidates for `head_dim`: the paper's code, six block codes of about 2 to 4 bits whose
+    block of 16 coordinates fills 32 to 64 bits, and one code of full depth for reference.
+
+    For head_dim 16 and less the blocks reach full depth, where one norm replaces the radii.
+    """
+    full_depth = (4, 2, 2, 2, 2, 3, 2, 2, 2, 2)
+    max_depth = head_dim.bit_length() - 1
+    blocks = (
+        ("paper-4222", (4, 2, 2, 2), "fp16"),
+        ("", (3, 1, 1, 1), "r1"),
+        ("", (3, 2, 2, 2), "r2"),
+        ("", (4, 2, 2, 2), "r2"),
+        ("", (4, 3, 3, 3), "r3"),
+        ("", (5, 3, 3, 3), "r3"),
+        ("", (4, 3, 3, 3), "e5m6"),
+    )
+    texts: dict[str, None] = {}
+    for name, bits, radius in blocks:
+        levels = "/".join(str(b) for b in bits[:max_depth])
+        if max_depth > len(bits):
+            texts[f"{name}={levels}:{radius}" if name else f"{levels}:{radius}"] = None
+        else:
+            texts[f"{levels}:norm"] = None
+    texts["/".join(str(b) for b in full_depth[:max_depth]) + ":norm"] = None
+    return tuple(texts)
+
+
+def _parse_radius(text: str, spec: str) -> str:
+    for pattern, form in _SHORT_RADIUS:
+        if match := pattern.fullmatch(text):
+            return form.format(*match.groups())
+    if not _LONG_RADIUS.fullmatch(text):
+        raise UsageError(
+            f"the code {spec!r} has the radius coding {text!r}",
+            "use fp16, norm, rB (1 to 8 bits) or eEmM",
+        )
+    return text
+
+
+def _parse_options(options: Sequence[str], spec: str) -> tuple[Pairing, Gain]:
+    pairing, gain = PAIRINGS[0], GAINS[0]
+    for option in options:
+        if option in PAIRINGS:
+            pairing = PAIRINGS[PAIRINGS.index(option)]
+        elif option in GAINS:
+            gain = GAINS[GAINS.index(option)]
+        else:
+            raise UsageError(
+                f"the code {spec!r} has the option {option!r}",
+                f"use one of {', '.join((*PAIRINGS, *GAINS))}",
+            )
+    return pairing, gain
+
+
+def _default_name(bits: tuple[int, ...], radius: str, pairing: str, gain: str) -> str:
+    short = re.sub(r"lloyd_max:(\d+)", r"r\1", radius)
+    short = re.sub(r"minifloat:(\d+),(\d+)", r"e\1m\2", short)
+    words = [f"polar-{''.join(str(b) for b in bits)}", short]
+    if pairing != PAIRINGS[0]:
+        words.append(pairing)
+    if gain != GAINS[0]:
+        words.append(gain.replace("_", "-"))
+    return "-".join(words)

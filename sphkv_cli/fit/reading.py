@@ -1,0 +1,95 @@
+"""What the tables of a fit say, in sentences; a negative result is a result."""
+
+from collections.abc import Sequence
+
+from sphkv_cli.artifacts.fit_tables import CodeRow, EmpiricalRow, FitTables, GoodnessRow
+from sphkv_codebooks.frame import FrameSet
+
+HELPS_BEYOND = 0.01
+"""Relative gain of distortion below which books are called equal."""
+
+
+def read_tables(tables: FitTables, frames: FrameSet, page_sizes: Sequence[int]) -> tuple[str, ...]:
+    """Sentences a user needs beside the tables."""
+    sentences = [*_goodness(tables.goodness), _prediction(tables.codes)]
+    if frames.key_mean is not None:
+        sentences.append(_centring(tables.codes))
+    sentences.extend(_beaten(tables.codes, page_sizes[0]))
+    if tables.empirical:
+        sentences.append(_empirical(tables.empirical))
+    return tuple(sentences)
+
+
+def _goodness(rows: Sequence[GoodnessRow]) -> list[str]:
+    sentences = []
+    for vectors in dict.fromkeys(row.vectors for row in rows):
+        of_kind = [row for row in rows if row.vectors == vectors]
+        mean = max(of_kind, key=lambda row: row.head_ks)
+        worst = max(of_kind, key=lambda row: row.worst_ks)
+        sentences.append(
+            f"The angles of {vectors} are within a KS distance of {mean.head_ks:.3f} of the "
+            f"analytic density (mean over heads, level {mean.level}, {mean.sampling_ks:.3f} would "
+            f"be sampling alone); furthest is layer {worst.worst_layer}, head {worst.worst_head}, "
+            f"level {worst.level}: {worst.worst_ks:.3f}."
+        )
+    return sentences
+
+
+def _prediction(rows: Sequence[CodeRow]) -> str:
+    keys, values = (
+        max((getattr(row, name) / row.predicted_distortion - 1.0 for row in rows), key=abs)
+        for name in ("key_distortion", "value_distortion")
+    )
+    return (
+        "Measured distortion differs from the closed form by at most "
+        f"{keys:+.1%} for keys in the frame and {values:+.1%} for values."
+    )
+
+
+def _centring(rows: Sequence[CodeRow]) -> str:
+    row = rows[-1]
+    kept = row.raw_key_distortion / row.key_distortion
+    return (
+        f"With the key means removed, what is coded of a key has {kept:.0%} of its energy: "
+        f"relative to the key itself the distortion of {row.name} is {row.raw_key_distortion:.5f} "
+        f"instead of {row.key_distortion:.5f}."
+    )
+
+
+def _beaten(rows: Sequence[CodeRow], page_size: int) -> list[str]:
+    sentences = []
+    for row in rows:
+        better = [
+            other
+            for other in rows
+            if other.laid_out_rates[0] <= row.laid_out_rates[0]
+            and other.has_kernel_layout >= row.has_kernel_layout
+            and other.key_distortion < row.key_distortion
+            and other.value_distortion < row.value_distortion
+        ]
+        if better:
+            best = min(better, key=lambda other: (other.laid_out_rates[0], other.key_distortion))
+            sentences.append(
+                f"{row.name} is beaten by {best.name}: {best.laid_out_rates[0]:.3f} against "
+                f"{row.laid_out_rates[0]:.3f} bits laid out on pages of {page_size}, distortion of "
+                f"keys {best.key_distortion:.4f} against {row.key_distortion:.4f}."
+            )
+    return sentences
+
+
+def _empirical(rows: Sequence[EmpiricalRow]) -> str:
+    gains = [
+        1.0 - after / before
+        for row in rows
+        for before, after in (
+            (row.key_distortion, row.empirical_key_distortion),
+            (row.value_distortion, row.empirical_value_distortion),
+        )
+    ]
+    low, high = min(gains), max(gains)
+    span = f"distortion on unseen documents changes by {-high:+.1%} to {-low:+.1%}"
+    if low > HELPS_BEYOND:
+        return f"Empirical books help: {span}. They are stored beside the analytic ones."
+    if high > HELPS_BEYOND:
+        return f"Empirical books help some codes and not others: {span}."
+    return f"Empirical books do not help here: {span}. Keep the analytic ones."

@@ -1,0 +1,224 @@
+"""fit-codebooks: the frames of one model and an ordered list of candidate codes, measured.
+
+    k' = S (k - mu),  v' = S v   (DESIGN of this project, "Frames and codes")
+
+Means come from the `fit` documents, what a code costs is measured on the `select` documents; the
+`judge` documents are not read. A layer at a time, a chunk of tokens at a time.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.artifacts.codebooks import CodebooksContent, ModelShape, save_codebooks
+from sphkv_cli.artifacts.empirical_books import book_keys
+from sphkv_cli.artifacts.fit_tables import FitTables
+from sphkv_cli.artifacts.header import collect_provenance
+from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.fit.angle_survey import AngleSurvey, count_layer
+from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks
+from sphkv_cli.fit.code_measurement import LayerMeasurement, measure_layer
+from sphkv_cli.fit.code_spec import CodeSpec, default_code_texts, parse_code_specs
+from sphkv_cli.fit.empirical_fit import LayerBooks, codes_of_heads, fit_layer_books, stack_books
+from sphkv_cli.fit.key_means import post_rope_key_means
+from sphkv_cli.fit.measured_rows import (
+    ModelMeasurement,
+    code_rows,
+    empirical_rows,
+    laid_out_rate,
+    level_rows,
+)
+from sphkv_cli.fit.options import FitOptions
+from sphkv_cli.fit.reading import read_tables
+from sphkv_cli.progress import NullProgress, Progress
+from sphkv_codebooks.errors import CodeError
+from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotation import Rotation
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.tier import TierFormat
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit made: the artifact, its tables, and sentences that say what they mean.
+
+    tiers: names in order; n_vectors: keys (and as many values) measured per code;
+    page_sizes: those of `CodeRow.laid_out_rates`.
+    """
+
+    output: str
+    digest: str
+    model: str
+    rotation: str
+    rotation_digest: str
+    centring: str
+    tiers: tuple[str, ...]
+    page_sizes: tuple[int, ...]
+    tables: FitTables
+    n_vectors: int
+    elapsed_s: float
+    reading: tuple[str, ...]
+
+
+def fit_codebooks(
+    options: FitOptions,
+    capture: Path,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> FitResult:
+    """Fit frames and codes to `capture` and write them to `output`.
+
+    Raises:
+        ArtifactError: the capture is missing or damaged, or `output` exists (without `force`) or
+            cannot be written.
+        UsageError: a code that cannot be meant for this head_dim.
+        SphkvError: NaN or Inf in the capture, or no document to fit or select on.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    check_output(output, force=force)
+    with CaptureReader(capture) as reader:
+        codes = _ordered(_candidate_codes(options, reader.head_dim), options.page_sizes)
+        frames = _frames(options, reader, progress)
+        survey, measured, empirical, books = _measure(options, reader, frames, codes, progress)
+        tables = FitTables(
+            codes=code_rows(codes, options.page_sizes, measured),
+            levels=level_rows(codes, survey),
+            goodness=survey.goodness_rows(),
+            kurtosis=survey.kurtosis_rows(),
+            empirical=empirical_rows(codes, measured, empirical) if empirical else (),
+        )
+        content = CodebooksContent(
+            shape=ModelShape(
+                model=reader.model,
+                model_digest=reader.model_digest,
+                n_layers=reader.n_layers,
+                n_q_heads=reader.n_q_heads,
+                n_kv_heads=reader.n_kv_heads,
+                head_dim=reader.head_dim,
+            ),
+            frames=frames,
+            codes=codes,
+            tiers=tuple(TierFormat.spherical(code) for code in codes),
+            page_sizes=options.page_sizes,
+            tables=tables,
+            measured=measured.per_head(),
+            empirical=stack_books(books) if books else None,
+        )
+        n_tokens = sum(document.n_tokens for document in documents_of(reader, "select"))
+        n_vectors = n_tokens * reader.n_layers * reader.n_kv_heads
+        ref = save_codebooks(
+            output,
+            content,
+            capture=reader.ref,
+            provenance=collect_provenance(seed=options.seed),
+            force=force,
+        )
+    return FitResult(
+        output=str(output),
+        digest=ref.digest,
+        model=content.shape.model,
+        rotation=frames.rotation.kind,
+        rotation_digest=frames.rotation.digest,
+        centring=frames.centring,
+        tiers=tuple(tier.name for tier in content.tiers),
+        page_sizes=options.page_sizes,
+        tables=tables,
+        n_vectors=n_vectors,
+        elapsed_s=time.perf_counter() - started,
+        reading=read_tables(tables, frames, options.page_sizes),
+    )
+
+
+def _candidate_codes(options: FitOptions, head_dim: int) -> tuple[SphericalCode, ...]:
+    texts = options.codes or default_code_texts(head_dim)
+    return tuple(_build(spec, head_dim) for spec in parse_code_specs(texts, head_dim))
+
+
+def _build(spec: CodeSpec, head_dim: int) -> SphericalCode:
+    try:
+        return SphericalCode.analytic(
+            spec.name, head_dim, spec.bits, spec.radius, pairing=spec.pairing, gain=spec.gain
+        )
+    except CodeError as error:
+        raise UsageError(f"code {spec.name}: {error}", "choose another --code") from error
+
+
+def _ordered(
+    codes: tuple[SphericalCode, ...], page_sizes: tuple[int, ...]
+) -> tuple[SphericalCode, ...]:
+    """By laid-out rate on the first page size, then by what they cost in distortion."""
+    return tuple(
+        sorted(codes, key=lambda code: (laid_out_rate(code, page_sizes[0]), code.distortion()))
+    )
+
+
+def _frames(options: FitOptions, reader: CaptureReader, progress: Progress) -> FrameSet:
+    rotation = Rotation(options.rotation, reader.head_dim, options.seed)
+    if options.centring == "none":
+        return FrameSet(rotation)
+    return FrameSet(rotation, options.centring, post_rope_key_means(reader, progress))
+
+
+def _measure(
+    options: FitOptions,
+    reader: CaptureReader,
+    frames: FrameSet,
+    codes: tuple[SphericalCode, ...],
+    progress: Progress,
+) -> tuple[AngleSurvey, ModelMeasurement, ModelMeasurement | None, list[LayerBooks]]:
+    """Angles of every layer, and every code on every layer; with empirical books where asked."""
+    pairings = tuple(dict.fromkeys(code.pairing for code in codes))
+    survey = AngleSurvey(reader.n_layers, reader.n_kv_heads, reader.head_dim, pairings)
+    analytic: list[LayerMeasurement] = []
+    empirical: list[LayerMeasurement] = []
+    books: list[LayerBooks] = []
+    keys = book_keys(codes)
+    progress.start("Measuring codes", reader.n_layers, "layers")
+    for layer in range(reader.n_layers):
+        fit = count_layer(reader, frames, layer, "fit", pairings)
+        survey.add(layer, fit, count_layer(reader, frames, layer, "select", pairings))
+        shared = [[code] * reader.n_kv_heads for code in codes]
+        analytic.append(_measure_layer(reader, frames, layer, shared, shared))
+        if options.density == "empirical":
+            books.append(fit_layer_books(keys, fit))
+            key_codes, value_codes = (
+                [codes_of_heads(code, kind, books[-1], reader.n_kv_heads) for code in codes]
+                for kind in ("keys", "values")
+            )
+            empirical.append(_measure_layer(reader, frames, layer, key_codes, value_codes))
+        progress.advance()
+    progress.finish()
+    fitted = ModelMeasurement.of(empirical) if empirical else None
+    return survey, ModelMeasurement.of(analytic), fitted, books
+
+
+def _measure_layer(
+    reader: CaptureReader,
+    frames: FrameSet,
+    layer: int,
+    key_codes: list[list[SphericalCode]],
+    value_codes: list[list[SphericalCode]],
+) -> LayerMeasurement:
+    chunks = (
+        chunk
+        for document in documents_of(reader, "select")
+        for chunk in layer_chunks(reader, document, layer)
+    )
+    info = reader.layers[layer]
+    try:
+        return measure_layer(
+            chunks,
+            frames,
+            layer,
+            key_codes,
+            value_codes,
+            softmax_scale=info.softmax_scale,
+            window=info.window,
+        )
+    except CodeError as error:
+        raise SphkvError(f"layer {layer} cannot be coded: {error}") from error
