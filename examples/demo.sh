@@ -15,7 +15,7 @@ step() {
 
 step capture --model smollm2 \
 	$(for text in examples/text/*.txt; do printf -- '--text-file %s ' "$text"; done) \
-	--document-tokens 640 --documents 8 --query-stride 4 --output "$out/capture.h5" --force
+	--document-tokens 640 --max-tokens 5120 --output "$out/capture.h5" --force
 step fit-codebooks "$out/capture.h5" --output "$out/codebooks.h5" --force
 step allocate "$out/capture.h5" "$out/codebooks.h5" --budget 3b \
 	--output "$out/allocation.h5" --force

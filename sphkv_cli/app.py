@@ -8,11 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Literal, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from sphkv_cli.errors import SphkvError
+from sphkv_cli.errors import SphkvError, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+CaptureArgument = Annotated[Path, typer.Argument(help="The capture: capture.h5.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
@@ -63,6 +64,226 @@ def command(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return register
 
 
+@command("capture")
+def capture_command(
+    output: Annotated[Path, typer.Option(help="The capture to write.")] = Path("capture.h5"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face id, folder, .gguf file, or smollm2 (the packaged model)."),
+    ] = None,
+    text_file: Annotated[
+        list[str] | None,
+        typer.Option(help="A text, repeatable; fit=, select= or judge= before it sets its split."),
+    ] = None,
+    jsonl: Annotated[
+        list[str] | None,
+        typer.Option(help="JSON lines, one document each, repeatable; splits as for --text-file."),
+    ] = None,
+    jsonl_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            help="No model: LAYERSxQ_HEADSxKV_HEADSxHEAD_DIM of known statistics, as 2x4x2x64."
+        ),
+    ] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option(help="Cut longer texts into documents of this many tokens.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="At most this many tokens in all.")] = None,
+    min_tokens: Annotated[int, typer.Option(help="Refuse shorter documents.")] = 64,
+    query_stride: Annotated[int, typer.Option(help="Keep every n-th query ...")] = 4,
+    query_tail: Annotated[int, typer.Option(help="... and all of the last so many.")] = 256,
+    pre_rope: Annotated[
+        bool, typer.Option("--pre-rope", help="Keep keys before RoPE too.")
+    ] = False,
+    prefill_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.")] = 4096,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Arithmetic of the model; auto is its own on a GPU, float32 elsewhere."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="Placement by accelerate: auto ...")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="The GGUF file in a folder or repo.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    seed: Seed = 42,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the documents and bytes, write nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a capture that was interrupted.")
+    ] = False,
+    force: ForceFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Record the queries, keys and values that a model's attention really receives."""
+    from sphkv_cli.capture.options import CaptureOptions, SyntheticOptions, TextSource
+    from sphkv_cli.capture.view import view
+    from sphkv_cli.render import Output, TerminalProgress
+
+    if (model is None) == (synthetic is None):
+        raise UsageError("pass either --model or --synthetic", "for example --model smollm2")
+    progress = TerminalProgress()
+    if synthetic is not None:
+        from sphkv_cli.capture.synthetic import capture_synthetic
+
+        n_layers, n_q_heads, n_kv_heads, head_dim = _numbers("--synthetic", synthetic, 4)
+        options = SyntheticOptions(
+            n_layers,
+            n_q_heads,
+            n_kv_heads,
+            head_dim,
+            document_tokens=256 if document_tokens is None else document_tokens,
+            query_stride=query_stride,
+            query_tail=query_tail,
+            seed=seed,
+        )
+        result = capture_synthetic(options, output, progress=progress, force=force, dry_run=dry_run)
+    else:
+        from sphkv_cli.capture.stage import capture
+        from sphkv_cli.models.load import LoadOptions
+
+        texts = [TextSource.parse(argument) for argument in text_file or []]
+        texts += [TextSource.parse(argument, "jsonl") for argument in jsonl or []]
+        result = capture(
+            CaptureOptions(
+                model=str(model),
+                texts=tuple(texts),
+                document_tokens=1024 if document_tokens is None else document_tokens,
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                query_stride=query_stride,
+                query_tail=query_tail,
+                pre_rope=pre_rope,
+                prefill_tokens=prefill_tokens,
+                jsonl_field=jsonl_field,
+                load=LoadOptions(dtype=dtype, device=device, device_map=device_map),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                gguf_file=gguf_file,
+            ),
+            output,
+            progress=progress,
+            force=force,
+            resume=resume,
+            dry_run=dry_run,
+        )
+    Output(json_output).show(result, view(result))
+
+
+@command("fit-codebooks")
+def fit_codebooks_command(
+    capture: CaptureArgument,
+    output: Annotated[Path, typer.Option(help="The codebooks to write.")] = Path("codebooks.h5"),
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A candidate, repeatable: BITS PER LEVEL:RADIUS, as 4/2/2/2:fp16 or "
+            "4/3/3/3:lloyd_max:3. Without it: the paper's code and better ones from 2 to 4 bits."
+        ),
+    ] = None,
+    rotation: Annotated[
+        Literal["hadamard", "haar", "none"], typer.Option(help="Of keys, queries and values.")
+    ] = "hadamard",
+    centring: Annotated[
+        Literal["post_rope", "none"], typer.Option(help="Which mean is taken from the keys.")
+    ] = "post_rope",
+    density: Annotated[
+        Literal["analytic", "empirical"],
+        typer.Option(help="empirical also fits books per layer and head, and says if they help."),
+    ] = "analytic",
+    seed: Seed = 42,
+    force: ForceFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Fit frames and Lloyd-Max codebooks per level, and measure candidate codes."""
+    from sphkv_cli.fit.options import FitOptions
+    from sphkv_cli.fit.stage import fit_codebooks
+    from sphkv_cli.fit.view import view
+    from sphkv_cli.render import Output, TerminalProgress
+
+    options = FitOptions(
+        codes=tuple(code or ()),
+        rotation=rotation,
+        centring=centring,
+        density=density,
+        seed=seed,
+    )
+    result = fit_codebooks(options, capture, output, progress=TerminalProgress(), force=force)
+    Output(json_output).show(result, view(result))
+
+
+@command("allocate")
+def allocate_command(
+    capture: CaptureArgument,
+    codebooks: Annotated[Path, typer.Argument(help="The codebooks: codebooks.h5.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Of one context: bits per coordinate (3b), bytes (12MiB) or a fraction (20%)."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The allocation to write.")] = Path("allocation.h5"),
+    page_size: Annotated[int, typer.Option(help="Tokens per page: 16, 32 or 64.")] = 32,
+    horizon: Annotated[
+        int, typer.Option(help="Last tokens of a document: not cached, their queries judge.")
+    ] = 128,
+    window: Annotated[
+        int, typer.Option(help="Last positions of the context whose queries score its tokens.")
+    ] = 64,
+    utility: Annotated[
+        Literal["window", "recency", "oracle"],
+        typer.Option(help="What scores a token; oracle sees the future: a ceiling, no method."),
+    ] = "window",
+    calibrate: Annotated[
+        bool, typer.Option(help="Turn scores into expected damage on the fit documents.")
+    ] = True,
+    drop_coefficient: Annotated[
+        float, typer.Option(help="How much more a set of drops hurts than its sum.")
+    ] = 8.0,
+    head_weights: Annotated[
+        Literal["output", "none"],
+        typer.Option(help="Weigh query heads by their output projection, or not."),
+    ] = "output",
+    tier: Annotated[
+        list[str] | None, typer.Option(help="Choose only among these tiers, repeatable.")
+    ] = None,
+    plan_select: Annotated[
+        bool, typer.Option("--plan-select", help="Plan the select documents too.")
+    ] = False,
+    seed: Seed = 42,
+    force: ForceFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Choose keep, drop and tier of every page of tokens under one byte budget."""
+    from sphkv_cli.allocation.options import AllocateOptions
+    from sphkv_cli.allocation.stage import allocate
+    from sphkv_cli.allocation.view import view
+    from sphkv_cli.render import Output, TerminalProgress
+
+    options = AllocateOptions(
+        budget=budget,
+        page_size=page_size,
+        horizon=horizon,
+        window=window,
+        utility=utility,
+        calibrate=calibrate,
+        drop_coefficient=drop_coefficient,
+        head_weights=head_weights,
+        tiers=tuple(tier or ()),
+        plan_select=plan_select,
+        seed=seed,
+    )
+    result = allocate(options, capture, codebooks, output, progress=TerminalProgress(), force=force)
+    Output(json_output).show(result, view(result))
+
+
 @command("inspect")
 def inspect_command(
     artifact: Annotated[Path, typer.Argument(help="Any artifact: .h5 or a report .json.")],
@@ -93,3 +314,16 @@ def doctor_command(json_output: JsonFlag = False) -> None:
     Output(json_output).show(diagnosis, view(diagnosis))
     if not diagnosis.core_ok:
         raise typer.Exit(4)
+
+
+def _numbers(option: str, text: str, count: int) -> tuple[int, ...]:
+    """Read "2x4x2x64"."""
+    try:
+        numbers = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise UsageError(
+            f"{option} {text!r} cannot be read", f"give {count} whole numbers joined by x"
+        )
+    return numbers
