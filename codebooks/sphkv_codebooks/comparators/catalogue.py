@@ -62,6 +62,8 @@ def published_methods(
     published: pass raw vectors and a rotation for a comparison as published).
     generator: draws the QJL projections. bits: for TurboQuant and EDEN.
     """
+    # A child stream: Rotation draws from the parent's, and the two must be independent.
+    generator = generator.spawn(1)[0]
     methods: list[MethodPair] = []
 
     def add(method: VectorQuantizer) -> None:
