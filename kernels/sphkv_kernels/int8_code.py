@@ -3,7 +3,7 @@
 ``scale = fp16(max_i |x_i| / 127)`` rounded up, ``code_i = round(x_i / scale)``,
 ``xhat_i = scale * code_i``.  The rotation has made the coordinates of one vector alike, so that a
 single scale serves them all; the rate is ``8 + 16 / head_dim`` bits per coordinate.  The error of
-a coordinate is at most ``scale / 2``.  Source: ours (the int8 reference of MATH.md, section 5).
+a coordinate is at most ``scale / 2``.  Source: ours.
 """
 
 from dataclasses import dataclass

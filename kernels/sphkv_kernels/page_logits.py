@@ -66,10 +66,13 @@ def page_values(weights: Tensor, cache: PagedCache, n_heads: int) -> Tensor:
     group_size = weights.shape[1]
     shape = (n_heads, group_size, cache.head_dim)
     sums = torch.zeros(shape, dtype=torch.float64, device=cache.device)
+    chunk = max(1, _CHUNK_ELEMENTS // (cache.page_size * cache.head_dim))
     for tier in _tier_pages(cache, "value"):
         values = decode_vectors(tier.region_format, tier.stored)
-        parts = weights[tier.entries] @ values[tier.page_of_entry]
-        sums.index_add_(0, head[tier.entries], parts)
+        for first in range(0, tier.entries.shape[0], chunk):
+            entries = tier.entries[first : first + chunk]
+            pages = tier.page_of_entry[first : first + chunk]
+            sums.index_add_(0, head[entries], weights[entries] @ values[pages])
     return sums
 
 

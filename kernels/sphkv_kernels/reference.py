@@ -103,12 +103,18 @@ def ada_decode_reference(
     logits = ada_logits_reference(
         query, cache, logit_offset=logit_offset, window=window, query_positions=query_positions
     )
-    n_sequences, n_q_heads = query.shape[:2]
+    return decode_from_logits(logits, cache, softmax_scale, logit_softcap=logit_softcap)
+
+
+def decode_from_logits(
+    logits: LogitResult, cache: PagedCache, softmax_scale: float, *, logit_softcap: float = 0.0
+) -> DecodeResult:
+    """The softmax and the value sum of `ada_decode_reference`, for logits already computed."""
+    n_sequences, group_size = cache.n_sequences, logits.pages.shape[1]
     head = cache.page_table.head_of_entry()
     scores = _scores(logits.pages, softmax_scale, logit_softcap)
     n_heads = n_sequences * cache.n_kv_heads
-    group_size = n_q_heads // cache.n_kv_heads
-    peak = torch.full((n_heads, group_size), -torch.inf, dtype=torch.float64, device=query.device)
+    peak = torch.full((n_heads, group_size), -torch.inf, dtype=torch.float64, device=cache.device)
     peak.scatter_reduce_(0, head[:, None].expand(-1, group_size), scores.amax(-1), "amax")
     tail_scores: Tensor | None = None
     if logits.tail is not None and logits.tail.shape[-1]:
@@ -131,8 +137,8 @@ def ada_decode_reference(
     output = output / torch.where(empty, 1.0, total)[..., None]
     log_sum_exp = finite_peak + torch.log(total)  # log 0 = -inf where no token is live
     return DecodeResult(
-        output.reshape(n_sequences, n_q_heads, cache.head_dim),
-        log_sum_exp.reshape(n_sequences, n_q_heads),
+        output.reshape(n_sequences, -1, cache.head_dim),
+        log_sum_exp.reshape(n_sequences, -1),
     )
 
 

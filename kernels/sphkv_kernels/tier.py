@@ -1,8 +1,8 @@
 """A tier: how the key and the value of a token are stored on a page.
 
 ``tier = (key code, value code) | int8 | dense``; a dropped token lies on no page at all.
-Source: DESIGN of this project; the tiers with a code per retention level follow Spherical KV
-(arXiv 2605.18856), which drops by rank instead of pricing a drop.
+Source: tiers of precision per token follow Spherical KV (arXiv 2605.18856); that a tier pairs a key
+code with a value code is ours.
 """
 
 from dataclasses import dataclass
