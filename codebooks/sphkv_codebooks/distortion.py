@@ -101,18 +101,25 @@ def predicted_distortion(code: SphericalCode) -> float:
     into a norm, and the unbiased gain, use the second-order expansion about the mean cosine.
     """
     moments = cosine_moments(code.codebooks)
-    mean_square, correlation = code.radius_coding.moments(code.block_dim, code.head_dim)
+    radius = code.radius_coding.moments(code.block_dim, code.head_dim)
     gain = moments.mean
     if code.gain == "none":
-        return quantised_radius_distortion(gain, mean_square, correlation)
-    # X = <x, v> / ||x||^2 with v the decode at unit norm: mean `along`, variance `spread`.
-    along, spread = gain * correlation, moments.variance
+        return quantised_radius_distortion(gain, radius.mean_square, radius.correlation)
     if isinstance(code.radius_coding, LloydMaxRadius):
-        # E sum_j (r_j^2 / ||x||^2)^2 = (block_dim + 2) / (head_dim + 2) for isotropic x.
-        spread *= (code.block_dim + 2) / (code.head_dim + 2)
+        # The norm corrects the common part of the radius errors: of the error vector e over the
+        # blocks, the component along rhohat. And the cosines of a vector's blocks average with
+        # weights r_j^2 / ||x||^2, whose squares sum to (block_dim + 2) / (head_dim + 2) on average.
+        kept = radius.correlation**2 / radius.mean_square + radius.aligned_error / code.n_radii
+        spread = moments.variance * (code.block_dim + 2) / (code.head_dim + 2)
+        if code.gain == "least_squares":
+            return 1.0 - gain**2 * kept - spread
+        return (1.0 + 3.0 * spread / gain**2) / (gain**2 * kept) - 1.0
+    # One stored radius t per block: t = s = <x, u> or r^2 / s, then rounded with relative error.
+    rounding = radius.mean_square - 1.0
     if code.gain == "least_squares":
-        return 1.0 - (along**2 + spread) / mean_square
-    return mean_square / along**2 * (1.0 + 3.0 * spread / along**2) - 1.0
+        return 1.0 - moments.mean_square * (1.0 - rounding)
+    inverse_square = (1.0 + 3.0 * moments.variance / gain**2) / gain**2
+    return inverse_square * (1.0 + rounding) - 1.0
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,9 @@ def distortion_shares(code: SphericalCode) -> DistortionShares:
     """Each level's part of the unit-gain D for isotropic input."""
     cumulative = np.concatenate([[1.0], np.cumprod(level_gains(code))])
     levels = tuple(float(part) for part in 2.0 * (cumulative[:-1] - cumulative[1:]))
+    radius = code.radius_coding.moments(code.block_dim, code.head_dim)
     total = quantised_radius_distortion(
-        float(cumulative[-1]), *code.radius_coding.moments(code.block_dim, code.head_dim)
+        float(cumulative[-1]), radius.mean_square, radius.correlation
     )
     return DistortionShares(levels, total - sum(levels))
 

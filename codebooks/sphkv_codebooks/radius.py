@@ -50,6 +50,15 @@ class StoredRadii:
     norms: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RadiusMoments:
+    """E rhohat^2, E[rho rhohat] and E[(rho - rhohat)^2 rhohat^2], with E rho^2 = 1."""
+
+    mean_square: float = 1.0
+    correlation: float = 1.0
+    aligned_error: float = 0.0
+
+
 class RadiusCoding(ABC):
     """Storage of the (..., n_radii) radii of vectors with norms (...)."""
 
@@ -77,8 +86,8 @@ class RadiusCoding(ABC):
         """Radii (..., n_radii)."""
 
     @abstractmethod
-    def moments(self, block_dim: int, head_dim: int) -> tuple[float, float]:
-        """(E rhohat^2, E[rho rhohat]) for isotropic input, E rho^2 = 1."""
+    def moments(self, block_dim: int, head_dim: int) -> RadiusMoments:
+        """Moments of the stored radius for isotropic input, E rho^2 = 1."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,8 @@ class Fp16Radius(RadiusCoding):
     def decode(self, stored: StoredRadii, dtype: torch.dtype) -> torch.Tensor:
         return _present(stored.radii, "radii").to(dtype)
 
-    def moments(self, block_dim: int, head_dim: int) -> tuple[float, float]:
-        return 1.0, 1.0  # rounding to 11 significant bits adds about 1e-7 to D
+    def moments(self, block_dim: int, head_dim: int) -> RadiusMoments:
+        return RadiusMoments()  # rounding to 11 significant bits adds about 1e-7 to D
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,8 @@ class NormRadius(RadiusCoding):
     def decode(self, stored: StoredRadii, dtype: torch.dtype) -> torch.Tensor:
         return _present(stored.norms, "norms").to(dtype)[..., None]
 
-    def moments(self, block_dim: int, head_dim: int) -> tuple[float, float]:
-        return 1.0, 1.0
+    def moments(self, block_dim: int, head_dim: int) -> RadiusMoments:
+        return RadiusMoments()
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,13 +190,17 @@ class LloydMaxRadius(RadiusCoding):
         relative = self.relative_radii(_present(stored.codes, "radius_codes"), dtype)
         return relative * _present(stored.norms, "norms").to(dtype)[..., None]
 
-    def moments(self, block_dim: int, head_dim: int | None) -> tuple[float, float]:
+    def moments(self, block_dim: int, head_dim: int | None) -> RadiusMoments:
+        """head_dim None asks for the chi limit."""
         density = RadiusDensity(block_dim, head_dim)
         edges = np.concatenate([[0.0], np.minimum(self.thresholds, density.upper), [density.upper]])
-        mass, first, _ = density.partial_moments(
-            edges[:-1], edges[1:], np.zeros(self.centroids.size)
+        mass, offset, square = density.partial_moments(edges[:-1], edges[1:], self.centroids)
+        mean_square = float((mass * self.centroids**2).sum())
+        return RadiusMoments(
+            mean_square,
+            mean_square + float((offset * self.centroids).sum()),
+            float((square * self.centroids**2).sum()),
         )
-        return float((mass * self.centroids**2).sum()), float((first * self.centroids).sum())
 
 
 @dataclass(frozen=True)
@@ -245,7 +258,7 @@ class MinifloatRadius(RadiusCoding):
         codes = _present(stored.codes, "radius_codes")
         return torch.as_tensor(self.values, device=codes.device).to(dtype)[codes.long()]
 
-    def moments(self, block_dim: int, head_dim: int) -> tuple[float, float]:
+    def moments(self, block_dim: int, head_dim: int) -> RadiusMoments:
         """For a radius spread over whole octaves (log-uniform); range limits left out.
 
         Relative error e = h^2 / 12 E[1 / f^2], f log-uniform in [1, 2): E = 3 / (8 ln 2), h = 2^-m.
@@ -254,7 +267,7 @@ class MinifloatRadius(RadiusCoding):
         """
         step = 2.0**-self.mantissa_bits
         relative_mse = step**2 / 12.0 * 3.0 / (8.0 * np.log(2.0))
-        return 1.0 + relative_mse, 1.0
+        return RadiusMoments(1.0 + relative_mse, 1.0, relative_mse)
 
 
 @lru_cache(maxsize=256)
