@@ -87,10 +87,10 @@ def measure_layer(
         errors = torch.stack([keys - _coded(keys, codes) for codes in key_codes])
         for index in range(n_codes):
             error2 = errors[index].square().sum(dim=-1)
-            key[index] += (error2 / key_norm2).sum(dim=0, dtype=torch.float64)
-            raw_key[index] += (error2 / raw_norm2).sum(dim=0, dtype=torch.float64)
+            key[index] += (error2 / key_norm2).to(torch.float64).sum(dim=0)
+            raw_key[index] += (error2 / raw_norm2).to(torch.float64).sum(dim=0)
             error2 = (values - _coded(values, value_codes[index])).square().sum(dim=-1)
-            value[index] += (error2 / value_norm2).sum(dim=0, dtype=torch.float64)
+            value[index] += (error2 / value_norm2).to(torch.float64).sum(dim=0)
         queries = _by_kv_head(chunk.queries, n_heads)
         frame_queries = _by_kv_head(frames.queries_to_frame(layer, chunk.queries), n_heads)
         sees = _visible(chunk.query_positions, chunk.first_token, keys.shape[0], window)
@@ -148,8 +148,10 @@ def _pair_energy(queries: Tensor, vectors: Tensor, sees: Tensor) -> Tensor:
 
     queries (n_kv_heads, n_rows, head_dim), vectors (n_tokens, n_kv_heads, head_dim).
     """
-    dots = torch.bmm(queries, vectors.permute(1, 2, 0))
-    return dots.square_().mul_(sees).sum(dim=(1, 2), dtype=torch.float64)
+    dots = torch.bmm(queries, vectors.permute(1, 2, 0)).mul_(sees)
+    # float32 sums along one axis, float64 over the rest.
+    energy: Tensor = torch.linalg.vector_norm(dots, dim=2).to(torch.float64).square().sum(dim=1)
+    return energy
 
 
 def _product_of_norms(queries: Tensor, vectors: Tensor, sees: Tensor) -> Tensor:

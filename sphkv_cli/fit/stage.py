@@ -17,12 +17,18 @@ from sphkv_cli.artifacts.fit_tables import FitTables
 from sphkv_cli.artifacts.header import collect_provenance
 from sphkv_cli.artifacts.store import check_output
 from sphkv_cli.errors import SphkvError, UsageError
-from sphkv_cli.fit.angle_survey import AngleSurvey, count_layer
+from sphkv_cli.fit.angle_survey import (
+    VECTOR_KINDS,
+    AngleSurvey,
+    LayerHistograms,
+    count_layer,
+)
 from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks
 from sphkv_cli.fit.code_measurement import LayerMeasurement, measure_layer
 from sphkv_cli.fit.code_spec import CodeSpec, default_code_texts, parse_code_specs
 from sphkv_cli.fit.empirical_fit import LayerBooks, codes_of_heads, fit_layer_books, stack_books
 from sphkv_cli.fit.key_means import post_rope_key_means
+from sphkv_cli.fit.layer_pool import each_layer
 from sphkv_cli.fit.measured_rows import (
     ModelMeasurement,
     code_rows,
@@ -35,6 +41,7 @@ from sphkv_cli.fit.reading import read_tables
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.polar import Pairing
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
@@ -164,6 +171,17 @@ def _frames(options: FitOptions, reader: CaptureReader, progress: Progress) -> F
     return FrameSet(rotation, options.centring, post_rope_key_means(reader, progress))
 
 
+@dataclass(frozen=True)
+class _LayerOutcome:
+    """What one layer gave: angles per split, both measurements, and its empirical books."""
+
+    fit: LayerHistograms
+    select: LayerHistograms
+    analytic: LayerMeasurement
+    empirical: LayerMeasurement | None
+    books: LayerBooks
+
+
 def _measure(
     options: FitOptions,
     reader: CaptureReader,
@@ -177,24 +195,49 @@ def _measure(
     analytic: list[LayerMeasurement] = []
     empirical: list[LayerMeasurement] = []
     books: list[LayerBooks] = []
-    keys = book_keys(codes)
     progress.start("Measuring codes", reader.n_layers, "layers")
-    for layer in range(reader.n_layers):
-        fit = count_layer(reader, frames, layer, "fit", pairings)
-        survey.add(layer, fit, count_layer(reader, frames, layer, "select", pairings))
-        shared = [[code] * reader.n_kv_heads for code in codes]
-        analytic.append(_measure_layer(reader, frames, layer, shared, shared))
-        if options.density == "empirical":
-            books.append(fit_layer_books(keys, fit))
-            key_codes, value_codes = (
-                [codes_of_heads(code, kind, books[-1], reader.n_kv_heads) for code in codes]
-                for kind in ("keys", "values")
-            )
-            empirical.append(_measure_layer(reader, frames, layer, key_codes, value_codes))
+
+    def outcome_of(layer: int) -> _LayerOutcome:
+        return _fit_layer(options, reader, frames, codes, pairings, layer)
+
+    for layer, outcome in enumerate(each_layer(outcome_of, reader.n_layers)):
+        survey.add(layer, outcome.fit, outcome.select)
+        analytic.append(outcome.analytic)
+        if outcome.empirical is not None:
+            empirical.append(outcome.empirical)
+            books.append(outcome.books)
         progress.advance()
     progress.finish()
     fitted = ModelMeasurement.of(empirical) if empirical else None
     return survey, ModelMeasurement.of(analytic), fitted, books
+
+
+def _fit_layer(
+    options: FitOptions,
+    reader: CaptureReader,
+    frames: FrameSet,
+    codes: tuple[SphericalCode, ...],
+    pairings: tuple[Pairing, ...],
+    layer: int,
+) -> _LayerOutcome:
+    fit = count_layer(reader, frames, layer, "fit", pairings)
+    shared = [[code] * reader.n_kv_heads for code in codes]
+    empirical: LayerMeasurement | None = None
+    books: LayerBooks = {}
+    if options.density == "empirical":
+        books = fit_layer_books(book_keys(codes), fit)
+        key_codes, value_codes = (
+            [codes_of_heads(code, kind, books, reader.n_kv_heads) for code in codes]
+            for kind in VECTOR_KINDS
+        )
+        empirical = _measure_layer(reader, frames, layer, key_codes, value_codes)
+    return _LayerOutcome(
+        fit=fit,
+        select=count_layer(reader, frames, layer, "select", pairings),
+        analytic=_measure_layer(reader, frames, layer, shared, shared),
+        empirical=empirical,
+        books=books,
+    )
 
 
 def _measure_layer(
