@@ -17,14 +17,13 @@ from torch import Tensor
 from sphkv_codebooks.encoded import EncodedVectors
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.int8_code import Int8Vectors
 from sphkv_kernels.layout import Operand
 from sphkv_kernels.pages import key_region_bytes, unpack_region
 from sphkv_kernels.tier import RegionFormat
 from sphkv_kernels.vectors import StoredVectors, decode_vectors, zeroed_rows
 
-_CHUNK_ELEMENTS = 1 << 21
-"""float64 elements of the largest intermediate: 16 MiB, so that it stays near the caches."""
+_CHUNK_ELEMENTS = 1 << 18
+"""float64 elements of the largest intermediate: 2 MiB, so that it stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,17 @@ def page_values(weights: Tensor, cache: PagedCache, n_heads: int) -> Tensor:
 
 
 class _KeyOperand:
-    """Keys of one tier ready to meet queries: cosines and sines, or dense rows."""
+    """Keys of one tier ready to meet queries: cosines and sines per level, and radii.
 
-    def __init__(self, cosines: list[Tensor], sines: list[Tensor], scales: Tensor, rope: bool):
-        self._cosines, self._sines, self._scales, self._rope = cosines, sines, scales, rope
+    All are ``(n_pages, angles or radii, page_size)``: with the tokens last, every step of the
+    recursion runs over contiguous memory.
+    """
+
+    def __init__(self, cosines: list[Tensor], sines: list[Tensor], radii: Tensor, rope: bool):
+        self._cosines = [t.transpose(1, 2).contiguous() for t in cosines]
+        self._sines = [t.transpose(1, 2).contiguous() for t in sines]
+        self._radii = radii.transpose(1, 2).contiguous()
+        self._rope = rope
 
     @staticmethod
     def of(tier: _TierPages) -> "_KeyOperand":
@@ -94,32 +100,23 @@ class _KeyOperand:
                 index = codes.to(torch.int64)
                 cosines.append(torch.tensor(cosine.copy(), device=codes.device)[index])
                 sines.append(torch.tensor(sine.copy(), device=codes.device)[index])
-            return _KeyOperand(
-                cosines,
-                sines,
-                code.decode_radii(stored, torch.float64),
-                code.pairing == "rope",
-            )
+            radii = code.decode_radii(stored, torch.float64)
+            return _KeyOperand(cosines, sines, radii, code.pairing == "rope")
         # Depth 0 of the same recursion: the "radii" are the coordinates themselves.
-        if isinstance(stored, Int8Vectors):
-            rows = stored.codes.to(torch.float64) * stored.scales.to(torch.float64)[..., None]
-            return _KeyOperand([], [], rows, False)
-        assert isinstance(stored, Tensor)
-        return _KeyOperand([], [], stored.to(torch.float64), False)
+        return _KeyOperand([], [], decode_vectors(tier.region_format, stored), False)
 
     def dot(self, query: Tensor, pages: Tensor) -> Tensor:
         """query ``(n, group_size, head_dim)``, pages ``(n)`` -> ``(n, group_size, page_size)``."""
-        t = query[:, :, None, :]
+        if not self._cosines:
+            return query @ self._radii[pages]
+        t = query[..., None]
         for level, (cosines, sines) in enumerate(zip(self._cosines, self._sines, strict=True)):
             if level == 0 and self._rope:
-                first, second = t.chunk(2, dim=-1)
+                first, second = t.chunk(2, dim=2)
             else:
-                first, second = t[..., 0::2], t[..., 1::2]
-            t = cosines[pages][:, None] * first + sines[pages][:, None] * second
-        scales = self._scales[pages]
-        if t.shape[2] == 1:
-            return t[:, :, 0, :] @ scales.transpose(1, 2)
-        return torch.einsum("ngtr,ntr->ngt", t, scales)
+                first, second = t[:, :, 0::2], t[:, :, 1::2]
+            t = (cosines[pages][:, None] * first).addcmul_(sines[pages][:, None], second)
+        return (t * self._radii[pages][:, None]).sum(2)
 
 
 def _tier_pages(cache: PagedCache, operand: Operand) -> Iterator[_TierPages]:
