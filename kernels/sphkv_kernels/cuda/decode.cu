@@ -1,0 +1,263 @@
+// One launch of a decode step: a block works through its segments; the blocks of a row meet in global
+// memory and the last one to arrive merges (order of parts, not of arrival: results repeat bit for bit).
+
+// Table rows from global memory, each repeated REPLICAS times (two entries per 16-byte store).
+static __device__ __forceinline__ void fill_tables(const Params& p) {
+  constexpr int STORES = REPLICAS / 2;
+#pragma unroll 1
+  for (int table = 0; table < N_TABLES; ++table) {
+    const uint2* rows = p.tables + TABLE_FIRST_ROW[table];
+    u8* target = shared_memory + TABLE_OFFSET[table];
+#pragma unroll 4
+    for (int i = threadIdx.x; i < TABLE_ROWS[table] * STORES; i += N_THREADS) {
+      const uint2 row = __ldg(rows + i / STORES);
+      *reinterpret_cast<uint4*>(target + (i / STORES) * 256 + (i % STORES) * 16) =
+          make_uint4(row.x, row.y, row.x, row.y);
+    }
+  }
+}
+
+struct Totals { float m, l; };
+
+#if !LOGITS
+constexpr int FRAGMENTS = GROUP_TILES * COLUMNS * 8 * 32;  // float4 of one warp's O
+constexpr int HEADS = 8 * GROUP_TILES;
+constexpr int OWNED = (FRAGMENTS + N_THREADS - 1) / N_THREADS;
+
+// Head and first output coordinate of fragment float4 number `f`: components (block b, b + 1; even, odd).
+static __device__ __forceinline__ void write_output(const Params& p, int row, int f, float4 o, float inverse) {
+  const int lane = f % 32, i = (f / 32) % 8, c = (f / 256) % COLUMNS, n = f / (256 * COLUMNS);
+  const int g = lane / 4, t = lane % 4, head = 8 * n + g;
+  if (head >= p.group_size || 2 * t >= N_BLOCKS) return;
+  const int n_q_heads = p.n_kv_heads * p.group_size;
+  float* out = p.output + (u64(row / p.n_kv_heads) * n_q_heads + (row % p.n_kv_heads) * p.group_size + head) * HEAD_DIM;
+  const int block = 8 * c + 2 * t;
+  *reinterpret_cast<float2*>(out + 16 * block + 2 * i) = make_float2(o.x * inverse, o.z * inverse);
+  *reinterpret_cast<float2*>(out + 16 * (block + 1) + 2 * i) = make_float2(o.y * inverse, o.w * inverse);
+}
+
+static __device__ __forceinline__ void write_log_sum_exp(const Params& p, int row, int head, float m, float l) {
+  if (head >= p.group_size) return;
+  const u64 q_head = u64(row) * p.group_size + head;
+  float value = l > 0.f ? (m + log2f(l)) * 0.69314718055994531f : -__int_as_float(0x7f800000);
+  // Without a soft-cap an offset common to all tokens of a head only shifts the log-sum-exp.
+  if (!SOFTCAP && p.offset) value += p.offset[q_head] * (p.scale_log2 * 0.69314718055994531f);
+  p.log_sum_exp[q_head] = value;
+}
+
+static __device__ __forceinline__ bool fragment_is_used(const Params& p, int f) {
+  return f < FRAGMENTS && 8 * (f / (256 * COLUMNS)) + (f % 32) / 4 < p.group_size;
+}
+
+// Sum of the warps' states: (m, l) per head in `totals`, O in `o` (this thread's fragment float4s).
+static __device__ __forceinline__ void reduce_block(State& state, const Lane& lane, u32 warp,
+                                                    float4 (&o)[OWNED], Totals* warp_totals,
+                                                    Totals* totals, float4* buffers) {
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float l = state.l[n][h];
+      l += __shfl_xor_sync(0xffffffffu, l, 4);
+      l += __shfl_xor_sync(0xffffffffu, l, 8);
+      l += __shfl_xor_sync(0xffffffffu, l, 16);
+      if (lane.g == 0) warp_totals[warp * HEADS + 8 * n + 2 * lane.t + h] = {state.m[n][h], l};
+    }
+  __syncthreads();
+  if (threadIdx.x < HEADS) {
+    float m = NO_LEVEL, l = 0.f;
+#pragma unroll
+    for (int w = 0; w < N_WARPS; ++w) m = fmaxf(m, warp_totals[w * HEADS + threadIdx.x].m);
+#pragma unroll
+    for (int w = 0; w < N_WARPS; ++w) {
+      const Totals part = warp_totals[w * HEADS + threadIdx.x];
+      l += part.l * exp2_approx(part.m - m);
+    }
+    totals[threadIdx.x] = {m, l};
+  }
+  __syncthreads();
+  const float unscale = state.value_scale > 0.f ? 1.f / state.value_scale : 1.f;
+#pragma unroll
+  for (int k = 0; k < OWNED; ++k) o[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int first = 0; first < N_WARPS; first += N_BUFFERS) {
+    if (int(warp) >= first && int(warp) < first + N_BUFFERS) {
+      float4* buffer = buffers + (warp - first) * FRAGMENTS;
+#pragma unroll
+      for (int n = 0; n < GROUP_TILES; ++n) {
+        const int head = 8 * n + int(lane.g);
+        float factor = exp2_approx(warp_totals[warp * HEADS + head].m - totals[head].m);
+        if (ANY_VALUE_NORM) factor *= unscale;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            float4 x;
+            if constexpr (HEAD_DIM == 64) {
+              // Set 0 is valid in lanes t < 2 (tokens 0..7), set 1 in t >= 2 (tokens 8..15).
+              float own[4];
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                own[j] = (lane.t < 2 ? state.o[n][0][i][j] : state.o[n][1][i][j]) * factor;
+                own[j] += __shfl_xor_sync(0xffffffffu, own[j], 2);
+              }
+              x = make_float4(own[0], own[1], own[2], own[3]);
+            } else {
+              x = make_float4(state.o[n][c][i][0] * factor, state.o[n][c][i][1] * factor,
+                              state.o[n][c][i][2] * factor, state.o[n][c][i][3] * factor);
+            }
+            buffer[((n * COLUMNS + c) * 8 + i) * 32 + lane.index] = x;
+          }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < OWNED; ++k) {
+      const int f = threadIdx.x + k * N_THREADS;
+      if (f < FRAGMENTS) {
+#pragma unroll
+        for (int b = 0; b < N_BUFFERS; ++b)
+          if (first + b < N_WARPS) {
+            const float4 x = buffers[b * FRAGMENTS + f];
+            o[k].x += x.x; o[k].y += x.y; o[k].z += x.z; o[k].w += x.w;
+          }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Weighted sum of all parts of a row, in the order of the parts.
+static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment,
+                                                   Totals* totals, float* weights) {
+  const float* states = p.partial_state + u64(segment.part_base) * HEADS * 2;
+  if (threadIdx.x < HEADS) {
+    float m = NO_LEVEL, l = 0.f;
+#pragma unroll 8
+    for (int n = 0; n < segment.n_parts; ++n) m = fmaxf(m, load_l2_4(states + (n * HEADS + threadIdx.x) * 2));
+#pragma unroll 8
+    for (int n = 0; n < segment.n_parts; ++n) {
+      const float weight = exp2_approx(load_l2_4(states + (n * HEADS + threadIdx.x) * 2) - m);
+      l += weight * load_l2_4(states + (n * HEADS + threadIdx.x) * 2 + 1);
+    }
+    totals[threadIdx.x] = {m, l};
+    write_log_sum_exp(p, segment.row, threadIdx.x, m, l);
+  }
+  __syncthreads();
+  // `weights` has room for WEIGHT_PARTS parts at a time.
+  float4 o[OWNED];
+#pragma unroll
+  for (int k = 0; k < OWNED; ++k) o[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int first = 0; first < segment.n_parts; first += WEIGHT_PARTS) {
+    const int count = min(WEIGHT_PARTS, segment.n_parts - first);
+    for (int i = threadIdx.x; i < count * HEADS; i += N_THREADS)
+      weights[i] = exp2_approx(load_l2_4(states + (first * HEADS + i) * 2) - totals[i % HEADS].m);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < OWNED; ++k) {
+      const int f = threadIdx.x + k * N_THREADS;
+      if (fragment_is_used(p, f)) {
+        const int head = 8 * (f / (256 * COLUMNS)) + (f % 32) / 4;
+        const float4* part = p.partial_output + u64(segment.part_base + first) * FRAGMENTS + f;
+#pragma unroll 8
+        for (int n = 0; n < count; ++n) {
+          const float4 x = load_l2_16(part + u64(n) * FRAGMENTS);
+          const float w = weights[n * HEADS + head];
+          o[k].x += w * x.x; o[k].y += w * x.y; o[k].z += w * x.z; o[k].w += w * x.w;
+        }
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int k = 0; k < OWNED; ++k) {
+    const int f = threadIdx.x + k * N_THREADS;
+    if (fragment_is_used(p, f)) {
+      const float l = totals[8 * (f / (256 * COLUMNS)) + (f % 32) / 4].l;
+      write_output(p, segment.row, f, o[k], l > 0.f ? 1.f / l : 0.f);
+    }
+  }
+}
+
+static __device__ __forceinline__ void emit(State& state, const Params& p, const Segment& segment,
+                                            const Lane& lane, u32 warp) {
+  u8* scratch = shared_memory + SCRATCH_OFFSET;
+  float4* buffers = reinterpret_cast<float4*>(scratch);
+  Totals* warp_totals = reinterpret_cast<Totals*>(scratch + N_BUFFERS * FRAGMENTS * 16);
+  Totals* totals = warp_totals + N_WARPS * HEADS;
+  int* is_last = reinterpret_cast<int*>(totals + HEADS);
+  float4 o[OWNED];
+  reduce_block(state, lane, warp, o, warp_totals, totals, buffers);
+  if (segment.n_parts == 1) {
+#pragma unroll
+    for (int k = 0; k < OWNED; ++k) {
+      const int f = threadIdx.x + k * N_THREADS;
+      if (fragment_is_used(p, f)) {
+        const float l = totals[8 * (f / (256 * COLUMNS)) + (f % 32) / 4].l;
+        write_output(p, segment.row, f, o[k], l > 0.f ? 1.f / l : 0.f);
+      }
+    }
+    if (threadIdx.x < HEADS)
+      write_log_sum_exp(p, segment.row, threadIdx.x, totals[threadIdx.x].m, totals[threadIdx.x].l);
+    __syncthreads();  // the scratch is free for the next segment
+    return;
+  }
+  const u64 part = u64(segment.part_base + segment.part);
+#pragma unroll
+  for (int k = 0; k < OWNED; ++k) {
+    const int f = threadIdx.x + k * N_THREADS;
+    if (fragment_is_used(p, f)) p.partial_output[part * FRAGMENTS + f] = o[k];
+  }
+  if (threadIdx.x < HEADS) {
+    p.partial_state[(part * HEADS + threadIdx.x) * 2] = totals[threadIdx.x].m;
+    p.partial_state[(part * HEADS + threadIdx.x) * 2 + 1] = totals[threadIdx.x].l;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int before = atomicAdd(p.arrivals + segment.row, 1);
+    *is_last = before == segment.n_parts - 1;
+    if (*is_last) p.arrivals[segment.row] = 0;  // ready for the next launch
+  }
+  __syncthreads();
+  if (*is_last) {
+    __threadfence();
+    merge_parts(p, segment, totals, reinterpret_cast<float*>(scratch));
+  }
+  __syncthreads();
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __grid_constant__ Params p) {
+  const u32 warp = threadIdx.x / 32;
+  Lane lane;
+  lane.index = threadIdx.x % 32;
+  lane.g = lane.index / 4;
+  lane.t = lane.index % 4;
+  lane.table = (lane.index % REPLICAS) * 8;
+  u32 base;
+  asm("mov.u32 %0, shared_memory;" : "=r"(base));
+  if (base != SHARED_BASE) __trap();
+  fill_tables(p);
+  __syncthreads();
+  State state;
+  reset(state);
+  float offset[GROUP_TILES][2];
+#pragma unroll 1
+  for (int index = p.block_starts[blockIdx.x]; index < p.block_starts[blockIdx.x + 1]; ++index) {
+    const int4* words = reinterpret_cast<const int4*>(p.segments + index * SEGMENT_INTS);
+    const int4 a = __ldg(words), b = __ldg(words + 1);
+    const Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    if (segment.flags & FIRST) {
+      reset(state);
+      load_query(state, p, segment.row, lane);
+      load_offset(offset, p, segment.row, lane);
+    }
+    run_tier(state, segment, p, lane, warp, offset);
+    if ((segment.flags & TAIL) && p.tail_keys) run_tail(state, segment, p, lane, warp, offset);
+#if !LOGITS
+    if (segment.flags & LAST) emit(state, p, segment, lane, warp);
+#endif
+  }
+}

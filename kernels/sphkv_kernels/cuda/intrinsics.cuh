@@ -1,0 +1,107 @@
+// The PTX the kernels stand on, one function each. No header is included: NVRTC needs none.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+static __device__ __forceinline__ float half_to_float(u32 bits) {
+  float x;
+  asm("{.reg .b16 h, z; mov.b32 {h, z}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(bits));
+  return x;
+}
+
+// (low, high) -> one register of two fp16.
+static __device__ __forceinline__ u32 pack_half2(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+static __device__ __forceinline__ u32 half2_mul(u32 a, u32 b) {
+  u32 product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+static __device__ __forceinline__ u32 half2_add(u32 a, u32 b) {
+  u32 sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+// a * (b.low, b.low) and a * (b.high, b.high): the broadcast is an operand modifier of HMUL2.
+static __device__ __forceinline__ u32 half2_mul_low(u32 a, u32 b) {
+  u32 product;
+  asm("{.reg .b16 l, h; .reg .b32 w; mov.b32 {l, h}, %2; mov.b32 w, {l, l};"
+      " mul.rn.f16x2 %0, %1, w;}" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+static __device__ __forceinline__ u32 half2_mul_high(u32 a, u32 b) {
+  u32 product;
+  asm("{.reg .b16 l, h; .reg .b32 w; mov.b32 {l, h}, %2; mov.b32 w, {h, h};"
+      " mul.rn.f16x2 %0, %1, w;}" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+static __device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 8x8 b16 transpose across the warp: row g, columns 2t, 2t+1 -> column g, rows 2t, 2t+1.
+static __device__ __forceinline__ u32 transpose_8x8(u32 x) {
+  u32 y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+static __device__ __forceinline__ void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
+                                                   u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
+      " {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Streamed once: not kept in L1.
+static __device__ __forceinline__ uint4 load_stream16(const u8* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+static __device__ __forceinline__ uint2 load_stream8(const u8* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+static __device__ __forceinline__ u32 load_stream4(const u8* p) {
+  u32 v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+static __device__ __forceinline__ u32 load_stream2(const u8* p) {
+  u16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
+// Written by other blocks of this launch: must come from L2.
+static __device__ __forceinline__ float4 load_l2_16(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+static __device__ __forceinline__ float load_l2_4(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}

@@ -1,0 +1,48 @@
+// What a launch is given: device pointers and scalars (one struct, filled by launch.py field by field).
+
+struct Params {
+  const u8* pool;
+  const uint2* records;     // per page: (byte offset / 16, live tokens)
+  const int* entries;       // per page: its entry in the page table (logits, positions)
+  const int* segments;      // SEGMENT_INTS per segment
+  const int* block_starts;  // (n_blocks + 1) first segment of every block
+  const uint2* tables;      // compact table rows, one after the other
+  const void* query;        // (n_sequences, n_q_heads, head_dim)
+  const float* offset;      // (n_sequences, n_q_heads) or null: added to every logit
+  const u8* tail_keys;      // (n_sequences, n_kv_heads, tail_capacity, head_dim) bf16 or null
+  const u8* tail_values;
+  const int* tail_tokens;   // (n_sequences)
+  const int* positions;     // (n_entries, page_size) or null
+  const int* tail_positions;
+  const int* query_positions;
+  float* output;            // (n_sequences, n_q_heads, head_dim)
+  float* log_sum_exp;       // (n_sequences, n_q_heads)
+  float* logits;            // (n_entries, group_size, page_size)
+  float* tail_logits;       // (n_sequences, n_q_heads, tail_capacity)
+  float4* partial_output;   // per part: GROUP_TILES * COLUMNS * 8 * 32 float4, fragment order
+  float* partial_state;     // per part: m, l of 8 * GROUP_TILES heads
+  int* arrivals;            // per (sequence, KV head): zero before and after every launch
+  float scale_log2;         // softmax_scale * log2(e)
+  float softcap_log2;       // softcap * log2(e)
+  float softcap_inverse;    // 2 / softcap: y * this = log2(e^(2 s / cap))
+  int n_kv_heads;
+  int group_size;
+  int page_units_log2;      // page_size = 16 << this
+  int tail_capacity;
+  int query_type;           // 0 float32, 1 bfloat16, 2 float16
+  int window;
+};
+
+// One segment: pages of one tier of one (sequence, KV head), worked on by one block.
+constexpr int SEGMENT_INTS = 8;
+struct Segment {
+  int row;          // sequence * n_kv_heads + kv_head
+  int tier;
+  int first_page;   // into records
+  int n_pages;
+  int flags;        // FIRST: load q, reset; LAST: emit; TAIL: attend the tail too
+  int part;         // this block's part of the row
+  int n_parts;      // parts of the row
+  int part_base;    // first part of the row among all partial results
+};
+constexpr int FIRST = 1, LAST = 2, TAIL = 4;

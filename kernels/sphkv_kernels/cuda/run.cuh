@@ -1,0 +1,358 @@
+// The two loops over pages: spherical tiers with one tile of register prefetch, row-major tiers direct.
+
+static __device__ __forceinline__ void load_query(State& state, const Params& p, int row,
+                                                  const Lane& lane) {
+  const int n_q_heads = p.n_kv_heads * p.group_size;
+  const int sequence = row / p.n_kv_heads, kv_head = row % p.n_kv_heads;
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n) {
+    const int in_group = n * 8 + int(lane.g);
+    const bool present = in_group < p.group_size;
+    const u64 head = u64(sequence) * n_q_heads + kv_head * p.group_size + (present ? in_group : 0);
+#pragma unroll
+    for (int b = 0; b < N_BLOCKS / 4; ++b)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const u64 pair = (head * HEAD_DIM + 16 * (4 * b + lane.t) + 2 * i) / 2;
+        u32 packed;
+        if (p.query_type == 0) {
+          const float2 x = reinterpret_cast<const float2*>(p.query)[pair];
+          packed = pack_half2(x.x, x.y);
+        } else {
+          packed = reinterpret_cast<const u32*>(p.query)[pair];
+          if (p.query_type == 1)
+            packed = pack_half2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+        }
+        state.q[n][8 * b + i] = present ? packed : 0u;
+      }
+  }
+}
+
+static __device__ __forceinline__ void load_offset(float (&offset)[GROUP_TILES][2], const Params& p,
+                                                   int row, const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int in_group = n * 8 + 2 * int(lane.t) + h;
+      offset[n][h] = (SOFTCAP || LOGITS) && p.offset && in_group < p.group_size
+                         ? p.offset[u64(row) * p.group_size + in_group] : 0.f;
+    }
+}
+
+// Which of the tokens g, g + 8 of a unit take part. `entry` < 0: a unit of the tail.
+static __device__ __forceinline__ void find_alive(bool (&alive)[2], int live, const Params& p, int row,
+                                                  int entry, int first_token, const Lane& lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int token = int(lane.g) + 8 * r;
+    alive[r] = token < live;
+#if WINDOW
+    if (alive[r]) {
+      const int sequence = row / p.n_kv_heads;
+      const int position = entry < 0 ? p.tail_positions[sequence] + first_token + token
+                                     : p.positions[(u64(entry) << (4 + p.page_units_log2)) + first_token + token];
+      alive[r] = p.query_positions[sequence] - position < p.window;
+    }
+#endif
+  }
+}
+
+#if LOGITS
+// Writes q.khat + offset of one unit; dead rows -inf.
+static __device__ __forceinline__ void write_logits(const float (&s)[GROUP_TILES][4],
+                                                    const float (&factor)[2], const bool (&alive)[2],
+                                                    float* rows, int stride, int limit,
+                                                    const float (&offset)[GROUP_TILES][2],
+                                                    const Params& p, const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int head = n * 8 + 2 * int(lane.t) + j % 2, token = int(lane.g) + 8 * (j / 2);
+      if (head < p.group_size && token < limit)
+        rows[u64(head) * stride + token] =
+            alive[j / 2] ? s[n][j] * factor[j / 2] + offset[n][j % 2] : -__int_as_float(0x7f800000);
+    }
+}
+#endif
+
+template <class K, class V>
+static __device__ __forceinline__ void run_spherical(State& state, const Segment& segment,
+                                                     const Params& p, const Lane& lane, u32 warp,
+                                                     uint2 key_radii, uint2 value_radii,
+                                                     const float (&offset)[GROUP_TILES][2]) {
+  static_assert(K::UNIT_BYTES % 16 == 0 && V::UNIT_BYTES % 16 == 0, "units start at 16 bytes");
+  const int shift = p.page_units_log2, mask = (1 << shift) - 1;
+  const int n_units = segment.n_pages << shift, n_tiles = (n_units + 1) / 2;
+  const uint2* records = p.records + segment.first_page;
+  const u32 value_region = u32(K::UNIT_BYTES / 16) << shift;
+  const float norm_factor = rsqrtf(float(N_BLOCKS));
+  // scale_log2 is applied with the key norm: one multiplication per token instead of per score.
+  const float key_norm_factor = norm_factor * (SOFTCAP || LOGITS ? 1.f : p.scale_log2);
+
+  // What is known of a tile before its bytes are there.
+  struct Place { u32 key[2], value[2]; int live[2]; };
+  auto place_of = [&](int tile, uint2 first, uint2 second) {
+    Place place;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int unit = 2 * tile + u, inside = unit & mask;
+      const uint2 record = u ? second : first;
+      place.key[u] = record.x + u32(inside) * (K::UNIT_BYTES / 16);
+      place.value[u] = record.x + value_region + u32(inside) * (V::UNIT_BYTES / 16);
+      place.live[u] = unit < n_units ? int(record.y) - 16 * inside : 0;
+    }
+    return place;
+  };
+  auto record_of = [&](int tile, int u) {
+    const int unit = min(2 * tile + u, n_units - 1);
+    return __ldg(records + (unit >> shift));
+  };
+
+  int tile = int(warp);
+  if (tile >= n_tiles) return;
+  Place place = place_of(tile, record_of(tile, 0), record_of(tile, 1));
+  typename K::Raw key[2];
+  typename V::Raw value[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+#if !LOGITS
+#pragma unroll
+  for (int u = 0; u < 2; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
+#endif
+  int next = tile + N_WARPS;
+  uint2 next_first = record_of(min(next, n_tiles - 1), 0), next_second = record_of(min(next, n_tiles - 1), 1);
+
+  while (true) {
+    const bool more = next < n_tiles;
+    Tile<2> scores;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+#pragma unroll
+      for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores.s[u][n][j] = 0.f;
+#pragma unroll
+      for (int b = 0; b < N_BLOCKS / 4; ++b) {
+        u32 low[8], high[8];
+        K::decode(low, key[u], 2 * b, lane, key_radii);
+        K::decode(high, key[u], 2 * b + 1, lane, key_radii);
+        score_block(scores.s[u], state, b, low, high);
+      }
+      if constexpr (K::NORM) {
+        scores.key_factor[u][0] = half_to_float(key[u].norms.pair) * key_norm_factor;
+        scores.key_factor[u][1] = half_to_float(key[u].norms.pair >> 16) * key_norm_factor;
+      } else {
+        scores.key_factor[u][0] = scores.key_factor[u][1] = 1.f;
+      }
+    }
+    const Place here = place;
+    if (more) {
+      place = place_of(next, next_first, next_second);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+    }
+    const bool partial = WINDOW || here.live[0] < 16 || here.live[1] < 16;
+    bool alive[2][2] = {{true, true}, {true, true}};
+    if (partial || LOGITS) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int unit = min(2 * tile + u, n_units - 1), inside = unit & mask;
+        const int entry = WINDOW || LOGITS ? p.entries[segment.first_page + (unit >> shift)] : 0;
+        find_alive(alive[u], here.live[u], p, segment.row, entry, 16 * inside, lane);
+#if LOGITS
+        if (2 * tile + u < n_units) {
+          const int page_size = 16 << shift;
+          write_logits(scores.s[u], scores.key_factor[u], alive[u],
+                       p.logits + u64(entry) * p.group_size * page_size + 16 * inside, page_size, 16,
+                       offset, p, lane);
+        }
+#else
+#pragma unroll
+        for (int slot = 0; slot < LANE_BLOCKS; ++slot) {
+          const int eight = HEAD_DIM == 64 ? int(lane.g) / 4 : slot / (2 * COLUMNS);
+          if (8 * eight + 2 * int(lane.t) + slot % 2 >= here.live[u]) value[u].clear(slot);
+        }
+#endif
+      }
+    }
+#if !LOGITS
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if constexpr (V::NORM) {
+        scores.value_factor[u][0] = half_to_float(value[u].norms.pair) * norm_factor;
+        scores.value_factor[u][1] = half_to_float(value[u].norms.pair >> 16) * norm_factor;
+      } else {
+        scores.value_factor[u][0] = scores.value_factor[u][1] = 1.f;
+      }
+    weigh<2, K::NORM, V::NORM>(state, scores, partial, alive, lane, p, offset);
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if constexpr (HEAD_DIM == 64) {
+        u32 even[8], odd[8];
+        V::decode(even, value[u], 0, lane, value_radii);
+        V::decode(odd, value[u], 1, lane, value_radii);
+#pragma unroll
+        for (int n = 0; n < GROUP_TILES; ++n) {
+          accumulate(state.o[n][0], scores.transposed[u][n][0], even, odd);
+          accumulate(state.o[n][1], scores.transposed[u][n][1], even, odd);
+        }
+      } else {
+#pragma unroll
+        for (int eight = 0; eight < 2; ++eight)
+#pragma unroll
+          for (int c = 0; c < COLUMNS; ++c) {
+            u32 even[8], odd[8];
+            V::decode(even, value[u], (eight * COLUMNS + c) * 2, lane, value_radii);
+            V::decode(odd, value[u], (eight * COLUMNS + c) * 2 + 1, lane, value_radii);
+#pragma unroll
+            for (int n = 0; n < GROUP_TILES; ++n)
+              accumulate(state.o[n][c], scores.transposed[u][n][eight], even, odd);
+          }
+      }
+    }
+    if (more) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
+    }
+#endif
+    if (!more) break;
+    tile = next;
+    next += N_WARPS;
+    const int clamped = min(next, n_tiles - 1);
+    next_first = record_of(clamped, 0);
+    next_second = record_of(clamped, 1);
+  }
+}
+
+// Sixteen coordinates of one row as fragment registers; nothing is read of a dead row.
+struct DenseRow {
+  static constexpr bool NORM = false;
+  static constexpr int ROW_BYTES = 2 * HEAD_DIM, UNIT_BYTES = 16 * ROW_BYTES;
+  static __device__ __forceinline__ void load(u32 (&f)[8], const u8* row, int block, bool live) {
+    uint4 x = {0, 0, 0, 0}, y = x;
+    if (live) {
+      x = load_stream16(row + 32 * block);
+      y = load_stream16(row + 32 * block + 16);
+    }
+    const u32 words[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      f[i] = pack_half2(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u));
+  }
+};
+
+struct Int8Row {
+  static constexpr bool NORM = true;
+  static constexpr int ROW_BYTES = HEAD_DIM, UNIT_BYTES = 16 * ROW_BYTES + 32;
+  static __device__ __forceinline__ void load(u32 (&f)[8], const u8* row, int block, bool live) {
+    uint4 x = {0, 0, 0, 0};
+    if (live) x = load_stream16(row + 16 * block);
+    const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // 0x6400 + u is the fp16 number 1024 + u; u = code + 128.
+      const u32 biased = words[i] ^ 0x80808080u;
+      f[2 * i] = half2_add(__byte_perm(biased, 0x64646464u, 0x4140), 0xe480e480u);
+      f[2 * i + 1] = half2_add(__byte_perm(biased, 0x64646464u, 0x4342), 0xe480e480u);
+    }
+  }
+};
+
+// One unit of row-major tokens at `key`, `value`.
+template <class F>
+static __device__ __forceinline__ void run_rows(State& state, const u8* key, const u8* value, int live,
+                                                int row, int entry, int first_token, const Params& p,
+                                                const Lane& lane, float* logit_rows, int logit_stride,
+                                                int logit_limit,
+                                                const float (&offset)[GROUP_TILES][2]) {
+  Tile<1> scores;
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores.s[0][n][j] = 0.f;
+#pragma unroll
+  for (int b = 0; b < N_BLOCKS / 4; ++b) {
+    u32 low[8], high[8];
+    F::load(low, key + lane.g * F::ROW_BYTES, 4 * b + lane.t, int(lane.g) < live);
+    F::load(high, key + (lane.g + 8) * F::ROW_BYTES, 4 * b + lane.t, int(lane.g) + 8 < live);
+    score_block(scores.s[0], state, b, low, high);
+  }
+  scores.key_factor[0][0] = scores.key_factor[0][1] = 1.f;
+  if constexpr (F::NORM) {
+    const u32 pair = load_stream4(key + 16 * F::ROW_BYTES + 4 * lane.g);
+    const float factor = SOFTCAP || LOGITS ? 1.f : p.scale_log2;
+    scores.key_factor[0][0] = half_to_float(pair) * factor;
+    scores.key_factor[0][1] = half_to_float(pair >> 16) * factor;
+  }
+  bool alive[1][2];
+  find_alive(alive[0], live, p, row, entry, first_token, lane);
+#if LOGITS
+  write_logits(scores.s[0], scores.key_factor[0], alive[0], logit_rows, logit_stride, logit_limit,
+               offset, p, lane);
+#else
+  scores.value_factor[0][0] = scores.value_factor[0][1] = 1.f;
+  if constexpr (F::NORM) {
+    const u32 pair = load_stream4(value + 16 * F::ROW_BYTES + 4 * lane.g);
+    scores.value_factor[0][0] = half_to_float(pair);
+    scores.value_factor[0][1] = half_to_float(pair >> 16);
+  }
+  weigh<1, F::NORM, F::NORM>(state, scores, true, alive, lane, p, offset);
+#pragma unroll
+  for (int eight = 0; eight < (HEAD_DIM == 64 ? 1 : 2); ++eight)
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      const int base = 8 * (HEAD_DIM == 64 ? int(lane.g) / 4 : eight) + 2 * int(lane.t);
+      const int block = HEAD_DIM == 64 ? int(lane.g) % 4 : int(lane.g) + 8 * c;
+      u32 even[8], odd[8];
+      F::load(even, value + base * F::ROW_BYTES, block, base < live);
+      F::load(odd, value + (base + 1) * F::ROW_BYTES, block, base + 1 < live);
+#pragma unroll
+      for (int n = 0; n < GROUP_TILES; ++n) {
+        if constexpr (HEAD_DIM == 64) {
+          accumulate(state.o[n][0], scores.transposed[0][n][0], even, odd);
+          accumulate(state.o[n][1], scores.transposed[0][n][1], even, odd);
+        } else {
+          accumulate(state.o[n][c], scores.transposed[0][n][eight], even, odd);
+        }
+      }
+    }
+#endif
+}
+
+template <class F>
+static __device__ __forceinline__ void run_row_pages(State& state, const Segment& segment,
+                                                     const Params& p, const Lane& lane, u32 warp,
+                                                     const float (&offset)[GROUP_TILES][2]) {
+  const int shift = p.page_units_log2, mask = (1 << shift) - 1;
+  const int n_units = segment.n_pages << shift;
+#pragma unroll 1
+  for (int unit = int(warp); unit < n_units; unit += N_WARPS) {
+    const int page = segment.first_page + (unit >> shift), inside = unit & mask;
+    const uint2 record = __ldg(p.records + page);
+    const int live = int(record.y) - 16 * inside;
+    if (live <= 0 && !LOGITS) continue;
+    const u8* key = p.pool + u64(record.x) * 16 + inside * F::UNIT_BYTES;
+    const int entry = WINDOW || LOGITS ? p.entries[page] : 0, page_size = 16 << shift;
+    float* rows = LOGITS ? p.logits + u64(entry) * p.group_size * page_size + 16 * inside : nullptr;
+    run_rows<F>(state, key, key + (F::UNIT_BYTES << shift), live, segment.row, entry, 16 * inside, p,
+                lane, rows, page_size, 16, offset);
+  }
+}
+
+static __device__ __forceinline__ void run_tail(State& state, const Segment& segment, const Params& p,
+                                                const Lane& lane, u32 warp,
+                                                const float (&offset)[GROUP_TILES][2]) {
+  const int n_tokens = p.tail_tokens[segment.row / p.n_kv_heads];
+  const int n_units = ((LOGITS ? p.tail_capacity : n_tokens) + 15) / 16;
+#pragma unroll 1
+  for (int unit = int(warp); unit < n_units; unit += N_WARPS) {
+    const u64 first = u64(segment.row) * p.tail_capacity + 16 * unit;
+    float* rows = LOGITS ? p.tail_logits + u64(segment.row) * p.group_size * p.tail_capacity + 16 * unit
+                         : nullptr;
+    run_rows<DenseRow>(state, p.tail_keys + first * DenseRow::ROW_BYTES,
+                       p.tail_values + first * DenseRow::ROW_BYTES, n_tokens - 16 * unit, segment.row,
+                       -1, 16 * unit, p, lane, rows, p.tail_capacity, p.tail_capacity - 16 * unit, offset);
+  }
+}

@@ -1,0 +1,359 @@
+"""Angle-Domain Attention (ADA) over a paged cache on the GPU: the checked launcher.
+
+    s_t = softmax_scale softcap(q . khat_t + offset),   output = sum_t softmax(s)_t vhat_t
+
+Same signature and results as `sphkv_kernels.reference` (float64); the device code is in `cuda/`.
+One launch serves all tiers of the cache, every sequence and KV head, and merges its own parts.
+Dense keys and values exist in registers only, 16 coordinates at a time: shared memory holds tables
+and sums of outputs, global memory codes and partial outputs (LAYOUT.md, NOTES.md). Source: ours;
+ADA after Spherical KV (arXiv 2605.18856).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel
+from sphkv_kernels.plan import DecodePlan, make_plan
+from sphkv_kernels.reference import DecodeResult, LogitResult
+from sphkv_kernels.tier import PageError
+from sphkv_kernels.variant import Variant
+
+MAX_GROUP = 16
+_QUERY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """What decode steps over one cache share: the cut of the work, kernels and scratch memory.
+
+    Made by `plan`. It stays valid while the page table and the tiers stay as they are: contents of
+    the pool and the tail (tail_tokens included) may change between steps. Steps that share a plan
+    must not run at the same time (they share scratch memory).
+    """
+
+    cache: PagedCache
+    group_size: int
+    work: DecodePlan
+    n_warps: int
+    partial_output: Tensor
+    partial_state: Tensor
+    arrivals: Tensor
+    handle: int
+    kernels: dict[tuple[bool, bool, bool], LoadedKernel] = field(default_factory=dict)
+
+    def kernel(self, *, logits: bool, window: bool, softcap: bool) -> LoadedKernel:
+        """The kernel of one mode, compiled at its first use."""
+        mode = (logits, window, softcap)
+        if mode not in self.kernels:
+            variant = Variant(
+                tiers=self.cache.tiers,
+                head_dim=self.cache.head_dim,
+                group_tiles=_group_tiles(self.group_size),
+                logits=logits,
+                window=window,
+                softcap=softcap,
+                n_warps=self.n_warps,
+            )
+            self.kernels[mode] = load_kernel(variant, self.cache.device)
+        return self.kernels[mode]
+
+
+_plans: weakref.WeakValueDictionary[int, AttentionPlan] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+
+def plan(
+    cache: PagedCache,
+    group_size: int,
+    *,
+    n_blocks: int | None = None,
+    n_warps: int | None = None,
+    check: bool = True,
+) -> AttentionPlan:
+    """Prepare decode steps over `cache` with `group_size` query heads per KV head.
+
+    n_blocks: blocks of the grid, by default one per multiprocessor; n_warps: warps per block.
+    check: read the page table back and refuse entries that cannot be right (offsets outside the
+    pool, unknown tiers, too many tokens). Raises PageError if the cache is not on a CUDA device, or
+    holds a code, head_dim or group that the kernel does not have.
+    """
+    if cache.device.type != "cuda":
+        raise PageError(
+            f"the cache lies on {cache.device}: the CUDA kernel needs it on a GPU; move it with "
+            ".to('cuda'), or use sphkv_kernels.reference"
+        )
+    if not 1 <= group_size <= MAX_GROUP:
+        raise PageError(f"group_size {group_size}: the CUDA kernel serves 1 to {MAX_GROUP}")
+    if n_blocks is None:
+        n_blocks = torch.cuda.get_device_properties(cache.device).multi_processor_count
+    work = make_plan(cache, n_blocks, check=check)
+    tiles = _group_tiles(group_size)
+    n_warps = _default_warps(cache.head_dim, tiles) if n_warps is None else n_warps
+    fragments = tiles * (2 if cache.head_dim == 256 else 1) * 8 * 32
+    device = cache.device
+    result = AttentionPlan(
+        cache=cache,
+        group_size=group_size,
+        work=work,
+        n_warps=n_warps,
+        partial_output=torch.empty((max(work.n_parts, 1), fragments, 4), device=device),
+        partial_state=torch.empty((max(work.n_parts, 1), 8 * tiles, 2), device=device),
+        arrivals=torch.zeros(work.n_rows, dtype=torch.int32, device=device),
+        handle=next(_handles),
+    )
+    _plans[result.handle] = result
+    return result
+
+
+def ada_decode(
+    query: Tensor,
+    cache: PagedCache,
+    softmax_scale: float,
+    *,
+    logit_offset: Tensor | None = None,
+    logit_softcap: float = 0.0,
+    window: int = 0,
+    query_positions: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+) -> DecodeResult:
+    """One decode step; arguments and result as `ada_decode_reference`, on the GPU and in float32.
+
+    query: ``(n_sequences, n_q_heads, head_dim)`` float32, bfloat16 or float16, contiguous, in the
+    frame, on the cache's device. plan: from `plan(cache, group_size)`; without one a plan is made
+    for this call alone (a copy of the page table to the host, a millisecond or more), which a CUDA
+    graph cannot capture. Raises PageError before the launch where an argument does not fit.
+    """
+    plan = _checked_plan(query, cache, plan)
+    output, log_sum_exp = torch.ops.sphkv.ada_decode(
+        query, plan.handle, softmax_scale, logit_offset, logit_softcap, window, query_positions
+    )
+    return DecodeResult(output, log_sum_exp)
+
+
+def ada_logits(
+    query: Tensor,
+    cache: PagedCache,
+    *,
+    logit_offset: Tensor | None = None,
+    window: int = 0,
+    query_positions: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+) -> LogitResult:
+    """The logits that `ada_decode` works with, by the same decode path; as
+    `ada_logits_reference`, in float32."""
+    plan = _checked_plan(query, cache, plan)
+    pages, tail = torch.ops.sphkv.ada_logits(
+        query, plan.handle, logit_offset, window, query_positions
+    )
+    return LogitResult(pages, tail if cache.tail_keys is not None else None)
+
+
+def _checked_plan(query: Tensor, cache: PagedCache, given: AttentionPlan | None) -> AttentionPlan:
+    if query.ndim != 3 or query.shape[0] != cache.n_sequences or query.shape[2] != cache.head_dim:
+        raise PageError(
+            f"query is {tuple(query.shape)}, expected ({cache.n_sequences} sequences, n_q_heads, "
+            f"head_dim {cache.head_dim})"
+        )
+    n_q_heads = query.shape[1]
+    if n_q_heads == 0 or n_q_heads % cache.n_kv_heads:
+        raise PageError(
+            f"{n_q_heads} query heads do not divide into groups over {cache.n_kv_heads} KV heads"
+        )
+    if query.dtype not in _QUERY_TYPES:
+        raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
+    if query.device != cache.device:
+        raise PageError(f"query lies on {query.device}, the cache on {cache.device}")
+    if not query.is_contiguous():
+        raise PageError("query is not contiguous; call .contiguous()")
+    group_size = n_q_heads // cache.n_kv_heads
+    if given is None:
+        return plan(cache, group_size)
+    if given.cache is not cache:
+        raise PageError("the plan belongs to another cache; make one with plan(cache, group_size)")
+    if given.group_size != group_size:
+        raise PageError(f"the plan is for groups of {given.group_size}, the query has {group_size}")
+    return given
+
+
+def _group_tiles(group_size: int) -> int:
+    return 1 if group_size <= 8 else 2
+
+
+def _default_warps(head_dim: int, group_tiles: int) -> int:
+    """Warps whose registers suffice: 12 of 168, or 8 of 255 where outputs or queries take more."""
+    return 12 if head_dim <= 128 and group_tiles == 1 else 8
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _params(
+    query: Tensor,
+    plan: AttentionPlan,
+    kernel: LoadedKernel,
+    logit_offset: Tensor | None,
+    window: int,
+    query_positions: Tensor | None,
+) -> KernelParams:
+    """The struct of a launch, checked; results are filled in by the caller."""
+    cache, work = plan.cache, plan.work
+    _check_optional("logit_offset", logit_offset, query.shape[:2], torch.float32, query.device)
+    if window < 0:
+        raise PageError(f"window {window}: 0 for full attention, else a number of tokens")
+    if window:
+        if query_positions is None or cache.positions is None:
+            raise PageError(
+                "a sliding window needs query_positions and a cache built with positions"
+            )
+        if cache.tail_keys is not None and cache.tail_positions is None:
+            raise PageError("a sliding window over a tail needs tail_positions")
+        shape = (cache.n_sequences,)
+        _check_optional("query_positions", query_positions, shape, torch.int32, query.device)
+    params = KernelParams()
+    params.pool = _address(cache.pool)
+    params.records = _address(work.records)
+    params.entries = _address(work.entries)
+    params.segments = _address(work.segments)
+    params.block_starts = _address(work.block_starts)
+    params.tables = _address(kernel.tables)
+    params.query = _address(query)
+    params.offset = _address(logit_offset)
+    params.tail_keys = _address(cache.tail_keys)
+    params.tail_values = _address(cache.tail_values)
+    params.tail_tokens = _address(cache.tail_tokens)
+    params.positions = _address(cache.positions)
+    params.tail_positions = _address(cache.tail_positions)
+    params.query_positions = _address(query_positions)
+    params.partial_output = _address(plan.partial_output)
+    params.partial_state = _address(plan.partial_state)
+    params.arrivals = _address(plan.arrivals)
+    params.n_kv_heads = cache.n_kv_heads
+    params.group_size = plan.group_size
+    params.page_units_log2 = (cache.page_size // 16).bit_length() - 1
+    params.tail_capacity = 0 if cache.tail_keys is None else cache.tail_keys.shape[2]
+    params.query_type = _QUERY_TYPES[query.dtype]
+    params.window = window
+    return params
+
+
+def _check_optional(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device:
+        raise PageError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
+            f"{tuple(shape)} {dtype} on {device}"
+        )
+    if not tensor.is_contiguous():
+        raise PageError(f"{name} is not contiguous; call .contiguous()")
+
+
+def _plan_of(handle: int) -> AttentionPlan:
+    found = _plans.get(handle)
+    if found is None:
+        raise PageError("the plan of this step is gone; keep it alive as long as it is used")
+    return found
+
+
+@torch.library.custom_op("sphkv::ada_decode", mutates_args=())
+def _ada_decode_op(
+    query: Tensor,
+    handle: int,
+    softmax_scale: float,
+    logit_offset: Tensor | None,
+    logit_softcap: float,
+    window: int,
+    query_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan_of(handle)
+    if logit_softcap < 0.0:
+        raise PageError(f"logit_softcap {logit_softcap}: 0 for none, else positive")
+    kernel = plan.kernel(logits=False, window=window > 0, softcap=logit_softcap > 0.0)
+    offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
+    params = _params(query, plan, kernel, offset, window, query_positions)
+    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    params.output = _address(output)
+    params.log_sum_exp = _address(log_sum_exp)
+    params.scale_log2 = softmax_scale * _LOG2_E
+    if logit_softcap > 0.0:
+        params.softcap_log2 = logit_softcap * _LOG2_E
+        params.softcap_inverse = 2.0 / logit_softcap
+    kernel.launch(plan.work.n_blocks, params)
+    return output, log_sum_exp
+
+
+@_ada_decode_op.register_fake
+def _(
+    query: Tensor,
+    handle: int,
+    softmax_scale: float,
+    logit_offset: Tensor | None,
+    logit_softcap: float,
+    window: int,
+    query_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape, dtype=torch.float32), query.new_empty(
+        query.shape[:2], dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("sphkv::ada_logits", mutates_args=())
+def _ada_logits_op(
+    query: Tensor,
+    handle: int,
+    logit_offset: Tensor | None,
+    window: int,
+    query_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan_of(handle)
+    cache = plan.cache
+    kernel = plan.kernel(logits=True, window=window > 0, softcap=False)
+    offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
+    params = _params(query, plan, kernel, offset, window, query_positions)
+    # Dead pages are not in the plan: what no thread writes is -inf.
+    pages = query.new_full(
+        (cache.page_table.n_entries, plan.group_size, cache.page_size),
+        -math.inf,
+        dtype=torch.float32,
+    )
+    capacity = params.tail_capacity
+    tail = query.new_full((*query.shape[:2], capacity), -math.inf, dtype=torch.float32)
+    params.logits = _address(pages)
+    params.tail_logits = _address(tail)
+    params.scale_log2 = 1.0
+    kernel.launch(plan.work.n_blocks, params)
+    return pages, tail
+
+
+@_ada_logits_op.register_fake
+def _(
+    query: Tensor,
+    handle: int,
+    logit_offset: Tensor | None,
+    window: int,
+    query_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan_of(handle)
+    cache = plan.cache
+    capacity = 0 if cache.tail_keys is None else cache.tail_keys.shape[2]
+    shape = (cache.page_table.n_entries, plan.group_size, cache.page_size)
+    return query.new_empty(shape, dtype=torch.float32), query.new_empty(
+        (*query.shape[:2], capacity), dtype=torch.float32
+    )

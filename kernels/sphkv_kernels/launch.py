@@ -1,0 +1,124 @@
+"""Loading a cubin and launching it: the CUDA driver, one parameter struct, no copies.
+
+The struct mirrors `cuda/params.cuh` field by field. Launches go to torch's current stream, so that
+they order with torch's own work and are captured by a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphkv_kernels.build import KernelBuildError, compile_cubin
+from sphkv_kernels.variant import KernelSource, Variant, kernel_source
+
+_POINTERS = (
+    "pool", "records", "entries", "segments", "block_starts", "tables", "query", "offset",
+    "tail_keys", "tail_values", "tail_tokens", "positions", "tail_positions", "query_positions",
+    "output", "log_sum_exp", "logits", "tail_logits", "partial_output", "partial_state", "arrivals",
+)  # fmt: skip
+_FLOATS = ("scale_log2", "softcap_log2", "softcap_inverse")
+_INTS = (
+    "n_kv_heads", "group_size", "page_units_log2", "tail_capacity", "query_type", "window",
+)  # fmt: skip
+
+
+class KernelParams(ctypes.Structure):
+    """`Params` of params.cuh."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _POINTERS]
+        + [(name, ctypes.c_float) for name in _FLOATS]
+        + [(name, ctypes.c_int) for name in _INTS]
+    )
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel of one variant on one device, ready to launch."""
+
+    source: KernelSource
+    tables: Tensor
+    function: Any
+    n_multiprocessors: int
+
+    def launch(self, n_blocks: int, params: KernelParams) -> None:
+        """Enqueue one launch on torch's current stream of this device."""
+        from cuda.bindings import driver
+
+        stream = torch.cuda.current_stream(self.tables.device).cuda_stream
+        argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        (status,) = driver.cuLaunchKernel(
+            self.function, n_blocks, 1, 1, self.source.n_threads, 1, 1,
+            self.source.shared_bytes, stream, ctypes.addressof(argument), 0,
+        )  # fmt: skip
+        _check(status, "cuLaunchKernel")
+
+
+def capability_of(device: torch.device) -> int:
+    """Compute capability as an integer (90 for sm_90)."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def load_kernel(variant: Variant, device: torch.device) -> LoadedKernel:
+    """Compile (or find) and load a variant; kept for the life of the process."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _load(_VariantKey(variant), index)
+
+
+class _VariantKey:
+    """Hash of a variant by the content of its codes (tiers hold arrays)."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        tiers = tuple(
+            (
+                tier.kind,
+                None if tier.key_code is None else tier.key_code.digest,
+                None if tier.value_code is None else tier.value_code.digest,
+            )
+            for tier in variant.tiers
+        )
+        self.key = (
+            tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
+            variant.softcap, variant.n_warps,
+        )  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _VariantKey) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@lru_cache(maxsize=256)
+def _load(key: _VariantKey, index: int) -> LoadedKernel:
+    from cuda.bindings import driver
+
+    device = torch.device("cuda", index)
+    capability = capability_of(device)
+    source = kernel_source(key.variant, capability)
+    cubin = compile_cubin(source.text, capability)
+    tables = torch.from_numpy(source.table_rows.copy()).to(device)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # torch's context is current from here on
+        status, module = driver.cuModuleLoadData(cubin)
+        _check(status, "cuModuleLoadData")
+        status, function = driver.cuModuleGetFunction(module, source.kernel_name.encode())
+        _check(status, "cuModuleGetFunction")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = driver.cuFuncSetAttribute(function, attribute, source.shared_bytes)
+        _check(status, "cuFuncSetAttribute")
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return LoadedKernel(source, tables, function, count)
+
+
+def _check(status: Any, what: str) -> None:
+    if int(status) != 0:
+        raise KernelBuildError(f"{what} failed: {status!r}")

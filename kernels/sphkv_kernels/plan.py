@@ -1,0 +1,157 @@
+"""Cutting a cache's pages into equal shares of bytes, one per block of a persistent grid.
+
+    share = total bytes / n_blocks;   a segment = pages of one tier of one (sequence, KV head)
+
+Pages of a (sequence, KV head) are sorted by tier, laid end to end with all the others, and cut
+every `share` bytes, at page boundaries. A (sequence, KV head) cut into several parts is merged inside the
+launch by the block that arrives last. The plan depends on the page table and the grid only: it is
+made once and serves every decode step until pages are added (the tail grows without a new plan).
+Source: ours; the equal cut after FlashInfer's planner (arXiv 2501.01005).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.tier import PageError
+
+FIRST, LAST, TAIL = 1, 2, 4
+SEGMENT_INTS = 8
+MAX_OFFSET = 16 * (1 << 32)
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Work of every block, on the cache's device.
+
+    records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
+    (n_pages) int32: the page-table entry of each record; segments (n_segments, 8) int32;
+    block_starts (n_blocks + 1) int32; n_parts: partial results of rows cut into several; code_bytes: bytes of
+    all pages.
+    """
+
+    records: Tensor
+    entries: Tensor
+    segments: Tensor
+    block_starts: Tensor
+    n_blocks: int
+    n_parts: int
+    n_rows: int
+    code_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the plan that every launch reads: the metadata of the cache."""
+        tensors = (self.records, self.segments, self.block_starts)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> DecodePlan:
+    """Plan a decode of `cache` on `n_blocks` blocks (one per multiprocessor).
+
+    check: read the page table back and refuse offsets, tiers or counts that cannot be right. The
+    page table is copied to the host either way.
+    """
+    if n_blocks < 1:
+        raise PageError(f"n_blocks {n_blocks}: a plan needs at least one block")
+    if check:
+        cache.check()
+    if cache.pool.numel() > MAX_OFFSET:
+        raise PageError("the pool is larger than the 64 GiB that a plan can address")
+    table = cache.page_table
+    n_rows = cache.n_sequences * cache.n_kv_heads
+    live = table.live_tokens.cpu().numpy().astype(np.int64)
+    tiers = table.tiers.cpu().numpy().astype(np.int64)
+    rows = np.repeat(np.arange(n_rows), np.diff(table.starts.cpu().numpy().astype(np.int64)))
+    kept = np.flatnonzero(live > 0)  # dead slots hold anything: they never reach the device
+    order = kept[np.lexsort((tiers[kept], rows[kept]))]
+    offsets = table.offsets.cpu().numpy()[order] // 16
+    page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
+    segments, block_starts, n_parts = _cut(rows[order], tiers[order], page_bytes, n_rows, n_blocks)
+    records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
+    if not records.shape[0]:
+        records = np.zeros((1, 2), dtype=np.uint32)  # never read; a null pointer would be
+
+    def on_device(array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(cache.device)
+
+    return DecodePlan(
+        records=on_device(records.view(np.int32)),
+        entries=on_device(order.astype(np.int32)),
+        segments=on_device(segments.astype(np.int32)),
+        block_starts=on_device(block_starts.astype(np.int32)),
+        n_blocks=n_blocks,
+        n_parts=n_parts,
+        n_rows=n_rows,
+        code_bytes=int(page_bytes.sum()),
+    )
+
+
+def _cut(
+    rows: Ints, tiers: Ints, page_bytes: Ints, n_rows: int, n_blocks: int
+) -> tuple[Ints, Ints, int]:
+    """``(segments (n, 8), block_starts (n_blocks + 1), n_parts)`` of pages sorted by (row, tier).
+
+    Rows without a page still get a segment: its tail, or an empty result, has to be written.
+    """
+    n_pages = rows.size
+    ends = np.cumsum(page_bytes)
+    total = int(ends[-1]) if n_pages else 0
+    # A page belongs to the block in whose share its middle lies.
+    block = np.minimum(
+        ((ends - page_bytes / 2) * n_blocks / max(total, 1)).astype(np.int64), n_blocks - 1
+    )
+    key = np.stack([block, rows, tiers]) if n_pages else np.zeros((3, 0), dtype=np.int64)
+    starts = (
+        np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])
+        if n_pages
+        else np.zeros(0, np.int64)
+    )
+    counts = np.diff(np.r_[starts, n_pages])
+    present = np.unique(rows)
+    empty = np.setdiff1d(np.arange(n_rows), present)
+    seg_block = np.r_[block[starts], empty * n_blocks // max(n_rows, 1)]
+    seg_row = np.r_[rows[starts], empty]
+    seg_tier = np.r_[tiers[starts], np.full(empty.size, -1)]
+    seg_first = np.r_[starts, np.zeros(empty.size, dtype=np.int64)]
+    seg_count = np.r_[counts, np.zeros(empty.size, dtype=np.int64)]
+    order = np.lexsort((seg_tier, seg_row, seg_block))
+    seg_block, seg_row = seg_block[order], seg_row[order]
+    seg_tier, seg_first, seg_count = seg_tier[order], seg_first[order], seg_count[order]
+    # Segments of one (block, row) form a part.
+    new_part = np.r_[True, (np.diff(seg_block) != 0) | (np.diff(seg_row) != 0)]
+    last_of_part = np.r_[new_part[1:], True]
+    part_row = seg_row[new_part]
+    parts_of_row = np.bincount(part_row, minlength=n_rows)
+    by_row = np.argsort(part_row, kind="stable")
+    part_in_row = np.empty(part_row.size, dtype=np.int64)
+    part_in_row[by_row] = np.arange(part_row.size) - np.repeat(
+        np.cumsum(parts_of_row) - parts_of_row, parts_of_row
+    )
+    # Only rows of several parts use the buffers of partial results.
+    stored = np.where(parts_of_row > 1, parts_of_row, 0)
+    base = np.cumsum(stored) - stored
+    part_of_segment = np.cumsum(new_part) - 1
+    final = last_of_part & (part_in_row[part_of_segment] == parts_of_row[seg_row] - 1)
+    segments = np.stack(
+        [
+            seg_row,
+            seg_tier,
+            seg_first,
+            seg_count,
+            FIRST * new_part + LAST * last_of_part + TAIL * final,
+            part_in_row[part_of_segment],
+            parts_of_row[seg_row],
+            base[seg_row],
+        ],
+        axis=1,
+    )
+    block_starts = np.searchsorted(seg_block, np.arange(n_blocks + 1))
+    return segments, block_starts, int(stored.sum())
