@@ -1,8 +1,7 @@
 """What is in codebooks.h5, and how it lies there.
 
 A code is its JSON description, from which it is rebuilt bit for bit; the centroids beside it are
-for readers without sphkv, and must agree. The rotation is its kind and seed and its matrix, which
-must agree with the recorded digest.
+for readers without sphkv, and must agree.
 """
 
 import json
@@ -27,9 +26,9 @@ from sphkv_cli.artifacts.fit_tables import (
     KurtosisRow,
     LevelRow,
 )
+from sphkv_cli.artifacts.frames import read_frames, write_frames
 from sphkv_cli.artifacts.row_tables import read_rows, write_rows
 from sphkv_codebooks.frame import FrameSet
-from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
@@ -109,7 +108,7 @@ def write_content(file: h5py.File, content: CodebooksContent) -> None:
         file.attrs[name] = getattr(shape, name)
     file.attrs["page_sizes"] = np.asarray(content.page_sizes, dtype="<i8")
     file.attrs["tiers"] = json.dumps([_tier_codes(tier) for tier in content.tiers], sort_keys=True)
-    _write_frames(file, content.frames)
+    write_frames(file, content.frames)
     codes = file.create_group("codes")
     for index, code in enumerate(content.codes):
         _write_code(codes.create_group(f"{index:03d}"), code)
@@ -144,7 +143,7 @@ def read_content(file: h5py.File) -> CodebooksContent:
         empirical = read_empirical_books(file, codes, shape.n_layers, shape.n_kv_heads)
     return CodebooksContent(
         shape=shape,
-        frames=_read_frames(file["frames"], shape.head_dim),
+        frames=read_frames(file, shape.head_dim),
         codes=codes,
         tiers=tuple(
             TierFormat.spherical(by_name[tier["key_code"]], by_name[tier["value_code"]])
@@ -167,41 +166,6 @@ def _tier_codes(tier: TierFormat) -> dict[str, str]:
         "key_code": tier.key_code.name,
         "value_code": tier.value_code.name,
     }
-
-
-def _write_frames(file: h5py.File, frames: FrameSet) -> None:
-    if frames.balancing is not None:
-        raise ValueError("codebooks.h5 version 1 keeps no balancing")
-    group = file.create_group("frames")
-    rotation = frames.rotation
-    group.attrs["rotation"] = json.dumps(
-        {"kind": rotation.kind, "head_dim": rotation.head_dim, "seed": rotation.seed},
-        sort_keys=True,
-    )
-    group.attrs["rotation_digest"] = rotation.digest
-    group.attrs["centring"] = frames.centring
-    _create(group, "rotation_matrix", rotation.matrix(), "head_dim, head_dim")
-    if rotation.kind == "hadamard":
-        _create(group, "rotation_signs", rotation.signs.astype("i1"), "head_dim")
-    if frames.key_mean is not None:
-        _create(group, "key_mean", frames.key_mean, "n_layers, n_kv_heads, head_dim")
-
-
-def _read_frames(group: h5py.Group, head_dim: int) -> FrameSet:
-    described = json.loads(group.attrs["rotation"])
-    matrix = group["rotation_matrix"][()]
-    if matrix.shape != (head_dim, head_dim):
-        raise ValueError(f"the rotation has shape {matrix.shape}, head_dim is {head_dim}")
-    rotation = Rotation(
-        described["kind"], int(described["head_dim"]), int(described["seed"]), matrix
-    )
-    recorded = str(group.attrs["rotation_digest"])
-    if rotation.digest != recorded:
-        raise ValueError(
-            f"the rotation matrix has digest {rotation.digest[:12]}, recorded is {recorded[:12]}"
-        )
-    key_mean = group["key_mean"][()] if "key_mean" in group else None
-    return FrameSet(rotation, str(group.attrs["centring"]), key_mean)  # type: ignore[arg-type]
 
 
 def _write_code(group: h5py.Group, code: SphericalCode) -> None:

@@ -1,7 +1,7 @@
 """What coding does to real keys and values, and to the logits of real queries.
 
 With k the key as attention reads it, k' = S (k - mu) the key in the frame, k'hat its code and
-e = k' - k'hat (DESIGN of this project, "Frames and codes"):
+e = k' - k'hat:
 
     distortion          mean of ||e||^2 / ||k'||^2        what the closed form predicts
     raw distortion      mean of ||e||^2 / ||k||^2         against the key itself

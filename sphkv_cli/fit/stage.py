@@ -1,6 +1,6 @@
 """fit-codebooks: the frames of one model and an ordered list of candidate codes, measured.
 
-    k' = S (k - mu),  v' = S v   (DESIGN of this project, "Frames and codes")
+    k' = S (k - mu),  v' = S v: what every code of a head sees, and one transformed query asks
 
 Means come from the `fit` documents, what a code costs is measured on the `select` documents; the
 `judge` documents are not read. A layer at a time, a chunk of tokens at a time.
