@@ -130,7 +130,9 @@ class Codebook:
         For measurement. `encoder.encode_pairs` defines the codes that are stored; the two may
         differ where an angle lies within rounding of a threshold.
         """
-        thresholds = torch.as_tensor(self.thresholds, device=angles.device).to(angles.dtype)
+        thresholds = torch.tensor(
+            self.thresholds.tolist(), dtype=torch.float64, device=angles.device
+        ).to(angles.dtype)
         code = torch.bucketize(angles.contiguous(), thresholds, right=True)
         if self.is_circle:
             code = (code - 1).remainder(self.n_cells)
@@ -138,5 +140,7 @@ class Codebook:
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Angles in radians of codes below n_cells."""
-        table = torch.as_tensor(self.centroids, device=codes.device).to(dtype)
+        table = torch.tensor(self.centroids.tolist(), dtype=torch.float64, device=codes.device).to(
+            dtype
+        )
         return table[codes.long()]

@@ -13,6 +13,7 @@ take arrays of interval ends, in radians, and return float64 arrays of the same 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -202,7 +203,9 @@ class EmpiricalDensity(AngleDensity):
     is_circle: bool = False
     is_symmetric = False
     _edges: FloatArray = field(init=False, repr=False)
-    _tables: FloatArray = field(init=False, repr=False)
+    _height: FloatArray = field(init=False, repr=False)
+    _moments: FloatArray = field(init=False, repr=False)
+    _cos_sin: FloatArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         counts = np.array(self.counts, dtype=np.float64)
@@ -211,19 +214,21 @@ class EmpiricalDensity(AngleDensity):
         if not np.isfinite(counts).all() or counts.min() < 0 or counts.sum() <= 0:
             raise CodeError("a histogram of angles needs finite counts >= 0, not all of them zero")
         counts.setflags(write=False)
-        object.__setattr__(self, "counts", counts)
-        # On the circle the table covers three turns, [-2 pi, 4 pi): a cell may run over the seam.
+        # On the circle the tables cover three turns, [-2 pi, 4 pi): a cell may run over the seam.
         turns = 3 if self.is_circle else 1
         start = -TWO_PI if self.is_circle else 0.0
-        n_bins = counts.size
-        width = self.upper / n_bins
-        edges = np.asarray(start + width * np.arange(turns * n_bins + 1), dtype=np.float64)
+        width = self.upper / counts.size
+        edges = np.asarray(start + width * np.arange(turns * counts.size + 1), dtype=np.float64)
         height = np.tile(counts / counts.sum() / width, turns)
-        antiderivatives = _monomials(edges)
-        steps = height * np.diff(antiderivatives, axis=1)
-        tables = np.concatenate([np.zeros((5, 1)), np.cumsum(steps, axis=1)], axis=1)
-        object.__setattr__(self, "_edges", edges)
-        object.__setattr__(self, "_tables", tables)
+        fields = {
+            "counts": counts,
+            "_edges": edges,
+            "_height": height,
+            "_moments": _cumulative(height * np.diff(_powers(edges), axis=1)),
+            "_cos_sin": _cumulative(height * np.diff(_waves(edges), axis=1)),
+        }
+        for name, values in fields.items():
+            object.__setattr__(self, name, values)
 
     @classmethod
     def from_samples(
@@ -246,34 +251,22 @@ class EmpiricalDensity(AngleDensity):
         counts = np.bincount(bins, minlength=n_bins).astype(np.float64)
         return cls(counts, is_circle)
 
-    @property
-    def _height(self) -> FloatArray:
-        scale = self.counts.size / (self.upper * self.counts.sum())
-        return np.asarray(self.counts * scale, dtype=np.float64)
-
     def _bin(self, psi: FloatArray) -> npt.NDArray[np.int64]:
-        width = self.upper / self.counts.size
-        index = np.floor((psi - self._edges[0]) / width).astype(np.int64)
-        return np.asarray(np.clip(index, 0, self._edges.size - 2), dtype=np.int64)
-
-    def _antiderivatives(self, psi: FloatArray) -> FloatArray:
-        """(5, ...) integrals from the table's start of (1, psi, psi^2, cos, sin) f."""
-        index = self._bin(psi)
-        inside = _monomials(psi) - _monomials(self._edges[index])
-        height = self._height[index % self.counts.size]
-        return np.asarray(self._tables[:, index] + height * inside)
+        scale = self.counts.size / self.upper
+        index = ((psi - self._edges[0]) * scale).astype(np.int64)
+        return np.asarray(np.minimum(index, self._height.size - 1), dtype=np.int64)
 
     def pdf(self, psi: npt.ArrayLike) -> FloatArray:
         angle = np.asarray(psi, dtype=np.float64)
         if self.is_circle:
             angle = np.mod(angle, TWO_PI)
-        value = self._height[self._bin(angle) % self.counts.size]
-        return np.where((angle >= 0) & (angle <= self.upper), value, 0.0)
+        inside = (angle >= 0) & (angle <= self.upper)
+        return np.where(inside, self._height[self._bin(np.where(inside, angle, 0.0))], 0.0)
 
     def cdf(self, psi: npt.ArrayLike) -> FloatArray:
         psi = np.clip(np.asarray(psi, dtype=np.float64), 0.0, self.upper)
-        start = self._antiderivatives(np.zeros(()))[0]
-        return np.asarray(self._antiderivatives(psi)[0] - start)
+        mass, _, _ = self.partial_moments(np.zeros_like(psi), psi, np.zeros(()))
+        return mass
 
     def ppf(self, probability: npt.ArrayLike) -> FloatArray:
         edges = np.linspace(0.0, self.upper, self.counts.size + 1)
@@ -282,19 +275,43 @@ class EmpiricalDensity(AngleDensity):
     def partial_moments(
         self, lower: FloatArray, upper: FloatArray, origin: FloatArray
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        m0, m1, m2 = (self._antiderivatives(upper) - self._antiderivatives(lower))[:3]
+        m0, m1, m2 = self._integrals(self._moments, _powers, lower, upper)
         return m0, m1 - origin * m0, m2 - 2.0 * origin * m1 + origin**2 * m0
 
     def partial_cos_sin(
         self, lower: FloatArray, upper: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        difference = self._antiderivatives(upper) - self._antiderivatives(lower)
-        return difference[3], difference[4]
+        cosine, sine = self._integrals(self._cos_sin, _waves, lower, upper)
+        return cosine, sine
+
+    def _integrals(
+        self,
+        table: FloatArray,
+        antiderivatives: Callable[[FloatArray], FloatArray],
+        lower: FloatArray,
+        upper: FloatArray,
+    ) -> FloatArray:
+        """(n, ...) integrals over [lower, upper]: whole bins from the table, plus the ends."""
+        ends = np.stack([lower, upper])
+        index = self._bin(ends)
+        inside = antiderivatives(ends) - antiderivatives(self._edges[index])
+        cumulative = table[:, index] + self._height[index] * inside
+        return np.asarray(cumulative[:, 1] - cumulative[:, 0])
 
 
-def _monomials(psi: FloatArray) -> FloatArray:
-    """Antiderivatives of (1, psi, psi^2, cos, sin), stacked first."""
-    return np.stack([psi, psi**2 / 2, psi**3 / 3, np.sin(psi), -np.cos(psi)])
+def _cumulative(steps: FloatArray) -> FloatArray:
+    return np.concatenate([np.zeros((steps.shape[0], 1)), np.cumsum(steps, axis=1)], axis=1)
+
+
+def _powers(psi: FloatArray) -> FloatArray:
+    """Antiderivatives of 1, psi, psi^2, stacked first."""
+    square = psi * psi
+    return np.stack([psi, square * 0.5, square * psi * (1.0 / 3.0)])
+
+
+def _waves(psi: FloatArray) -> FloatArray:
+    """Antiderivatives of cos and sin, stacked first."""
+    return np.stack([np.sin(psi), -np.cos(psi)])
 
 
 def analytic_density(level: int) -> AngleDensity:
