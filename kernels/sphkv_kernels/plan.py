@@ -3,9 +3,10 @@
     share = total bytes / n_blocks;   a segment = pages of one tier of one (sequence, KV head)
 
 Pages of a (sequence, KV head) are sorted by tier, laid end to end with all the others, and cut
-every `share` bytes, at page boundaries. A (sequence, KV head) cut into several parts is merged inside the
-launch by the block that arrives last. The plan depends on the page table and the grid only: it is
-made once and serves every decode step until pages are added (the tail grows without a new plan).
+every `share` bytes, at page boundaries. A (sequence, KV head) cut into several parts is merged
+inside the launch by the block that arrives last. The plan depends on the page table and the grid
+only: it is made once and serves every decode step until pages are added (the tail grows without a
+new plan).
 Source: ours; the equal cut after FlashInfer's planner (arXiv 2501.01005).
 """
 
@@ -33,8 +34,8 @@ class DecodePlan:
 
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
     (n_pages) int32: the page-table entry of each record; segments (n_segments, 8) int32;
-    block_starts (n_blocks + 1) int32; n_parts: partial results of rows cut into several; code_bytes: bytes of
-    all pages.
+    block_starts (n_blocks + 1) int32; n_parts: partial results of rows cut into several;
+    code_bytes: bytes of all pages.
     """
 
     records: Tensor
@@ -69,7 +70,8 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     n_rows = cache.n_sequences * cache.n_kv_heads
     live = table.live_tokens.cpu().numpy().astype(np.int64)
     tiers = table.tiers.cpu().numpy().astype(np.int64)
-    rows = np.repeat(np.arange(n_rows), np.diff(table.starts.cpu().numpy().astype(np.int64)))
+    starts = table.starts.cpu().numpy().astype(np.int64)
+    rows = np.repeat(np.arange(n_rows), starts[1:] - starts[:-1])
     kept = np.flatnonzero(live > 0)  # dead slots hold anything: they never reach the device
     order = kept[np.lexsort((tiers[kept], rows[kept]))]
     offsets = table.offsets.cpu().numpy()[order] // 16

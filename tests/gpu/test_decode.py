@@ -1,0 +1,228 @@
+"""The kernel computes what the float64 reference computes from the same codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sphkv_kernels.decode import ada_decode, ada_logits, plan
+from sphkv_kernels.reference import ada_logits_reference, merge_partial
+from sphkv_kernels.tier import PageError
+from tests.gpu.cases import (
+    check_decode,
+    needs_cuda,
+    ragged_cache,
+    random_query,
+    tier_set,
+    with_tail,
+)
+
+pytestmark = [pytest.mark.gpu, needs_cuda]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tier", range(10))
+def test_each_tier_equals_reference(head_dim: int, tier: int) -> None:
+    tiers = tier_set(head_dim, tier) if tier > 1 else tier_set(head_dim, tier, 2)
+    cache = ragged_cache(tiers, seed=tier)
+    check_decode(cache, random_query(cache, 4, seed=tier))
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("group_size", [1, 3, 8, 16])
+def test_mixed_tiers_equal_reference(page_size: int, group_size: int) -> None:
+    cache = ragged_cache(tier_set(128, 0, 1, 2, 3, 7), page_size=page_size, drop_fraction=0.2)
+    check_decode(cache, random_query(cache, group_size, seed=1))
+
+
+def test_all_tiers_in_one_launch() -> None:
+    cache = ragged_cache(tier_set(64), page_size=16)
+    check_decode(cache, random_query(cache, 3, seed=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_query_types_agree(dtype: torch.dtype) -> None:
+    cache = ragged_cache(tier_set(128, 3))
+    query = random_query(cache, 4, seed=3)
+    on_gpu = cache.to("cuda")
+    wide = ada_decode(query.cuda(), on_gpu, 0.09)
+    narrow = ada_decode(query.to(dtype).cuda(), on_gpu, 0.09)
+    assert torch.equal(wide.output, narrow.output)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 7, 132, 500])
+def test_any_cut_gives_the_same_attention(n_blocks: int) -> None:
+    cache = ragged_cache(tier_set(128, 2, 3), lengths=(3000, 5, 700))
+    query = random_query(cache, 8, seed=4)
+    check_decode(cache, query, attention_plan=plan(cache.to("cuda"), 8, n_blocks=n_blocks))
+
+
+def test_tail_of_any_length() -> None:
+    cache = ragged_cache(tier_set(128, 3, 1))
+    cache = with_tail(cache, (0, 1, 15, 16, 17, 40, 33), capacity=41, seed=5)
+    check_decode(cache, random_query(cache, 4, seed=5))
+
+
+def test_no_live_token_gives_zero_and_minus_infinity() -> None:
+    cache = ragged_cache(tier_set(128, 3), lengths=(0, 40))
+    result = check_decode(cache, random_query(cache, 4, seed=6))
+    assert torch.isneginf(result.log_sum_exp[0]).all()
+    assert (result.output[0] == 0).all()
+
+
+def test_offset_softcap_and_window_equal_reference() -> None:
+    cache = ragged_cache(tier_set(128, 2, 3, 0, 1), lengths=(40, 300, 301))
+    cache = with_tail(cache, (3, 20, 0), capacity=32, seed=7)
+    query = random_query(cache, 4, seed=7, scale=3.0)
+    offset = torch.linspace(-5, 5, query.shape[0] * query.shape[1]).view(query.shape[:2])
+    now = torch.tensor([320, 310, 305], dtype=torch.int32)
+    check_decode(cache, query, logit_offset=offset)
+    check_decode(cache, query, logit_offset=offset, logit_softcap=5.0)
+    for window in (1, 7, 100, 1000):
+        check_decode(cache, query, window=window, query_positions=now)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group_size", [3, 12])
+def test_logits_equal_reference(head_dim: int, group_size: int) -> None:
+    cache = ragged_cache(tier_set(head_dim, 0, 1, 2, 3, 7), page_size=64)
+    cache = with_tail(cache, (0, 1, 15, 16, 17, 40, 33), capacity=41, seed=8)
+    query = random_query(cache, group_size, seed=8)
+    offset = torch.randn(query.shape[:2], generator=torch.Generator().manual_seed(8))
+    expected = ada_logits_reference(query, cache, logit_offset=offset)
+    result = ada_logits(query.cuda(), cache.to("cuda"), logit_offset=offset.cuda())
+    assert result.tail is not None
+    assert expected.tail is not None
+    for got, want in ((result.pages, expected.pages), (result.tail, expected.tail)):
+        got = got.cpu().to(torch.float64)
+        assert torch.equal(torch.isneginf(got), torch.isneginf(want))
+        live = torch.isfinite(want)
+        error = (got[live] - want[live]).square().mean().sqrt() / want[live].square().mean().sqrt()
+        assert error <= 1e-3
+
+
+def test_mixed_cache_is_the_merge_of_its_tiers() -> None:
+    mixed = ragged_cache(tier_set(128, 2, 3, 7), lengths=(900, 65)).to("cuda")
+    query = random_query(mixed, 4, seed=9).cuda()
+    parts = []
+    for tier in range(3):
+        table = mixed.page_table
+        live = torch.where(table.tiers == tier, table.live_tokens, 0).to(torch.int16)
+        only = replace(mixed, page_table=replace(table, live_tokens=live))
+        parts.append(ada_decode(query, only, 0.1))
+    whole = ada_decode(query, mixed, 0.1)
+    merged = merge_partial(parts)
+    assert (whole.output - merged.output).abs().max() <= 1e-3
+    assert (whole.log_sum_exp - merged.log_sum_exp).abs().max() <= 1e-4
+
+
+def test_dead_slots_are_not_read() -> None:
+    cache = ragged_cache(tier_set(128, 2, 3), lengths=(500, 64))
+    query = random_query(cache, 4, seed=10)
+    table = cache.page_table
+    dead = torch.tensor([3, 9])
+    offsets, live, tiers = table.offsets.clone(), table.live_tokens.clone(), table.tiers.clone()
+    offsets[dead], live[dead], tiers[dead] = 1 << 60, 0, 99
+    broken = replace(
+        cache, page_table=replace(table, offsets=offsets, live_tokens=live, tiers=tiers)
+    )
+    whole = replace(cache, page_table=replace(table, live_tokens=live))
+    attention_plan = plan(broken.to("cuda"), 4)
+    check_decode(whole, query, attention_plan=attention_plan)
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    cache = ragged_cache(tier_set(128, 2, 3), lengths=(5000, 700)).to("cuda")
+    query = random_query(cache, 8, seed=11).cuda()
+    attention_plan = plan(cache, 8)
+    first = ada_decode(query, cache, 0.1, plan=attention_plan)
+    for _ in range(5):
+        again = ada_decode(query, cache, 0.1, plan=attention_plan)
+        assert torch.equal(first.output, again.output)
+        assert torch.equal(first.log_sum_exp, again.log_sum_exp)
+
+
+def test_graph_replay_sees_new_contents() -> None:
+    cache = with_tail(ragged_cache(tier_set(128, 3), lengths=(400, 64)), (3, 4), 16, seed=12)
+    on_gpu = cache.to("cuda")
+    attention_plan = plan(on_gpu, 4)
+    query = random_query(cache, 4, seed=12).cuda()
+    ada_decode(query, on_gpu, 0.1, plan=attention_plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ada_decode(query, on_gpu, 0.1, plan=attention_plan)
+    other = random_query(cache, 4, seed=13)
+    query.copy_(other)
+    captured.output.fill_(torch.nan)
+    assert on_gpu.tail_tokens is not None
+    on_gpu.tail_tokens.sub_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    shorter = replace(cache, tail_tokens=torch.tensor([2, 3], dtype=torch.int32))
+    expected = check_decode(shorter, other, softmax_scale=0.1)
+    assert torch.equal(captured.output, expected.output)
+
+
+@pytest.mark.parametrize(
+    "case", ["dominating", "equal", "wide", "zero", "large_radii", "small_values"]
+)
+@pytest.mark.parametrize("tier", [2, 3, 5, 7])
+def test_adversarial_inputs_stay_finite_and_right(case: str, tier: int) -> None:
+    tiers = tier_set(128, tier)
+    sequence_length, seed = 333, 14
+    cache = ragged_cache(tiers, lengths=(sequence_length,), seed=seed)
+    from sphkv_kernels.cache import build_cache
+    from tests.kernels.cases import random_tokens
+
+    tokens = random_tokens(sequence_length, 2, 128, 1, 32, seed, drop_fraction=0.0)
+    keys, values, query_scale = tokens.keys.clone(), tokens.values.clone(), 1.0
+    lse_tolerance, tolerance = 1e-3, 2e-3
+    if case == "dominating":
+        query = random_query(cache, 4, seed)
+        keys[200] = query[0, 0] * 1.5
+        lse_tolerance = 3e-3
+    elif case == "equal":
+        keys[:] = keys[:1]
+    elif case == "wide":
+        query_scale, lse_tolerance, tolerance = 300.0, 1.0, 2.0  # logits spread over +-1e4
+        keys *= 30
+    elif case == "zero":
+        keys[:] = 0
+        values[::2] = 0
+    elif case == "large_radii":
+        values *= 10000.0
+        keys *= 0.01
+    else:
+        values *= 1e-3
+    cache = build_cache(tiers, 32, (replace(tokens, keys=keys, values=values),), dead_rows="poison")
+    query = random_query(cache, 4, seed, scale=query_scale)
+    result = check_decode(cache, query, tolerance=tolerance, lse_tolerance=lse_tolerance)
+    assert torch.isfinite(result.output).all()
+    assert torch.isfinite(result.log_sum_exp).all()
+
+
+def test_wrong_arguments_are_refused_before_the_launch() -> None:
+    cache = ragged_cache(tier_set(128, 3)).to("cuda")
+    query = random_query(cache, 4, seed=15).cuda()
+    with pytest.raises(PageError, match="float32, bfloat16 or float16"):
+        ada_decode(query.to(torch.float64), cache, 0.1)
+    with pytest.raises(PageError, match="query is"):
+        ada_decode(query[:, :, :64], cache, 0.1)
+    with pytest.raises(PageError, match="lies on cpu"):
+        ada_decode(query.cpu(), cache, 0.1)
+    with pytest.raises(PageError, match="contiguous"):
+        ada_decode(query.transpose(0, 1).contiguous().transpose(0, 1), cache, 0.1)
+    with pytest.raises(PageError, match="groups of 4"):
+        ada_decode(query[:, :2].contiguous(), cache, 0.1, plan=plan(cache, 4))
+    with pytest.raises(PageError, match="1 to 16"):
+        plan(cache, 17)
+    broken = replace(
+        cache, page_table=replace(cache.page_table, offsets=cache.page_table.offsets + (1 << 40))
+    )
+    with pytest.raises(PageError, match="inside the pool"):
+        plan(broken, 4)
+    with pytest.raises(PageError, match="window"):
+        ada_decode(query, replace(cache, positions=None), 0.1, window=5)
