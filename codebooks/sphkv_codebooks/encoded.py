@@ -146,9 +146,10 @@ def _encode_radii(
             relative = coding.relative_radii(stored.codes, torch.float32).T
             along = _pairwise_sum(relative * self_dot)
             power = _pairwise_sum(relative * relative)
-            norms = folded_gain(code.gain, norms, along, power)
-            stored = StoredRadii(codes=stored.codes, norms=to_fp16(norms))
-        kept = norms
+            kept = folded_gain(code.gain, norms, along, power)
+            stored = StoredRadii(codes=stored.codes, norms=to_fp16(kept))
+        else:
+            kept = norms
     else:
         # One stored radius per block: its unit decode has power 1, least squares is <x, u> itself.
         kept = radii

@@ -68,7 +68,7 @@ class Rotation:
         if self.stored_matrix is not None:
             given = np.array(self.stored_matrix, dtype=np.float64)
             expected = self._generate()
-            if given.shape != expected.shape or not np.allclose(given, expected, atol=1e-9):
+            if given.shape != expected.shape or not np.allclose(given, expected, rtol=0, atol=1e-9):
                 raise CodeError(
                     f"the stored {self.kind} matrix is not the one of seed {self.seed} and "
                     f"head_dim {self.head_dim}: the file is damaged or from another rotation"
