@@ -29,7 +29,6 @@ GAUSSIAN = 0
 """head_dim of the limit d -> inf: the standard normal."""
 
 MAX_BITS = 8
-_LLOYD_ROUNDS = 200  # brings the roots' solver into its basin; 5 bits would need thousands alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +85,7 @@ def _positive_thresholds(head_dim: int, n_cells: int) -> FloatArray:
         centroids = first / mass
         return np.asarray(0.5 * (centroids[:-1] + centroids[1:]))
 
-    for _ in range(_LLOYD_ROUNDS):
-        thresholds = lloyd_step(thresholds)
+    # Lloyd's own iteration needs thousands of rounds at 5 bits.
     solution = optimize.root(lambda t: t - lloyd_step(t), thresholds, tol=1e-14)
     root = np.asarray(solution.x, dtype=np.float64)
     residual = float(np.abs(root - lloyd_step(root)).max())
