@@ -1,7 +1,7 @@
 """How much an error in one token's key or value, or its loss, would hurt the queries.
 
 With p the attention of a query on the token, v its value, o the query's attention output, F_h the
-weight of query head h and E the mean over the queries (MATH.md section 5):
+weight of query head h and E the mean over the queries (ours; first order in every error):
 
     key    = sum_h F_h E[p^2 s^2 ||v - o||^2 ||q'||^2] softmax_scale^2 / head_dim   per ||e_k||^2
     value  = sum_h F_h E[p^2]                                                       per ||e_v||^2

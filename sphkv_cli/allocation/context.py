@@ -16,7 +16,7 @@ from torch import Tensor
 from sphkv_cli.allocation.attention_utility import LayerGeometry, TokenUtility, token_utility
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.errors import SphkvError, UsageError
-from sphkv_cli.fit.captured_vectors import read_layer
+from sphkv_cli.fit.captured_vectors import read_vectors
 from sphkv_codebooks.frame import FrameSet
 
 
@@ -137,20 +137,22 @@ def read_context(
     Raises:
         SphkvError: NaN or Inf in the capture; names layer, head and document.
     """
-    found = read_layer(capture, document, layer)
+    queries = read_vectors(capture, document, layer, "queries")
+    keys = read_vectors(capture, document, layer, "keys")
+    values = read_vectors(capture, document, layer, "values")
     info = capture.layers[layer]
     return LayerContext(
         layer=layer,
         split=split,
         geometry=LayerGeometry(info.softmax_scale, info.window, info.logit_softcap),
         head_weights=head_weights,
-        positions=found.query_positions,
-        queries=found.queries,
-        keys=found.keys,
-        values=found.values,
-        queries_framed=frames.queries_to_frame(layer, found.queries),
-        keys_framed=frames.keys_to_frame(layer, found.keys),
-        values_framed=frames.values_to_frame(found.values),
+        positions=torch.from_numpy(capture.query_positions(document)),
+        queries=queries,
+        keys=keys,
+        values=values,
+        queries_framed=frames.queries_to_frame(layer, queries),
+        keys_framed=frames.keys_to_frame(layer, keys),
+        values_framed=frames.values_to_frame(values),
     )
 
 

@@ -13,8 +13,12 @@ PAGE_SIZES = (16, 32, 64)
 
 DEFAULT_DROP_COEFFICIENT = 8.0
 DROP_COEFFICIENT_SOURCE = (
-    "MATH.md section 5: measured on SmolLM2-135M, 4 to 16 is flat and halves KL against 1"
+    "default; on SmolLM2-135M 4 to 16 is flat and halves the KL of a coefficient of 1"
 )
+HEAD_WEIGHT_SOURCES = {
+    "output": "squared Frobenius norm of each query head's output projection over head_dim",
+    "none": "1 for every query head",
+}
 
 
 @dataclass(frozen=True)

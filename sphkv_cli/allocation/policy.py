@@ -9,8 +9,8 @@ n_pages pages and a byte budget:
 2. round: counts are rounded down, then the remaining bytes are handed out page by page in order of
    falling remainder (ties: smaller option, then layer, then head), skipping what no longer fits.
 
-So the bytes never exceed the budget, and nothing but the score looks at the text.  Source: ours
-(MATH.md section 5: .0021 against .0022 for solving per prompt).
+So the bytes never exceed the budget, and nothing but the score looks at the text.  Source: ours; as
+good as solving per prompt on SmolLM2-135M (KL .0021 against .0022 at 2 bits).
 """
 
 from collections.abc import Sequence
@@ -82,8 +82,8 @@ class QuotaPolicy:
                 counts[layer, head, option] += 1
                 left -= step
         ranks = np.arange(n_pages)
-        options: NDArray[np.int8] = (ranks < counts[..., None]).sum(axis=2, dtype=np.int8)
-        return options
+        plan: NDArray[np.int8] = (ranks < counts[..., None]).sum(axis=2).astype(np.int8)
+        return plan
 
     def _scaled(self, n_pages: int, steps: NDArray[np.int64], left: float) -> Float:
         """Real-valued counts that spend `left` bytes, by bisection on the common factor."""

@@ -9,7 +9,7 @@ that rate and the ties that fit, then fills the remaining bytes greedily; the be
 option for all) is computed beside it and the better of the two is returned.
 
 Cost: a handful of passes over the table in blocks; memory beyond the table is one byte per item and
-a block.  Source: Everett 1963 (multipliers), MATH.md section 5; ours as a whole.
+a block.  Source: Everett 1963 for the multipliers; ours as a whole.
 """
 
 from collections.abc import Iterator

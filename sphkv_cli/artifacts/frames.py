@@ -55,6 +55,8 @@ def read_frames(parent: h5py.Group, head_dim: int) -> FrameSet:
         raise ValueError(
             f"the rotation matrix has digest {rotation.digest[:12]}, recorded is {recorded[:12]}"
         )
+    if rotation.kind == "hadamard" and (group["rotation_signs"][()] != rotation.signs).any():
+        raise ValueError("the signs of the rotation contradict its matrix")
     key_mean = group["key_mean"][()] if "key_mean" in group else None
     return FrameSet(rotation, str(group.attrs["centring"]), key_mean)  # type: ignore[arg-type]
 

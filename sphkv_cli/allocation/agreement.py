@@ -1,0 +1,164 @@
+"""How far the predictions can be believed: model against measurement, layer by layer.
+
+Three steps lie between a score and the output error, each checked on documents that were not
+fitted on (the select ones):
+
+    errors   sum_t u(t) ||e(t)||^2 with the true future u, against the measured output error of a
+             uniform tier: is the first-order model right?
+    future   what dropping a page would cost by its calibrated scores, against the true future: does
+             the score know?
+    drops    measured output error of the dropped tokens alone, over their summed true cost: the
+             coherence that c_drop stands for.
+
+Correlations are of logarithms; a ratio is predicted over measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sphkv_cli.allocation.context import read_context
+from sphkv_cli.allocation.measure import MeasuredDocument, TierFormats, round_trip
+from sphkv_cli.allocation.output_error import horizon_output_error
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.progress import Progress
+from sphkv_codebooks.frame import FrameSet
+from sphkv_kernels.tier import TierFormat
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """One layer; ratios are predicted / measured, NaN where nothing was measured."""
+
+    layer: int
+    error_log_correlation: float
+    error_ratio: float
+    future_log_correlation: float
+    future_ratio: float
+    drop_coherence: float
+
+
+@dataclass(frozen=True)
+class MeasuredErrors:
+    """Measured output errors of one document, (.., n_layers, n_kv_heads).
+
+    tiers: (n_tiers, ..) every token in one tier; plans: by name, each (..); drops: (..) only the
+    dropped tokens of the first plan missing, nothing coded.
+    """
+
+    tiers: Float
+    plans: Mapping[str, Float]
+    drops: Float
+
+
+def measure_errors(
+    capture: CaptureReader,
+    document: MeasuredDocument,
+    frames: FrameSet,
+    tiers: tuple[TierFormat, ...],
+    formats: TierFormats,
+    plans: Mapping[str, NDArray[np.int8]],
+    head_weights: Tensor,
+    progress: Progress,
+) -> MeasuredErrors:
+    """Measure every uniform tier and every plan; advances progress by one per layer.
+
+    Args:
+        plans: (n_layers, n_kv_heads, n_context) option of each token, 0 = dropped.
+        head_weights: (n_layers, n_q_heads) F.
+    """
+    shape = (capture.n_layers, capture.n_kv_heads)
+    by_tier = np.empty((len(tiers), *shape))
+    by_plan = {name: np.empty(shape) for name in plans}
+    drops = np.empty(shape)
+    first = next(iter(plans.values()))
+    for layer in range(capture.n_layers):
+        context = read_context(
+            capture, document.info, layer, document.split, frames, head_weights[layer]
+        )
+        n = document.n_context
+        keys, values = context.keys_framed[:n], context.values_framed[:n]
+        coded_keys = [round_trip(kind, keys, context) for kind in formats.key_formats]
+        coded_values = [round_trip(kind, values, context) for kind in formats.value_formats]
+        pairs = [
+            (coded_keys[k], coded_values[v])
+            for k, v in zip(formats.key_of_tier, formats.value_of_tier, strict=True)
+        ]
+        for tier, (k_hat, v_hat) in enumerate(pairs):
+            by_tier[tier, layer] = horizon_output_error(context, k_hat, v_hat).numpy()
+        for name, plan in plans.items():
+            options = torch.from_numpy(np.ascontiguousarray(plan[layer].T))
+            k_hat, v_hat = keys.clone(), values.clone()
+            for tier, (k_tier, v_tier) in enumerate(pairs):
+                chosen = options == tier + 1
+                k_hat[chosen], v_hat[chosen] = k_tier[chosen], v_tier[chosen]
+            error = horizon_output_error(context, k_hat, v_hat, options == 0)
+            by_plan[name][layer] = error.numpy()
+        dropped = torch.from_numpy(np.ascontiguousarray(first[layer].T == 0))
+        drops[layer] = horizon_output_error(context, keys, values, dropped).numpy()
+        progress.advance()
+    return MeasuredErrors(by_tier, by_plan, drops)
+
+
+def layer_agreement(
+    documents: list[MeasuredDocument],
+    measured: list[MeasuredErrors],
+    predicted_pages: list[Float],
+    true_pages: list[Float],
+    drop_plans: list[NDArray[np.int8]],
+) -> tuple[LayerAgreement, ...]:
+    """Compare, per layer, over documents, heads, and tiers or pages.
+
+    Args:
+        predicted_pages, true_pages: per document (n_layers, n_kv_heads, n_pages, n_options), of
+            which option 0 (drop) is compared.
+        drop_plans: per document (n_layers, n_kv_heads, n_context), the plan of `measured.drops`.
+    """
+    rows = []
+    for layer in range(measured[0].drops.shape[0]):
+        model, truth = [], []
+        drop_sum = drop_measured = 0.0
+        for document, errors, plan in zip(documents, measured, drop_plans, strict=True):
+            assert document.horizon is not None
+            for tier in range(document.errors.n_tiers):
+                cost = document.errors.token_costs(
+                    tier, document.horizon.key, document.horizon.value, layer
+                )
+                model.append(cost.sum(axis=-1))
+                truth.append(errors.tiers[tier, layer])
+            drop_sum += float(document.horizon.drop[layer][plan[layer] == 0].sum())
+            drop_measured += float(errors.drops[layer].sum())
+        predicted = np.concatenate([pages[layer, ..., 0].ravel() for pages in predicted_pages])
+        true = np.concatenate([pages[layer, ..., 0].ravel() for pages in true_pages])
+        rows.append(
+            LayerAgreement(
+                layer,
+                log_correlation(np.concatenate(model), np.concatenate(truth)),
+                _ratio(float(np.sum(model)), float(np.sum(truth))),
+                log_correlation(predicted, true),
+                _ratio(float(predicted.sum()), float(true.sum())),
+                _ratio(drop_measured, drop_sum),
+            )
+        )
+    return tuple(rows)
+
+
+def log_correlation(one: Float, other: Float) -> float:
+    """Pearson correlation of the logarithms of positive pairs; NaN with fewer than three."""
+    both = (one > 0) & (other > 0)
+    if both.sum() < 3:
+        return float("nan")
+    x, y = np.log(one[both]), np.log(other[both])
+    if x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other > 0 else float("nan")

@@ -1,0 +1,105 @@
+"""What the tables of an allocation mean, in sentences; a loss is said as plainly as a gain."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sphkv_cli.allocation.agreement import LayerAgreement
+from sphkv_cli.allocation.estimators import UtilityEstimator
+from sphkv_cli.allocation.result import DocumentPlan
+
+
+def read_summary(
+    estimator: UtilityEstimator,
+    plans: Sequence[DocumentPlan],
+    checks: Sequence[DocumentPlan],
+    agreement: Sequence[LayerAgreement],
+    drop_coefficient: float,
+) -> tuple[str, ...]:
+    """Sentences, the most important first."""
+    return (
+        *_ceiling(estimator),
+        *_comparisons(checks),
+        *_certificate(plans),
+        *_policy(plans),
+        *_uniform_wins(plans),
+        *_model(agreement),
+        *_coherence(agreement, drop_coefficient),
+    )
+
+
+def _ceiling(estimator: UtilityEstimator) -> tuple[str, ...]:
+    if not estimator.is_ceiling:
+        return ()
+    return ("The oracle looks at the future it is judged on: a ceiling, not a method.",)
+
+
+def _comparisons(checks: Sequence[DocumentPlan]) -> tuple[str, ...]:
+    """Measured output errors, geometric means over the documents."""
+    sentences = []
+    names = {row.name for check in checks for row in check.baselines if row.name != "policy"}
+    for name in sorted(names):
+        times = [
+            row.measured / check.measured
+            for check in checks
+            for row in check.baselines
+            if row.name == name and row.measured is not None and check.measured
+        ]
+        if not times:
+            continue
+        factor = float(np.exp(np.mean(np.log(times))))
+        verdict = "below" if factor >= 1 else "ABOVE"
+        shown = factor if factor >= 1 else 1 / factor
+        sentences.append(
+            f"Measured on {len(times)} {checks[0].split} documents, the plan's output error is "
+            f"{shown:.3g}x {verdict} {name} within the same bytes."
+        )
+    if not names:
+        sentences.append("No uniform tier fits this budget: there is nothing to compare with.")
+    return tuple(sentences)
+
+
+def _certificate(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
+    worst = max(plan.gap for plan in plans)
+    return (
+        f"No choice of tiers for these pages has a predicted cost more than {worst:.2g} "
+        "(relative) below the plan's.",
+    )
+
+
+def _policy(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
+    times = [row.times_plan for plan in plans for row in plan.baselines if row.name == "policy"]
+    mean = float(np.exp(np.mean(np.log(times))))
+    return (f"The frozen quotas cost {mean:.3g}x the plan solved for each context (predicted).",)
+
+
+def _uniform_wins(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
+    n_won = sum(plan.uniform_won for plan in plans)
+    if not n_won:
+        return ()
+    return (f"On {n_won} of {len(plans)} documents one tier for all pages is the better plan.",)
+
+
+def _model(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
+    ratios = np.array([row.error_ratio for row in agreement])
+    worst = int(np.nanargmax(np.abs(np.log(np.maximum(ratios, 1e-12)))))
+    error = float(np.nanmedian([row.error_log_correlation for row in agreement]))
+    future = float(np.nanmedian([row.future_log_correlation for row in agreement]))
+    return (
+        f"Predicted against measured output error of the tiers: log correlation {error:.2f}, ratio "
+        f"{np.nanmedian(ratios):.2f} (medians over layers), furthest in layer "
+        f"{agreement[worst].layer} ({ratios[worst]:.2f}).",
+        f"Scores against the future they could not see: log correlation {future:.2f} (median over "
+        "layers, pages).",
+    )
+
+
+def _coherence(agreement: Sequence[LayerAgreement], drop_coefficient: float) -> tuple[str, ...]:
+    found = np.array([row.drop_coherence for row in agreement])
+    if np.isnan(found).all():
+        return ("Nothing was dropped.",)
+    low, middle, high = np.nanquantile(found, [0.1, 0.5, 0.9])
+    return (
+        f"Dropped tokens hurt {middle:.2g}x their sum (80 % of layers: {low:.2g} to {high:.2g}); "
+        f"drops were priced at {drop_coefficient:g}x.",
+    )

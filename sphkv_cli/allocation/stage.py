@@ -1,0 +1,235 @@
+"""`sphkv allocate`: Rate-Distortion Retention under one byte budget.
+
+fit documents    calibrate scores into expected damage, and fit the quotas (the policy)
+select documents check predictions against measured output errors
+judge documents  get plans, made from their context alone; `sphkv profile` judges them
+
+Method: ours, after the retention idea of Spherical KV (arXiv 2605.18856), whose allocator prices a
+drop at a constant; here a drop costs what the future is expected to lose by it.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sphkv_cli.allocation.agreement import MeasuredErrors, measure_errors
+from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.content import allocation_content
+from sphkv_cli.allocation.context import Split, split_document
+from sphkv_cli.allocation.estimators import UtilityEstimator, estimator_of
+from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, order_tiers
+from sphkv_cli.allocation.measure import MeasuredDocument, TierFormats, measure_document
+from sphkv_cli.allocation.options import AllocateOptions
+from sphkv_cli.allocation.planning import PlannedDocument, Planner
+from sphkv_cli.allocation.result import AllocationResult
+from sphkv_cli.allocation.summary import CheckedDocument, summarise
+from sphkv_cli.artifacts.allocation import save_allocation
+from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
+from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.artifacts.header import collect_provenance
+from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.progress import NullProgress, Progress
+from sphkv_codebooks.frame import FrameSet
+from sphkv_kernels.tier import TierFormat
+
+
+def allocate(
+    options: AllocateOptions,
+    capture: Path,
+    codebooks: Path,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> AllocationResult:
+    """Allocate `capture` with the tiers of `codebooks` and write `output`.
+
+    Raises:
+        ArtifactError: an input is missing or damaged, the codebooks were fitted on another capture
+            or model, or `output` exists (without `force`) or cannot be written.
+        UsageError: a budget that cannot be laid out, an unknown tier, a horizon or window that
+            leaves a document no context.
+        SphkvError: NaN or Inf in the capture, or a split without documents.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    check_output(output, force=force)
+    books = CodebooksReader.open(codebooks)
+    with CaptureReader(capture) as reader:
+        books.require_capture(reader)
+        run = _Run.prepare(options, reader, books, progress)
+        planner, fitted = run.fit()
+        checked = run.check(planner, fitted)
+        planned = [planner.plan(run.measure(d, with_horizon=False)) for d in run.to_plan()]
+        progress.finish()
+        if options.plan_select:
+            planned += [check.planned for check in checked if check.is_select]
+        summary = summarise(options, planner, run.estimator, planned, checked)
+        ref = save_allocation(
+            output,
+            allocation_content(
+                options, reader, run.frames, run.estimator, planner, planned, summary
+            ),
+            capture=reader.ref,
+            codebooks=books.ref,
+            provenance=collect_provenance(seed=options.seed),
+            force=force,
+        )
+        return AllocationResult(
+            path=str(output),
+            digest=ref.digest,
+            model=reader.model,
+            n_fit_documents=len(fitted),
+            seconds=time.perf_counter() - started,
+            summary=summary,
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run of the stage shares between its phases."""
+
+    options: AllocateOptions
+    capture: CaptureReader
+    frames: FrameSet
+    layout: PageLayout
+    formats: TierFormats
+    estimator: UtilityEstimator
+    head_weights: torch.Tensor
+    splits: dict[int, Split]
+    progress: Progress
+
+    @staticmethod
+    def prepare(
+        options: AllocateOptions, capture: CaptureReader, books: CodebooksReader, progress: Progress
+    ) -> "_Run":
+        """Check everything that can be checked before the first measurement."""
+        if options.window < 1:
+            raise UsageError("the window is empty", "give --window 1 or more")
+        for split in ("fit", "judge"):
+            if not any(document.split == split for document in capture.documents):
+                raise SphkvError(
+                    f"the capture has no document of the split {split!r}",
+                    "capture at least three documents, or one per split, with `sphkv capture`",
+                )
+        tiers = order_tiers(_chosen_tiers(options, books), capture.head_dim, options.page_size)
+        layout = PageLayout(
+            tiers=tiers,
+            head_dim=capture.head_dim,
+            page_size=options.page_size,
+            n_kv_heads=capture.n_kv_heads,
+            stores_positions=tuple(layer.window > 0 for layer in capture.layers),
+            fixed_bytes=fixed_table_bytes(books.frames, tiers),
+        )
+        splits = {
+            document.index: split_document(
+                capture, document, horizon=options.horizon, window=options.window
+            )
+            for document in capture.documents
+        }
+        for document in capture.documents:
+            n_context = splits[document.index].n_context
+            Budget.parse(options.budget).resolve(layout.n_coordinates(n_context)).check(
+                minimum_bytes=layout.overhead_bytes(),
+                dense_bytes=layout.dense_bytes(n_context),
+                document=f"document {document.name!r}",
+            )
+        weights = capture.output_weight.astype(np.float64)
+        if options.head_weights == "none":
+            weights = np.ones_like(weights)
+        return _Run(
+            options=options,
+            capture=capture,
+            frames=books.frames,
+            layout=layout,
+            formats=TierFormats.of(tiers),
+            estimator=estimator_of(options.utility),
+            head_weights=torch.from_numpy(weights),
+            splits=splits,
+            progress=progress,
+        )
+
+    def fit(self) -> tuple[Planner, list[MeasuredDocument]]:
+        """Measure the fit documents and freeze tables and quotas."""
+        self.progress.start(
+            "measuring documents", len(self.capture.documents) * self.capture.n_layers, "layers"
+        )
+        documents = self.measure_all(self.capture.documents_of("fit"), with_horizon=True)
+        planner = Planner.fit(
+            documents,
+            self.layout,
+            Budget.parse(self.options.budget),
+            drop_coefficient=self.options.drop_coefficient,
+            calibrate=self.options.calibrate,
+            is_ceiling=self.estimator.is_ceiling,
+        )
+        return planner, documents
+
+    def check(self, planner: Planner, fitted: list[MeasuredDocument]) -> list[CheckedDocument]:
+        """Plan the select documents (without any, the fit ones) and measure what comes of it."""
+        selected = self.capture.documents_of("select")
+        documents = self.measure_all(selected, with_horizon=True) if selected else fitted
+        found = []
+        for document in documents:
+            planned = planner.plan(document)
+            errors = self._measured_errors(planned)
+            found.append(CheckedDocument(planned, errors, planner.true_costs(document)))
+        return found
+
+    def to_plan(self) -> tuple[DocumentInfo, ...]:
+        """The judge documents."""
+        return self.capture.documents_of("judge")
+
+    def measure_all(
+        self, documents: Iterable[DocumentInfo], *, with_horizon: bool
+    ) -> list[MeasuredDocument]:
+        """Measure several documents."""
+        return [self.measure(document, with_horizon=with_horizon) for document in documents]
+
+    def measure(self, document: DocumentInfo, *, with_horizon: bool) -> MeasuredDocument:
+        """Measure one document; its horizon only where that is allowed."""
+        return measure_document(
+            self.capture,
+            document,
+            self.splits[document.index],
+            self.frames,
+            self.formats,
+            self.estimator,
+            self.head_weights,
+            with_horizon=with_horizon or self.estimator.is_ceiling,
+            progress=self.progress,
+        )
+
+    def _measured_errors(self, planned: PlannedDocument) -> MeasuredErrors:
+        plans = {
+            "plan": planned.plan.option_of_token,
+            "policy": planned.policy.option_of_token,
+        }
+        for name, baseline in planned.baselines.items():
+            plans[name] = baseline.per_head(self.layout)
+        return measure_errors(
+            self.capture,
+            planned.measured,
+            self.frames,
+            self.layout.tiers,
+            self.formats,
+            plans,
+            self.head_weights,
+            NullProgress(),
+        )
+
+
+def _chosen_tiers(options: AllocateOptions, books: CodebooksReader) -> list[TierFormat]:
+    """The codebooks' tiers, int8 and dense, or those of them that were named."""
+    known = {tier.name: tier for tier in (*books.tiers, TierFormat.int8(), TierFormat.dense())}
+    for name in options.tiers:
+        if name not in known:
+            raise UsageError(
+                f"tier {name!r} is not known", f"choose among {', '.join(known)} (drop is always)"
+            )
+    return [tier for name, tier in known.items() if not options.tiers or name in options.tiers]
