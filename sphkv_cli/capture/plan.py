@@ -10,8 +10,11 @@ from sphkv_cli.artifacts.capture_writer import storage_dtype
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.models.geometry import ModelGeometry
 
-# HDF5's own bookkeeping: groups, object headers and attributes of one layer of one document.
+# An upper limit of HDF5's own bookkeeping: groups, object headers and attributes, of one layer of
+# one document, of one document, and of the file.
 _HDF5_BYTES_PER_LAYER = 4096
+_HDF5_BYTES_PER_DOCUMENT = 8192
+_HDF5_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def make_plan(
     pre = keys if pre_rope else 0
     moments = geometry.n_layers * geometry.n_q_heads * geometry.head_dim * (geometry.head_dim + 1)
     statistics = 4 * (moments + geometry.n_layers * geometry.n_q_heads)
-    own = len(documents) * geometry.n_layers * _HDF5_BYTES_PER_LAYER + 8 * n_tokens
+    own = len(documents) * (geometry.n_layers * _HDF5_BYTES_PER_LAYER + _HDF5_BYTES_PER_DOCUMENT)
+    own += 8 * n_tokens + _HDF5_BYTES
     file_bytes = 2 * keys + queries + pre + statistics + own
     shards = 2 * keys + queries + pre + own + n_fit * 8 * moments
     return CapturePlan(

@@ -115,7 +115,8 @@ class WorkFolder:
             raise ArtifactError(
                 f"{self.path} does not say what it was made with", "pass --force without --resume"
             ) from error
-        for name in sorted({*there, *parameters}):
+        # Other options mean other documents as well; the option is what the user can act on.
+        for name in sorted({*there, *parameters}, key=lambda n: (n == "documents", n)):
             if there.get(name) != parameters.get(name):
                 raise ArtifactError(
                     f"{self.path} was made with another {name}: {_short(there.get(name))}, "

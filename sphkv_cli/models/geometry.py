@@ -57,13 +57,13 @@ def inspect_model(model: Any) -> tuple[ModelGeometry, tuple[Any, ...]]:
     config = model.config.get_text_config(decoder=True)
     class_name = type(model).__name__
     prefix, layers = _decoder_layers(model, config)
+    modules = tuple(_attention_of(layer, f"{prefix}.{i}") for i, layer in enumerate(layers))
     if not model._can_set_attn_implementation():
         raise SphkvError(
             f"{class_name}: layer {prefix}.0 does not call attention through transformers' "
             "AttentionInterface, so what it receives cannot be recorded",
             "choose another model, or a newer transformers",
         )
-    modules = tuple(_attention_of(layer, f"{prefix}.{i}") for i, layer in enumerate(layers))
     names = tuple(f"{prefix}.{i}.{name}" for i, (name, _) in enumerate(modules))
     described = tuple(
         _describe(module, config, index, name)
@@ -153,7 +153,7 @@ def _attention_of(layer: Any, name: str) -> tuple[str, Any]:
         kind = type(child).__name__
         if _NOT_ATTENTION.search(kind):
             raise SphkvError(
-                f"layer {name}.{child_name} ({kind}) keeps a state instead of keys and values "
+                f"layer {f'{name}.{child_name}'.rstrip('.')} ({kind}) keeps a state instead of keys and values "
                 "(state-space or linear attention)",
                 "choose a model whose every layer is softmax attention",
             )
