@@ -103,6 +103,8 @@ def read_empirical_books(
     group = parent["empirical"]
     found: dict[BookKey, BookArrays] = {}
     for key in book_keys(codes):
+        if key.path not in group:
+            raise KeyError(f"no empirical/{key.path}")
         centroids = group[f"{key.path}/centroids"][()]
         thresholds = group[f"{key.path}/thresholds"][()]
         n_thresholds = key.n_cells if key.level == 1 else key.n_cells - 1
