@@ -19,6 +19,8 @@ from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import PAGE_SIZES, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
 
+__all__ = ["PageTable", "PagedCache", "SequenceTokens", "build_cache"]
+
 
 @dataclass(frozen=True)
 class PagedCache:

@@ -63,7 +63,7 @@ def create_artifact(
     os.close(handle)
     temporary = Path(name)
     try:
-        with _os_errors_name(path):
+        with os_errors_name(path):
             with h5py.File(temporary, "w", track_order=False) as file:
                 file.attrs["format"] = FORMAT_NAME
                 file.attrs["kind"] = kind
@@ -242,7 +242,7 @@ def _is_hdf5(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _os_errors_name(path: Path) -> Iterator[None]:
+def os_errors_name(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,0 +1,58 @@
+"""What `profile` can be asked for."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from sphkv_cli.errors import UsageError
+
+Backend = Literal["auto", "reference", "cuda"]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits that turn the report into a check; None is no limit.
+
+    All but the speed-up hold for the worst (layer, query head) of the plan.  max_logit_rmse: in
+    units of the softmax (scale included); max_kl: nats, mean over queries; max_output_error:
+    relative; min_speedup: of the whole decode step over the best bf16 baseline.
+    """
+
+    max_logit_rmse: float | None = None
+    max_kl: float | None = None
+    max_output_error: float | None = None
+    min_speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                flag = "--" + field.name.replace("_", "-")
+                raise UsageError(f"{flag} is {value}", "give a number above 0")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Options of one profile.
+
+    backend: "auto" takes the GPU where there is one.  tiers: names of the tiers to measure
+    uniformly; empty for all of the allocation.  max_queries: most queries of a document's horizon
+    that are looked at, evenly spaced.  seed: recorded; nothing here is random.
+    """
+
+    backend: Backend = "auto"
+    tiers: tuple[str, ...] = ()
+    max_queries: int = 256
+    gates: Gates = Gates()
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Backend):
+            raise UsageError(f"the backend is {self.backend!r}", "choose auto, reference or cuda")
+        if self.max_queries < 1:
+            raise UsageError(f"max_queries is {self.max_queries}", "give --max-queries 1 or more")
+        if self.gates.min_speedup is not None and self.backend == "reference":
+            raise UsageError(
+                "--min-speedup needs a time, and the reference backend has none",
+                "drop it, or use --backend cuda",
+            )
