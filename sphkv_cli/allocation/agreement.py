@@ -13,7 +13,7 @@ fitted on (the select ones):
 Correlations are of logarithms; a ratio is predicted over measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sphkv_cli.allocation.coding import round_trip
 from sphkv_cli.allocation.context import read_context
-from sphkv_cli.allocation.measure import MeasuredDocument, TierFormats, round_trip
+from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.output_error import horizon_output_error
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.progress import Progress
@@ -46,64 +47,61 @@ class LayerAgreement:
 
 @dataclass(frozen=True)
 class MeasuredErrors:
-    """Measured output errors of one document, (.., n_layers, n_kv_heads).
+    """Measured output errors of one document's plans, each (n_layers, n_kv_heads).
 
-    tiers: (n_tiers, ..) every token in one tier; plans: by name, each (..); drops: (..) only the
-    dropped tokens of the first plan missing, nothing coded.
+    drops: only the dropped tokens of the first plan missing, nothing coded.
     """
 
-    tiers: Float
     plans: Mapping[str, Float]
     drops: Float
 
 
-def measure_errors(
+def measure_plans(
     capture: CaptureReader,
     document: MeasuredDocument,
     frames: FrameSet,
-    tiers: tuple[TierFormat, ...],
-    formats: TierFormats,
+    tiers: Sequence[TierFormat],
     plans: Mapping[str, NDArray[np.int8]],
     head_weights: Tensor,
     progress: Progress,
 ) -> MeasuredErrors:
-    """Measure every uniform tier and every plan; advances progress by one per layer.
+    """Measure every plan; advances progress by one per layer.
 
     Args:
         plans: (n_layers, n_kv_heads, n_context) option of each token, 0 = dropped.
         head_weights: (n_layers, n_q_heads) F.
     """
     shape = (capture.n_layers, capture.n_kv_heads)
-    by_tier = np.empty((len(tiers), *shape))
     by_plan = {name: np.empty(shape) for name in plans}
     drops = np.empty(shape)
-    first = next(iter(plans.values()))
     for layer in range(capture.n_layers):
         context = read_context(
             capture, document.info, layer, document.split, frames, head_weights[layer]
         )
-        n = document.n_context
-        keys, values = context.keys_framed[:n], context.values_framed[:n]
-        coded_keys = [round_trip(kind, keys, context) for kind in formats.key_formats]
-        coded_values = [round_trip(kind, values, context) for kind in formats.value_formats]
-        pairs = [
-            (coded_keys[k], coded_values[v])
-            for k, v in zip(formats.key_of_tier, formats.value_of_tier, strict=True)
-        ]
-        for tier, (k_hat, v_hat) in enumerate(pairs):
-            by_tier[tier, layer] = horizon_output_error(context, k_hat, v_hat).numpy()
-        for name, plan in plans.items():
-            options = torch.from_numpy(np.ascontiguousarray(plan[layer].T))
-            k_hat, v_hat = keys.clone(), values.clone()
-            for tier, (k_tier, v_tier) in enumerate(pairs):
-                chosen = options == tier + 1
-                k_hat[chosen], v_hat[chosen] = k_tier[chosen], v_tier[chosen]
-            error = horizon_output_error(context, k_hat, v_hat, options == 0)
+        keys = context.keys_framed[: document.n_context]
+        values = context.values_framed[: document.n_context]
+        options = {
+            name: torch.from_numpy(np.ascontiguousarray(plan[layer].T))
+            for name, plan in plans.items()
+        }
+        coded = {name: (keys.clone(), values.clone()) for name in plans}
+        for option, tier in enumerate(tiers, start=1):
+            wanted = {name: chosen == option for name, chosen in options.items()}
+            anywhere = torch.stack(list(wanted.values())).any(dim=0)
+            if not bool(anywhere.any()):
+                continue
+            k_tier = round_trip(tier.key_format, keys[anywhere], layer)
+            v_tier = round_trip(tier.value_format, values[anywhere], layer)
+            for name, mask in wanted.items():
+                k_hat, v_hat = coded[name]
+                k_hat[mask], v_hat[mask] = k_tier[mask[anywhere]], v_tier[mask[anywhere]]
+        for name, (k_hat, v_hat) in coded.items():
+            error = horizon_output_error(context, k_hat, v_hat, options[name] == 0)
             by_plan[name][layer] = error.numpy()
-        dropped = torch.from_numpy(np.ascontiguousarray(first[layer].T == 0))
+        dropped = next(iter(options.values())) == 0
         drops[layer] = horizon_output_error(context, keys, values, dropped).numpy()
         progress.advance()
-    return MeasuredErrors(by_tier, by_plan, drops)
+    return MeasuredErrors(by_plan, drops)
 
 
 def layer_agreement(
@@ -126,12 +124,13 @@ def layer_agreement(
         drop_sum = drop_measured = 0.0
         for document, errors, plan in zip(documents, measured, drop_plans, strict=True):
             assert document.horizon is not None
+            assert document.output_errors is not None
             for tier in range(document.errors.n_tiers):
                 cost = document.errors.token_costs(
                     tier, document.horizon.key, document.horizon.value, layer
                 )
                 model.append(cost.sum(axis=-1))
-                truth.append(errors.tiers[tier, layer])
+                truth.append(document.output_errors[tier, layer])
             drop_sum += float(document.horizon.drop[layer][plan[layer] == 0].sum())
             drop_measured += float(errors.drops[layer].sum())
         predicted = np.concatenate([pages[layer, ..., 0].ravel() for pages in predicted_pages])

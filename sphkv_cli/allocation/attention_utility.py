@@ -52,21 +52,25 @@ def visible(query_positions: Tensor, n_tokens: int, window: int) -> Tensor:
 
 
 def attention(
-    queries: Tensor, keys: Tensor, seen: Tensor, geometry: LayerGeometry
-) -> tuple[Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, hidden: Tensor, geometry: LayerGeometry
+) -> tuple[Tensor, Tensor | None]:
     """Exact attention of the query heads of one KV head.
 
     Args:
         queries: (group_size, n_queries, head_dim); keys: (n_tokens, head_dim), float64.
-        seen: (n_queries, n_tokens) bool.
+        hidden: (n_queries, n_tokens) bool.
 
     Returns:
-        probabilities and scaled, capped logits, both (group_size, n_queries, n_tokens).
+        probabilities (group_size, n_queries, n_tokens), and with a soft cap s = 1 - tanh^2 of the
+        same shape.
     """
-    logits = queries @ keys.T * geometry.softmax_scale
+    logits = (queries * geometry.softmax_scale) @ keys.T
+    slope = None
     if geometry.logit_softcap > 0:
-        logits = torch.tanh(logits / geometry.logit_softcap) * geometry.logit_softcap
-    return torch.softmax(logits.masked_fill(~seen, -math.inf), dim=-1), logits
+        capped = logits.div_(geometry.logit_softcap).tanh_()
+        slope = 1 - capped.square()
+        logits = capped.mul_(geometry.logit_softcap)
+    return torch.softmax(logits.masked_fill_(hidden, -math.inf), dim=-1), slope
 
 
 def token_utility(
@@ -99,33 +103,36 @@ def token_utility(
     n_seeing = torch.full((n_context,), float(n_queries), dtype=torch.float64)
     if mean_over == "seeing":
         n_seeing = seen[:, :n_context].sum(dim=0).clamp(min=1).to(torch.float64)
+    hidden = ~seen
     scale_sq = geometry.softmax_scale**2 / head_dim
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for kv_head in range(n_kv_heads):
         heads = slice(kv_head * group_size, (kv_head + 1) * group_size)
         q = queries[:, heads].to(torch.float64).transpose(0, 1)
         k, v = keys[:, kv_head].to(torch.float64), values[:, kv_head].to(torch.float64)
-        p, logits = attention(q, k, seen, geometry)
-        o = p @ v
-        p = p[..., :n_context]
-        # ||v - o||^2, in place of a (queries, tokens, head_dim) difference.
-        away_sq = torch.matmul(o, v[:n_context].T).mul_(-2)
-        away_sq += (v[:n_context] ** 2).sum(-1) + (o**2).sum(-1, keepdim=True)
-        away_sq.clamp_(min=0)
-        weight = (head_weights[heads].to(torch.float64))[:, None, None]
-        drop = (p / (1 - p).clamp_(min=_LEAST_REMAINDER)).square_().mul_(away_sq)
+        every_p, slope = attention(q, k, hidden, geometry)
+        o = every_p @ v
+        # One row per (query head, query) from here on.
+        p = every_p[..., :n_context].reshape(-1, n_context)
+        away_sq = _squared_distances(o.reshape(-1, head_dim), v[:n_context])
+        weight = head_weights[heads].to(torch.float64).repeat_interleave(n_queries)
+        ratio = (1 - p).clamp_(min=_LEAST_REMAINDER)
+        torch.div(p, ratio, out=ratio)
+        drop = weight @ ratio.square_().mul_(away_sq)
         p_sq = p.square()
-        norms = query_norms_sq[:, heads].to(torch.float64).T[..., None]
-        key = away_sq.mul_(p_sq).mul_(norms)
-        if geometry.logit_softcap > 0:
-            slope = 1 - (logits[..., :n_context] / geometry.logit_softcap) ** 2
-            key *= slope**2
-        found.append(
-            (
-                (key * weight).sum(dim=(0, 1)) * scale_sq / n_seeing,
-                (p_sq * weight).sum(dim=(0, 1)) / n_seeing,
-                (drop * weight).sum(dim=(0, 1)) / n_seeing,
-            )
-        )
+        value = weight @ p_sq
+        noise = away_sq.mul_(p_sq)
+        if slope is not None:
+            noise.mul_(slope[..., :n_context].reshape(-1, n_context).square())
+        norms = query_norms_sq[:, heads].to(torch.float64).T.reshape(-1)
+        key = (weight * norms) @ noise * scale_sq
+        found.append((key / n_seeing, value / n_seeing, drop / n_seeing))
     key, value, drop = (torch.stack(column) for column in zip(*found, strict=True))
     return TokenUtility(key, value, drop)
+
+
+def _squared_distances(one: Tensor, other: Tensor) -> Tensor:
+    """||x - y||^2 of rows x (n, d) and y (m, d), in one matrix product: (n, m)."""
+    left = torch.cat([-2 * one, (one**2).sum(-1, keepdim=True), torch.ones_like(one[:, :1])], -1)
+    right = torch.cat([other, torch.ones_like(other[:, :1]), (other**2).sum(-1, keepdim=True)], -1)
+    return (left @ right.T).clamp_(min=0)

@@ -4,8 +4,8 @@
 
 fitted on the `fit` documents by isotonic regression (pool adjacent violators): true future damage
 is measured with the horizon's queries, the score sees the context alone.  A token that the window
-never looked at thereby costs what such tokens turned out to cost, instead of nothing: without it the
-codes and names that a text refers back to are dropped because nobody has asked for them yet.
+never looked at thereby costs what such tokens turned out to cost, instead of nothing: without it
+the codes and names that a text refers back to are dropped because nobody has asked for them yet.
 
 Each pooled block is smoothed by one pseudo token of the head's geometric mean damage, since the
 damage of rarely needed tokens has a heavy tail that a few hundred samples miss.  Between the

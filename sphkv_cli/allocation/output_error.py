@@ -4,7 +4,7 @@
 
 o is exact attention over the dense context and the dense horizon; o_hat reads coded keys and values
 for the context, without the dropped tokens.  A coded key changes a logit by softmax_scale q'.e, so
-the same formula serves every frame.  Every predicted cost of this package is a model of this number.
+the same formula serves every frame.  Every predicted cost of this package models this number.
 """
 
 import torch

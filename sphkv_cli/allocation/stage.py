@@ -9,20 +9,21 @@ drop at a constant; here a drop costs what the future is expected to lose by it.
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from sphkv_cli.allocation.agreement import MeasuredErrors, measure_errors
+from sphkv_cli.allocation.agreement import MeasuredErrors, measure_plans
 from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.coding import TierFormats
 from sphkv_cli.allocation.content import allocation_content
 from sphkv_cli.allocation.context import Split, split_document
 from sphkv_cli.allocation.estimators import UtilityEstimator, estimator_of
 from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, order_tiers
-from sphkv_cli.allocation.measure import MeasuredDocument, TierFormats, measure_document
+from sphkv_cli.allocation.measure import MeasuredDocument, measure_document
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.planning import PlannedDocument, Planner
 from sphkv_cli.allocation.result import AllocationResult
@@ -65,7 +66,7 @@ def allocate(
         run = _Run.prepare(options, reader, books, progress)
         planner, fitted = run.fit()
         checked = run.check(planner, fitted)
-        planned = [planner.plan(run.measure(d, with_horizon=False)) for d in run.to_plan()]
+        planned = [planner.plan(run.measure(document)) for document in run.to_plan()]
         progress.finish()
         if options.plan_select:
             planned += [check.planned for check in checked if check.is_select]
@@ -154,12 +155,16 @@ class _Run:
             progress=progress,
         )
 
+    @property
+    def check_split(self) -> Literal["fit", "select"]:
+        """The documents on which predictions are checked: select, or fit where there are none."""
+        return "select" if self.capture.documents_of("select") else "fit"
+
     def fit(self) -> tuple[Planner, list[MeasuredDocument]]:
         """Measure the fit documents and freeze tables and quotas."""
-        self.progress.start(
-            "measuring documents", len(self.capture.documents) * self.capture.n_layers, "layers"
-        )
-        documents = self.measure_all(self.capture.documents_of("fit"), with_horizon=True)
+        n_passes = len(self.capture.documents) + len(self.capture.documents_of(self.check_split))
+        self.progress.start("measuring documents", n_passes * self.capture.n_layers, "layers")
+        documents = [self.measure(document) for document in self.capture.documents_of("fit")]
         planner = Planner.fit(
             documents,
             self.layout,
@@ -172,8 +177,9 @@ class _Run:
 
     def check(self, planner: Planner, fitted: list[MeasuredDocument]) -> list[CheckedDocument]:
         """Plan the select documents (without any, the fit ones) and measure what comes of it."""
-        selected = self.capture.documents_of("select")
-        documents = self.measure_all(selected, with_horizon=True) if selected else fitted
+        documents = fitted
+        if self.check_split == "select":
+            documents = [self.measure(document) for document in self.capture.documents_of("select")]
         found = []
         for document in documents:
             planned = planner.plan(document)
@@ -185,14 +191,8 @@ class _Run:
         """The judge documents."""
         return self.capture.documents_of("judge")
 
-    def measure_all(
-        self, documents: Iterable[DocumentInfo], *, with_horizon: bool
-    ) -> list[MeasuredDocument]:
-        """Measure several documents."""
-        return [self.measure(document, with_horizon=with_horizon) for document in documents]
-
-    def measure(self, document: DocumentInfo, *, with_horizon: bool) -> MeasuredDocument:
-        """Measure one document; its horizon only where that is allowed."""
+    def measure(self, document: DocumentInfo) -> MeasuredDocument:
+        """Measure one document; of judge documents the context alone (but by the oracle)."""
         return measure_document(
             self.capture,
             document,
@@ -201,7 +201,8 @@ class _Run:
             self.formats,
             self.estimator,
             self.head_weights,
-            with_horizon=with_horizon or self.estimator.is_ceiling,
+            with_horizon=document.split != "judge" or self.estimator.is_ceiling,
+            with_output_errors=document.split == self.check_split,
             progress=self.progress,
         )
 
@@ -212,15 +213,14 @@ class _Run:
         }
         for name, baseline in planned.baselines.items():
             plans[name] = baseline.per_head(self.layout)
-        return measure_errors(
+        return measure_plans(
             self.capture,
             planned.measured,
             self.frames,
             self.layout.tiers,
-            self.formats,
             plans,
             self.head_weights,
-            NullProgress(),
+            self.progress,
         )
 
 
