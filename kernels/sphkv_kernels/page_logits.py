@@ -27,13 +27,17 @@ _CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
-class _TierPages:
+class TierPages:
     """The live pages of one tier: unique stored vectors and which of them each entry reads."""
 
     region_format: RegionFormat
     entries: Tensor
     page_of_entry: Tensor
     stored: StoredVectors
+
+    def decode(self) -> Tensor:
+        """``(n_pages, page_size, head_dim) float64``."""
+        return decode_vectors(self.region_format, self.stored)
 
 
 def page_logits(grouped_query: Tensor, cache: PagedCache) -> Tensor:
@@ -47,7 +51,7 @@ def page_logits(grouped_query: Tensor, cache: PagedCache) -> Tensor:
     shape = (cache.page_table.n_entries, group_size, cache.page_size)
     logits = torch.zeros(shape, dtype=torch.float64, device=cache.device)
     chunk = max(1, _CHUNK_ELEMENTS // (group_size * cache.page_size * cache.head_dim))
-    for tier in _tier_pages(cache, "key"):
+    for tier in tier_pages(cache, "key"):
         keys = _KeyOperand.of(tier)
         for first in range(0, tier.entries.shape[0], chunk):
             entries = tier.entries[first : first + chunk]
@@ -66,7 +70,7 @@ def page_values(weights: Tensor, cache: PagedCache, n_heads: int) -> Tensor:
     shape = (n_heads, group_size, cache.head_dim)
     sums = torch.zeros(shape, dtype=torch.float64, device=cache.device)
     chunk = max(1, _CHUNK_ELEMENTS // (cache.page_size * cache.head_dim))
-    for tier in _tier_pages(cache, "value"):
+    for tier in tier_pages(cache, "value"):
         values = decode_vectors(tier.region_format, tier.stored)
         for first in range(0, tier.entries.shape[0], chunk):
             entries = tier.entries[first : first + chunk]
@@ -89,7 +93,7 @@ class _KeyOperand:
         self._rope = rope
 
     @staticmethod
-    def of(tier: _TierPages) -> "_KeyOperand":
+    def of(tier: TierPages) -> "_KeyOperand":
         stored = tier.stored
         if isinstance(tier.region_format, SphericalCode):
             assert isinstance(stored, EncodedVectors)
@@ -119,8 +123,10 @@ class _KeyOperand:
         return (t * self._radii[pages][:, None]).sum(2)
 
 
-def _tier_pages(cache: PagedCache, operand: Operand) -> Iterator[_TierPages]:
+def tier_pages(cache: PagedCache, operand: Operand) -> Iterator[TierPages]:
+    """The live pages of the K or the V regions, tier by tier; dead rows are zero."""
     table = cache.page_table
+    page_sizes = cache.tier_page_bytes()
     for index, tier in enumerate(cache.tiers):
         live = (table.tiers == index) & (table.live_tokens > 0)
         entries = torch.nonzero(live).flatten()
@@ -129,8 +135,7 @@ def _tier_pages(cache: PagedCache, operand: Operand) -> Iterator[_TierPages]:
         offsets, page_of_entry = torch.unique(table.offsets[entries], return_inverse=True)
         key_bytes = key_region_bytes(tier, cache.head_dim, cache.page_size)
         region_format = tier.key_format if operand == "key" else tier.value_format
-        total = cache.tier_page_bytes()[index]
-        span = (0, key_bytes) if operand == "key" else (key_bytes, total)
+        span = (0, key_bytes) if operand == "key" else (key_bytes, page_sizes[index])
         columns = torch.arange(*span, device=cache.device)
         regions = cache.pool[offsets[:, None] + columns]
         stored = unpack_region(region_format, operand, regions, cache.head_dim, cache.page_size)
@@ -140,4 +145,4 @@ def _tier_pages(cache: PagedCache, operand: Operand) -> Iterator[_TierPages]:
         live_of_page.scatter_reduce_(0, page_of_entry, counts, "amax")
         rows = torch.arange(cache.page_size, device=cache.device)
         stored = zeroed_rows(stored, rows >= live_of_page[:, None])
-        yield _TierPages(region_format, entries, page_of_entry, stored)
+        yield TierPages(region_format, entries, page_of_entry, stored)

@@ -46,31 +46,57 @@ class ExactHead:
         logits = (q @ keys.T + inputs.head_offset(kv_head)) * inputs.softmax_scale
         scores = masked_scores(logits, inputs, inputs.seen)
         rest = inputs.n_context
-        lse, output = attend(scores, values)
-        rest_lse, rest_output = attend(scores[..., rest:], values[rest:])
-        return ExactHead(logits, scores, lse, output, rest_lse, rest_output)
+        whole = attend(scores, values)
+        tail = attend(scores[..., rest:], values[rest:])
+        return ExactHead(
+            logits, scores, whole.log_sum_exp, whole.output, tail.log_sum_exp, tail.output
+        )
 
 
 def masked_scores(logits: Tensor, inputs: LayerInputs, visible: Tensor) -> Tensor:
-    """Cap scaled logits and hide what is not visible ``(..., n_queries, n_tokens) bool``."""
+    """Cap scaled logits and hide what is not visible ``(n_queries, n_tokens) bool``."""
     if inputs.logit_softcap > 0:
         logits = torch.tanh(logits / inputs.logit_softcap) * inputs.logit_softcap
-    return torch.where(visible, logits, -torch.inf)
+    if bool(visible.all()):
+        return logits
+    return logits.masked_fill(~visible, -torch.inf)
 
 
-def attend(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and softmax average; -inf and 0 where nothing is seen."""
-    lse = torch.logsumexp(scores, -1)
-    safe = torch.where(torch.isneginf(lse), 0.0, lse)
-    return lse, torch.exp(scores - safe[..., None]) @ values
+@dataclass(frozen=True)
+class Attention:
+    """weights: exp(scores - peak), ``(..., n_queries, n_tokens)``; peak, log_sum_exp: ``(...,
+    n_queries)``; output ``(..., n_queries, head_dim)``.  Nothing seen: 0, log_sum_exp -inf."""
+
+    weights: Tensor
+    peak: Tensor
+    log_sum_exp: Tensor
+    output: Tensor
+
+
+def attend(scores: Tensor, values: Tensor) -> Attention:
+    """Softmax attention with one exponential per score."""
+    if scores.shape[-1] == 0:
+        nothing = scores.new_zeros(scores.shape[:-1])
+        output = scores.new_zeros((*scores.shape[:-1], values.shape[-1]))
+        return Attention(scores, nothing, nothing - torch.inf, output)
+    peak = scores.amax(-1)
+    peak = torch.where(torch.isneginf(peak), 0.0, peak)
+    weights = (scores - peak[..., None]).exp_()
+    total = weights.sum(-1)
+    output = (weights @ values) / torch.where(total > 0, total, 1.0)[..., None]
+    return Attention(weights, peak, peak + total.log(), output)
 
 
 @dataclass(frozen=True)
 class CodedAttention:
-    """Float64 attention of one KV head's queries to coded tokens alone: logits ``(group_size,
-    n_queries, n_context)`` scaled; seen ``(n_queries, n_context) bool``; log_sum_exp
-    ``(group_size, n_queries)``; output ``(group_size, n_queries, head_dim)``."""
+    """Float64 attention of one KV head's queries to coded tokens alone.
 
+    tokens ``(n_kept) int64``; logits ``(group_size, n_queries, n_kept)`` scaled; seen ``(n_queries,
+    n_kept) bool``; log_sum_exp ``(group_size, n_queries)``; output ``(group_size, n_queries,
+    head_dim)``.
+    """
+
+    tokens: Tensor
     logits: Tensor
     seen: Tensor
     log_sum_exp: Tensor
@@ -128,35 +154,41 @@ class CandidateErrors:
             Attention over the coded context alone.
         """
         q = inputs.head_queries(kv_head)
-        n_context, scale = inputs.n_context, inputs.softmax_scale
-        logits = (q @ keys.T + inputs.head_offset(kv_head)) * scale
-        seen = inputs.seen[:, :n_context] & kept
+        scale = inputs.softmax_scale
+        # Dropped tokens are left out of every product, not only hidden.
+        tokens = torch.nonzero(kept).flatten()
+        seen = inputs.seen[:, tokens]
+        logits = (q @ keys[tokens].T + inputs.head_offset(kv_head)) * scale
         scores = masked_scores(logits, inputs, seen)
-        context_lse, context_output = attend(scores, values)
-        lse = torch.logaddexp(context_lse, exact.rest_log_sum_exp)
-        safe = torch.where(torch.isneginf(lse), 0.0, lse)
+        context = attend(scores, values[tokens])
+        lse = torch.logaddexp(context.log_sum_exp, exact.rest_log_sum_exp)
         output = (
-            torch.exp(context_lse - safe)[..., None] * context_output
-            + torch.exp(exact.rest_log_sum_exp - safe)[..., None] * exact.rest_output
+            torch.exp(context.log_sum_exp - lse)[..., None] * context.output
+            + torch.exp(exact.rest_log_sum_exp - lse)[..., None] * exact.rest_output
         )
-        weights = torch.exp(scores - safe[..., None])
-        moved = torch.where(seen, scores - exact.scores[..., :n_context], 0.0)
-        kl = (weights * moved).sum(-1) - (lse - exact.log_sum_exp)
+        difference = logits - exact.logits[..., tokens]
+        moved = difference
+        if inputs.logit_softcap > 0 or not bool(seen.all()):
+            moved = torch.where(seen, scores - exact.scores[..., tokens], 0.0)
+        expected_move = (context.weights * moved).sum(-1) * torch.exp(context.peak - lse)
+        kl = expected_move - (lse - exact.log_sum_exp)
         error_sq = (output - exact.output).square().sum(-1)
         output_sq = exact.output.square().sum(-1)
         relative = (error_sq / output_sq.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
         query_sq = q.square().sum(-1)
-        predicted, made, bound = errors
+        predicted, made, bound = (part[tokens] for part in errors)
         pairs = seen.to(torch.float64)
         per_coordinate = scale**2 / q.shape[-1]
         predicted_sq = (query_sq * (pairs @ predicted)).sum(-1) * per_coordinate
         expected_sq = (query_sq * (pairs @ made)).sum(-1) * per_coordinate
-        largest = (query_sq.sqrt() * (pairs * bound).amax(-1)).amax(-1) * scale
-        difference = logits - exact.logits[..., :n_context]
+        largest = query_sq.new_zeros(inputs.group_size)
+        if tokens.numel():
+            largest = (query_sq.sqrt() * (pairs * bound).amax(-1)).amax(-1) * scale
         for member in range(inputs.group_size):
             head = kv_head * inputs.group_size + member
-            self.logit.add(head, difference[member][seen])
+            every = difference[member]
+            self.logit.add(head, every if bool(seen.all()) else every[seen])
             self.predicted_sq[head] += predicted_sq[member]
             self.expected_sq[head] += expected_sq[member]
             self.bound[head] = torch.maximum(self.bound[head], largest[member])
@@ -167,4 +199,4 @@ class CandidateErrors:
             self.error_sq[head] += error_sq[member].sum()
             self.output_sq[head] += output_sq[member].sum()
             self.relative_max[head] = torch.maximum(self.relative_max[head], relative[member].max())
-        return CodedAttention(logits, seen, context_lse, context_output)
+        return CodedAttention(tokens, logits, seen, context.log_sum_exp, context.output)

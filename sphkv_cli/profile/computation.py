@@ -40,7 +40,7 @@ class ComputationSums:
         rows = decoded.rows
         for member in range(inputs.group_size):
             head = kv_head * inputs.group_size + member
-            theirs = decoded.logits[:, kv_head, member] * inputs.softmax_scale
+            theirs = decoded.logits[:, kv_head, member, codes.tokens] * inputs.softmax_scale
             apart = (theirs - codes.logits[member, rows])[codes.seen[rows]].abs()
             if apart.numel():
                 # A decoder that returns NaN must show: max() keeps it, fmax would not.

@@ -18,7 +18,7 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.cache_reader import logits_by_token
-from sphkv_kernels.reference import DecodeResult, ada_decode_reference, ada_logits_reference
+from sphkv_kernels.reference import DecodeResult, ada_logits_reference, decode_from_logits
 from sphkv_kernels.tier import PageError, TierFormat
 
 RECURSION_QUERIES = 8
@@ -71,14 +71,8 @@ class ReferenceDecoder:
             window=inputs.window,
             query_positions=positions,
         )
-        result = ada_decode_reference(
-            query,
-            shared,
-            inputs.softmax_scale,
-            logit_offset=offset,
-            logit_softcap=inputs.logit_softcap,
-            window=inputs.window,
-            query_positions=positions,
+        result = decode_from_logits(
+            logits, shared, inputs.softmax_scale, logit_softcap=inputs.logit_softcap
         )
         return _decoded(rows, logits.pages, result, shared, inputs)
 
