@@ -13,8 +13,9 @@ class CaptureResult:
     """A capture that was made.
 
     `tensor_bytes` are the captured activations alone, `file_bytes` the artifact; `forward_s` is the
-    time from the first document to the last shard, `total_s` includes loading and assembling;
-    `tokens_per_s` counts the documents of this run, not those that were resumed.
+    time from the first document to the last shard, `assemble_s` from there to the artifact,
+    `total_s` includes loading; `tokens_per_s` counts the documents of this run, not those that were
+    resumed.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class CaptureResult:
     tensor_bytes: int
     file_bytes: int
     forward_s: float
+    assemble_s: float
     total_s: float
     tokens_per_s: float
 
@@ -48,6 +50,7 @@ class CaptureResult:
         digest: str,
         n_resumed_documents: int,
         forward_s: float,
+        assemble_s: float,
         total_s: float,
         n_tokens_run: int,
     ) -> Self:
@@ -67,6 +70,7 @@ class CaptureResult:
             tensor_bytes=plan.tensor_bytes,
             file_bytes=path.stat().st_size,
             forward_s=forward_s,
+            assemble_s=assemble_s,
             total_s=total_s,
             tokens_per_s=n_tokens_run / forward_s if n_tokens_run else 0.0,
         )

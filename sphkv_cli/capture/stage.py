@@ -64,15 +64,16 @@ def capture(
 
     check_disk(plan, output.parent, already_bytes=shard_bytes(output) if resume else 0)
     run = _Run(options, source, plan, documents, output, progress)
-    n_resumed, forward_s, n_tokens = run.execute(force=force, resume=resume)
+    run.execute(force=force, resume=resume)
     return CaptureResult.of_plan(
         plan,
         path=output,
         digest=read_header(output).digest,
-        n_resumed_documents=n_resumed,
-        forward_s=forward_s,
+        n_resumed_documents=run.n_resumed,
+        forward_s=run.forward_s,
+        assemble_s=run.assemble_s,
         total_s=time.monotonic() - started,
-        n_tokens_run=n_tokens,
+        n_tokens_run=run.n_tokens,
     )
 
 
@@ -171,8 +172,8 @@ class _Run:
         )
         progress.finish()
 
-    def execute(self, *, force: bool, resume: bool) -> tuple[int, float, int]:
-        """Capture, assemble, clean up: (resumed documents, forward seconds, tokens of this run)."""
+    def execute(self, *, force: bool, resume: bool) -> None:
+        """Capture what is missing, assemble, clean up; the counters and times are set then."""
         from sphkv_cli.capture.assemble import assemble
         from sphkv_cli.capture.work_folder import WorkFolder
 
@@ -180,15 +181,16 @@ class _Run:
         work = WorkFolder(self._output, self._parameters(), resume=resume, force=force)
         try:
             missing = [d for d in self._documents if not work.has(d.info.index)]
-            n_tokens = sum(document.info.n_tokens for document in missing)
+            self.n_resumed = len(self._documents) - len(missing)
+            self.n_tokens = sum(document.info.n_tokens for document in missing)
             started = time.monotonic()
-            self._progress.start("capturing", n_tokens, "tokens")
+            self._progress.start("capturing", self.n_tokens, "tokens")
             try:
                 for document in missing:
                     self._capture_document(work, document)
             finally:
                 self._progress.finish()
-            forward_s = time.monotonic() - started
+            self.forward_s = time.monotonic() - started
             assemble(
                 work,
                 self._output,
@@ -201,9 +203,9 @@ class _Run:
                 progress=self._progress,
             )
             work.remove()
+            self.assemble_s = time.monotonic() - started - self.forward_s
         finally:
             work.close()
-        return len(self._documents) - len(missing), forward_s, n_tokens
 
     def _capture_document(self, work: Any, document: PlannedDocument) -> None:
         from sphkv_cli.capture.recorder import AttentionRecorder, recording

@@ -120,6 +120,7 @@ def capture_synthetic(
         digest=read_header(output).digest,
         n_resumed_documents=0,
         forward_s=seconds,
+        assemble_s=0.0,
         total_s=seconds,
         n_tokens_run=n_tokens,
     )

@@ -152,8 +152,9 @@ def _attention_of(layer: Any, name: str) -> tuple[str, Any]:
     for child_name, child in layer.named_modules():
         kind = type(child).__name__
         if _NOT_ATTENTION.search(kind):
+            full_name = f"{name}.{child_name}" if child_name else name
             raise SphkvError(
-                f"layer {f'{name}.{child_name}'.rstrip('.')} ({kind}) keeps a state instead of keys and values "
+                f"layer {full_name} ({kind}) keeps a state instead of keys and values "
                 "(state-space or linear attention)",
                 "choose a model whose every layer is softmax attention",
             )
