@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 
 from sphkv_cli.artifacts.header import Header
+from sphkv_cli.artifacts.report import Report
 from sphkv_cli.artifacts.store import open_artifact, read_header, verify_digest
 
 
@@ -45,6 +46,8 @@ def inspect_artifact(path: Path, *, verify: bool = False) -> Inspection:
     Raises:
         ArtifactError: missing, truncated, foreign or newer file.
     """
+    if _is_json(path):
+        return _inspect_report(path)
     header = read_header(path)
     with open_artifact(path, header.kind) as file:
         attributes = {
@@ -60,6 +63,27 @@ def inspect_artifact(path: Path, *, verify: bool = False) -> Inspection:
         datasets=datasets,
         file_bytes=path.stat().st_size,
         digest_ok=verify_digest(path) if verify else None,
+    )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"{"
+    except OSError:
+        return False
+
+
+def _inspect_report(path: Path) -> Inspection:
+    """A report holds no datasets; its digest is checked whenever it is opened."""
+    report = Report.open(path)
+    return Inspection(
+        path=str(path),
+        header=report.header,
+        attributes=report.content,
+        datasets=(),
+        file_bytes=path.stat().st_size,
+        digest_ok=True,
     )
 
 

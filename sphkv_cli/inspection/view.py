@@ -17,14 +17,17 @@ def view(result: Inspection) -> tuple[Block, ...]:
         for role, ref in header.inputs.items()
     ]
     lines += [f"{key:<11} {_compact(value)}" for key, value in header.provenance.items()]
+    attributes = Table(
+        "Content" if header.kind == "report" else "Attributes",
+        ("name", "value"),
+        [(key, _compact(value)) for key, value in result.attributes.items()],
+        text_columns=2,
+    )
+    if not result.datasets:
+        return (*(Line(text) for text in lines), attributes)
     return (
         *(Line(text) for text in lines),
-        Table(
-            "Attributes",
-            ("name", "value"),
-            [(key, _compact(value)) for key, value in result.attributes.items()],
-            text_columns=2,
-        ),
+        attributes,
         Table(
             f"Datasets ({bytes_text(result.file_bytes)} on disk)",
             ("name", "axes", "type", "shape", "count", "bytes"),
