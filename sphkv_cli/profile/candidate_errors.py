@@ -41,9 +41,8 @@ class ExactHead:
     @staticmethod
     def of(inputs: LayerInputs, kv_head: int) -> "ExactHead":
         """Attention to dense keys and values in float64."""
-        q = inputs.head_queries(kv_head)
         keys, values = inputs.keys[:, kv_head], inputs.values[:, kv_head]
-        logits = (q @ keys.T + inputs.head_offset(kv_head)) * inputs.softmax_scale
+        logits = scaled_logits(inputs, kv_head, keys)
         scores = masked_scores(logits, inputs, inputs.seen)
         rest = inputs.n_context
         whole = attend(scores, values)
@@ -51,6 +50,13 @@ class ExactHead:
         return ExactHead(
             logits, scores, whole.log_sum_exp, whole.output, tail.log_sum_exp, tail.output
         )
+
+
+def scaled_logits(inputs: LayerInputs, kv_head: int, keys: Tensor) -> Tensor:
+    """softmax_scale (q.k + offset), ``(group_size, n_queries, n_tokens)``."""
+    scale = inputs.softmax_scale
+    logits = (inputs.head_queries(kv_head) * scale) @ keys.T
+    return logits.add_(inputs.head_offset(kv_head) * scale)
 
 
 def masked_scores(logits: Tensor, inputs: LayerInputs, visible: Tensor) -> Tensor:
@@ -157,27 +163,34 @@ class CandidateErrors:
         scale = inputs.softmax_scale
         # Dropped tokens are left out of every product, not only hidden.
         tokens = torch.nonzero(kept).flatten()
-        seen = inputs.seen[:, tokens]
-        logits = (q @ keys[tokens].T + inputs.head_offset(kv_head)) * scale
+        exact_logits = exact.logits[..., : inputs.n_context]
+        seen = inputs.seen[:, : inputs.n_context]
+        if tokens.numel() < inputs.n_context:
+            keys, values = keys[tokens], values[tokens]
+            exact_logits, seen = exact_logits[..., tokens], seen[:, tokens]
+            errors = (errors[0][tokens], errors[1][tokens], errors[2][tokens])
+        all_seen = bool(seen.all())
+        logits = scaled_logits(inputs, kv_head, keys)
         scores = masked_scores(logits, inputs, seen)
-        context = attend(scores, values[tokens])
+        context = attend(scores, values)
         lse = torch.logaddexp(context.log_sum_exp, exact.rest_log_sum_exp)
         output = (
             torch.exp(context.log_sum_exp - lse)[..., None] * context.output
             + torch.exp(exact.rest_log_sum_exp - lse)[..., None] * exact.rest_output
         )
-        difference = logits - exact.logits[..., tokens]
+        difference = logits - exact_logits
         moved = difference
-        if inputs.logit_softcap > 0 or not bool(seen.all()):
+        if inputs.logit_softcap > 0 or not all_seen:
             moved = torch.where(seen, scores - exact.scores[..., tokens], 0.0)
-        expected_move = (context.weights * moved).sum(-1) * torch.exp(context.peak - lse)
+        expected_move = torch.linalg.vecdot(context.weights, moved)
+        expected_move = expected_move * torch.exp(context.peak - lse)
         kl = expected_move - (lse - exact.log_sum_exp)
         error_sq = (output - exact.output).square().sum(-1)
         output_sq = exact.output.square().sum(-1)
         relative = (error_sq / output_sq.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
         query_sq = q.square().sum(-1)
-        predicted, made, bound = (part[tokens] for part in errors)
+        predicted, made, bound = errors
         pairs = seen.to(torch.float64)
         per_coordinate = scale**2 / q.shape[-1]
         predicted_sq = (query_sq * (pairs @ predicted)).sum(-1) * per_coordinate
@@ -187,8 +200,7 @@ class CandidateErrors:
             largest = (query_sq.sqrt() * (pairs * bound).amax(-1)).amax(-1) * scale
         for member in range(inputs.group_size):
             head = kv_head * inputs.group_size + member
-            every = difference[member]
-            self.logit.add(head, every if bool(seen.all()) else every[seen])
+            self.logit.add(head, difference[member] if all_seen else difference[member][seen])
             self.predicted_sq[head] += predicted_sq[member]
             self.expected_sq[head] += expected_sq[member]
             self.bound[head] = torch.maximum(self.bound[head], largest[member])

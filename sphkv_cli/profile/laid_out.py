@@ -103,6 +103,8 @@ def page_terms(
     """The bytes of pages: `pages` and live `tokens` of each tier, ``(n_tiers) int64``."""
     total = LaidOutTerms()
     for tier, n_pages, n_tokens in zip(tiers, pages.tolist(), tokens.tolist(), strict=True):
+        if n_pages == 0:
+            continue
         vector = _vector_bytes(tier.key_format, head_dim) + _vector_bytes(
             tier.value_format, head_dim
         )
