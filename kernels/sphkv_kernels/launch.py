@@ -18,7 +18,7 @@ from sphkv_kernels.build import KernelBuildError, compile_cubin
 from sphkv_kernels.variant import KernelSource, Variant, kernel_source
 
 _POINTERS = (
-    "pool", "records", "entries", "segments", "block_starts", "tables", "query", "offset",
+    "pool", "records", "entries", "heads", "segments", "tables", "query", "offset",
     "tail_keys", "tail_values", "tail_tokens", "positions", "tail_positions", "query_positions",
     "output", "log_sum_exp", "logits", "tail_logits", "partial_output", "partial_state", "arrivals",
 )  # fmt: skip
@@ -87,7 +87,7 @@ class _VariantKey:
         )
         self.key = (
             tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
-            variant.softcap, variant.n_warps,
+            variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:

@@ -23,7 +23,7 @@ from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.tier import PageError
 
 FIRST, LAST, TAIL = 1, 2, 4
-SEGMENT_INTS = 8
+SEGMENT_INTS, HEAD_INTS = 8, 12
 MAX_OFFSET = 16 * (1 << 32)
 Ints = npt.NDArray[np.int64]
 
@@ -33,15 +33,15 @@ class DecodePlan:
     """Work of every block, on the cache's device.
 
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
-    (n_pages) int32: the page-table entry of each record; segments (n_segments, 8) int32;
-    block_starts (n_blocks + 1) int32; n_parts: partial results of rows cut into several;
-    code_bytes: bytes of all pages.
+    (n_pages) int32: the page-table entry of each record; heads (n_blocks, 12) int32: the first
+    segment of every block and the range of its others in segments (n, 8) int32; n_parts: partial
+    results of rows cut into several; code_bytes: bytes of all pages.
     """
 
     records: Tensor
     entries: Tensor
+    heads: Tensor
     segments: Tensor
-    block_starts: Tensor
     n_blocks: int
     n_parts: int
     n_rows: int
@@ -50,7 +50,7 @@ class DecodePlan:
     @property
     def n_bytes(self) -> int:
         """Bytes of the plan that every launch reads: the metadata of the cache."""
-        tensors = (self.records, self.segments, self.block_starts)
+        tensors = (self.records, self.heads, self.segments)
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -77,6 +77,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     offsets = table.offsets.cpu().numpy()[order] // 16
     page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
     segments, block_starts, n_parts = _cut(rows[order], tiers[order], page_bytes, n_rows, n_blocks)
+    heads, others = _split_heads(segments, block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
     if not records.shape[0]:
         records = np.zeros((1, 2), dtype=np.uint32)  # never read; a null pointer would be
@@ -87,8 +88,8 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     return DecodePlan(
         records=on_device(records.view(np.int32)),
         entries=on_device(order.astype(np.int32)),
-        segments=on_device(segments.astype(np.int32)),
-        block_starts=on_device(block_starts.astype(np.int32)),
+        heads=on_device(heads),
+        segments=on_device(others),
         n_blocks=n_blocks,
         n_parts=n_parts,
         n_rows=n_rows,
@@ -157,3 +158,27 @@ def _cut(
     )
     block_starts = np.searchsorted(seg_block, np.arange(n_blocks + 1))
     return segments, block_starts, int(stored.sum())
+
+
+def _split_heads(
+    segments: Ints, block_starts: Ints
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Every block's first segment where the block finds it without a detour, and the others.
+
+    A block without work gets a segment of no pages and no flags.
+    """
+    n_blocks = block_starts.size - 1
+    busy = block_starts[1:] > block_starts[:-1]
+    heads = np.zeros((n_blocks, HEAD_INTS), dtype=np.int32)
+    heads[:, 1] = -1
+    heads[busy, :SEGMENT_INTS] = segments[block_starts[:-1][busy]]
+    is_head = np.zeros(segments.shape[0], dtype=bool)
+    is_head[block_starts[:-1][busy]] = True
+    others = segments[~is_head].astype(np.int32)
+    before = np.cumsum(~is_head) - ~is_head  # others before each segment
+    padded = np.append(before, others.shape[0])
+    heads[:, SEGMENT_INTS] = padded[block_starts[:-1]]
+    heads[:, SEGMENT_INTS + 1] = padded[block_starts[1:]]
+    if not others.shape[0]:
+        others = np.zeros((1, SEGMENT_INTS), dtype=np.int32)  # never read; null would be
+    return heads, others

