@@ -1,0 +1,55 @@
+"""From scores per position to a row per coding."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sphkv_cli.evaluation.intervals import Interval, geometric_interval, mean_interval
+from sphkv_cli.evaluation.result import DocumentScore, PositionBin, Row
+from sphkv_cli.evaluation.token_scores import TokenScores
+
+
+def summarise(
+    name: str,
+    documents: Sequence[DocumentScore],
+    scores: Sequence[TokenScores],
+    *,
+    is_ours: bool,
+) -> Row:
+    """One row over documents, with the scores that made each of them."""
+    log_ratio = [
+        math.log(document.perplexity_coded / document.perplexity_dense) for document in documents
+    ]
+    ratio = mean_interval(log_ratio)
+    return Row(
+        name=name,
+        is_ours=is_ours,
+        code_rate=float(np.mean([document.code_rate for document in documents])),
+        laid_out_rate=float(np.mean([document.laid_out_rate for document in documents])),
+        kl=mean_interval([document.kl for document in documents]),
+        kl_geometric=geometric_interval([document.kl for document in documents]),
+        kl_p99=float(np.quantile(np.concatenate([score.kl for score in scores]), 0.99)),
+        perplexity_ratio=Interval(math.exp(ratio.mean), math.exp(ratio.low), math.exp(ratio.high)),
+        top1=mean_interval([document.top1 for document in documents]),
+        by_position=position_bins(scores),
+        documents=tuple(documents),
+    )
+
+
+def position_bins(scores: Sequence[TokenScores]) -> tuple[PositionBin, ...]:
+    """KL by position; bins of 32, 64, 128 ... tokens from the first scored one on."""
+    first = min(int(score.positions[0]) for score in scores)
+    last = max(int(score.positions[-1]) for score in scores)
+    bins = []
+    width = 32
+    while first <= last:
+        stop = min(first + width, last + 1)
+        means = [
+            float(score.kl[inside].mean())
+            for score in scores
+            if (inside := (score.positions >= first) & (score.positions < stop)).any()
+        ]
+        bins.append(PositionBin(first, stop - 1, float(np.mean(means))))
+        first, width = stop, 2 * width
+    return tuple(bins)
