@@ -6,7 +6,7 @@
 so that every tier of a head (codes, int8, dense) shares one transformed query. c is the mean of
 post-RoPE keys: constant over positions, its logit term q . c is the same for every key of the head
 and cancels in softmax; a log-sum-exp or a logit needs it added back (`logit_offset`, before
-softmax_scale). Rotation: DRIVE (arXiv 2108.08842) and PolarQuant; balancing and centring: ours.
+softmax_scale). Rotation: DRIVE (arXiv 2105.08339) and PolarQuant; balancing and centring: ours.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ exact Beta law for head_dim 128, used here, +.74, +2.7, +9.3 %.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -266,7 +267,7 @@ class MinifloatRadius(RadiusCoding):
         so E (rho - rhohat)^2 = e and E[rho rhohat] = 1 to first order.
         """
         step = 2.0**-self.mantissa_bits
-        relative_mse = step**2 / 12.0 * 3.0 / (8.0 * np.log(2.0))
+        relative_mse = step**2 / 12.0 * 3.0 / (8.0 * math.log(2.0))
         return RadiusMoments(1.0 + relative_mse, 1.0, relative_mse)
 
 

@@ -1,8 +1,9 @@
 """The shared orthogonal rotation S: x -> S x on the last axis.
 
 Rotation before coarse quantisation is DRIVE's technique (Vargaftik et al., NeurIPS 2021, arXiv
-2108.08842; EDEN, ICML 2022); PolarQuant and TurboQuant use it for KV caches. S must be orthogonal:
-an i.i.d. Gaussian S / sqrt(d) undone by its transpose costs D = 1.007 with no quantisation at all.
+2105.08339; EDEN, ICML 2022, arXiv 2108.08842); PolarQuant and TurboQuant use it for KV caches. S
+must be orthogonal: an i.i.d. Gaussian S / sqrt(d) undone by its transpose costs D = 1 + 1/d with no
+quantisation at all.
 
 haar: Q of the QR decomposition of a Gaussian matrix from numpy's PCG64(seed), columns signed by
 diag(R) so that Q is Haar distributed. hadamard: H diag(signs) / sqrt(d), H in Sylvester's order;

@@ -10,9 +10,9 @@ way, no atan2, so that a kernel can match it bit for bit. It takes float32 whate
 (bfloat16 and float16 widen exactly, float64 is rounded).
 
 gain folds a correction into the stored float16 numbers, free when decoding (DRIVE, arXiv
-2108.08842, and EDEN). With xhat the decode of the codes at unit gain: least_squares scales by <x,
-xhat> / ||xhat||^2, unbiased by ||x||^2 / <x, xhat>; per block where each block stores its radius,
-else per vector.
+2105.08339, and EDEN, 2108.08842). With xhat the decode of the codes at unit gain: least_squares
+scales by <x, xhat> / ||xhat||^2, unbiased by ||x||^2 / <x, xhat>; per block where each block stores
+its radius, else per vector.
 """
 
 from __future__ import annotations

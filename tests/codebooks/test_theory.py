@@ -10,7 +10,9 @@ import torch
 from scipy import stats
 
 from sphkv_codebooks.density import analytic_density
+from sphkv_codebooks.distortion import vector_error_bound
 from sphkv_codebooks.polar import to_polar
+from sphkv_codebooks.radius import LloydMaxRadius
 from sphkv_codebooks.rotation import Rotation, RotationKind
 from sphkv_codebooks.spherical_code import SphericalCode
 
@@ -125,3 +127,24 @@ def test_logit_noise_grows_with_the_norm_of_the_key() -> None:
         predicted = predicted * k.norm(dim=-1)
         ratio = error.square().mean().sqrt() / predicted.square().mean().sqrt()
         assert float(ratio) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_vector_of_one_block_is_what_relative_radii_cannot_hold() -> None:
+    """All of the norm in one block of n: rho = sqrt(n) there and 0 elsewhere, far outside the book,
+    so the block shrinks to the last centroid and the empty ones get the first. Rotated, the same
+    vector is an ordinary one; and the bound covers both."""
+    code = SphericalCode.analytic("r2", 128, (4, 2, 2, 2), "lloyd_max:2")
+    coding = code.radius_coding
+    assert isinstance(coding, LloydMaxRadius)
+    x = torch.zeros(128)
+    x[:16] = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    stored = code.decode_radii(code.encode(x), torch.float64) / x.double().norm()
+    expected = coding.centroids[[3, 0, 0, 0, 0, 0, 0, 0]] / math.sqrt(8)
+    np.testing.assert_allclose(stored.numpy(), expected, rtol=1e-3)
+    error = float((x - code.decode(code.encode(x))).square().sum() / x.square().sum())
+    assert error > 0.7
+    assert error <= float(vector_error_bound(code, x, code.encode(x)) / x.norm()) ** 2
+    framed = torch.stack([Rotation("haar", 128, seed).apply(x) for seed in range(300)])
+    rotated = (framed - code.decode(code.encode(framed))).square().sum(-1) / x.square().sum()
+    # One rotation deviates by about 20 %: 4 standard errors of 300.
+    assert float(rotated.mean()) == pytest.approx(code.distortion(), rel=4 * 0.2 / math.sqrt(300))
