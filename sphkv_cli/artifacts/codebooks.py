@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphkv_cli.artifacts.codebooks_content import (
-    HEAD_MEASURES,
+    MEASURES,
     CodebooksContent,
     ModelShape,
     read_content,
@@ -29,7 +29,7 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
 __all__ = [
-    "HEAD_MEASURES",
+    "MEASURES",
     "Capture",
     "CodebooksContent",
     "CodebooksReader",
@@ -123,7 +123,7 @@ class CodebooksReader:
 
     @property
     def measured(self) -> Mapping[str, FloatArray]:
-        """Per-head errors, `HEAD_MEASURES`: (n_codes, n_layers, n_kv_heads) each."""
+        """Per layer and KV head: the arrays of `MEASURES`."""
         return self.content.measured
 
     @property

@@ -43,8 +43,13 @@ _TABLES: Mapping[str, type[Any]] = {
 }
 _COUNTS = ("n_layers", "n_q_heads", "n_kv_heads", "head_dim")
 
-HEAD_MEASURES = ("key_distortion", "value_distortion", "centred_relative_logit_error")
-"""Arrays (n_codes, n_layers, n_kv_heads) under `measured`."""
+MEASURES = {
+    "key_distortion": "n_codes, n_layers, n_kv_heads",
+    "value_distortion": "n_codes, n_layers, n_kv_heads",
+    "centred_relative_logit_error": "n_codes, n_layers, n_kv_heads",
+    "kept_key_energy": "n_layers, n_kv_heads",
+}
+"""Arrays under `measured`, and their axes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class CodebooksContent:
     """Everything in codebooks.h5 but its header.
 
     codes and tiers in order of laid-out rate; every tier's codes are among `codes`.
-    measured: per-head errors on the `select` documents, `HEAD_MEASURES`.
+    measured: per head, on the `select` documents; the names and axes of `MEASURES`.
     """
 
     shape: ModelShape
@@ -95,9 +100,13 @@ class CodebooksContent:
                 raise ValueError(f"tier {tier.name} has a code that is not in the list")
         if [row.name for row in self.tables.codes] != names:
             raise ValueError("the table of codes does not list the codes in order")
-        expected = (len(names), shape.n_layers, shape.n_kv_heads)
-        for name in HEAD_MEASURES:
-            if self.measured[name].shape != expected:
+        lengths = {
+            "n_codes": len(names),
+            "n_layers": shape.n_layers,
+            "n_kv_heads": shape.n_kv_heads,
+        }
+        for name, axes in MEASURES.items():
+            if self.measured[name].shape != tuple(lengths[axis] for axis in axes.split(", ")):
                 raise ValueError(f"measured/{name} has shape {self.measured[name].shape}")
 
 
@@ -113,8 +122,8 @@ def write_content(file: h5py.File, content: CodebooksContent) -> None:
     for index, code in enumerate(content.codes):
         _write_code(codes.create_group(f"{index:03d}"), code)
     measured = file.create_group("measured")
-    for name in HEAD_MEASURES:
-        _create(measured, name, content.measured[name], "n_codes, n_layers, n_kv_heads")
+    for name, axes in MEASURES.items():
+        _create(measured, name, content.measured[name], axes)
     tables = file.create_group("tables")
     for name, row_type in _TABLES.items():
         write_rows(tables, name, getattr(content.tables, name), row_type)
@@ -153,7 +162,7 @@ def read_content(file: h5py.File) -> CodebooksContent:
         tables=FitTables(
             **{name: read_rows(file["tables"], name, row) for name, row in _TABLES.items()}
         ),
-        measured={name: file[f"measured/{name}"][()] for name in HEAD_MEASURES},
+        measured={name: file[f"measured/{name}"][()] for name in MEASURES},
         empirical=empirical,
     )
 

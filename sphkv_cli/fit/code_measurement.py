@@ -39,6 +39,7 @@ class LayerMeasurement:
     key_distortion, raw_key_distortion, value_distortion: (n_codes, n_kv_heads), means over tokens.
     logit_error: (n_codes, n_kv_heads), sum over pairs of (softmax_scale q.e)^2.
     logit, centred_logit, isotropic_logit: (n_kv_heads,), the same sums of what it is relative to.
+    kept_key_energy: (n_kv_heads,), the squared norms of keys in the frame over those of the keys.
     n_pairs: per KV head.
     """
 
@@ -49,6 +50,7 @@ class LayerMeasurement:
     logit: FloatArray
     centred_logit: FloatArray
     isotropic_logit: FloatArray
+    kept_key_energy: FloatArray
     n_pairs: int
 
 
@@ -77,6 +79,7 @@ def measure_layer(
     key = torch.zeros(n_codes, n_heads, dtype=torch.float64)
     raw_key, value, logit_error = key.clone(), key.clone(), key.clone()
     logit, centred_logit, isotropic_logit = torch.zeros(3, n_heads, dtype=torch.float64)
+    energy, raw_energy = torch.zeros(2, n_heads, dtype=torch.float64)
     n_tokens = n_pairs = 0
     for chunk in chunks:
         keys = frames.keys_to_frame(layer, chunk.keys)
@@ -84,6 +87,8 @@ def measure_layer(
         key_norm2, raw_norm2, value_norm2 = (
             x.square().sum(dim=-1).clamp_min(_TINY) for x in (keys, chunk.keys, values)
         )
+        energy += key_norm2.to(torch.float64).sum(dim=0)
+        raw_energy += raw_norm2.to(torch.float64).sum(dim=0)
         errors = torch.stack([keys - _coded(keys, codes) for codes in key_codes])
         for index in range(n_codes):
             error2 = errors[index].square().sum(dim=-1)
@@ -112,6 +117,7 @@ def measure_layer(
         logit=(scale2 * logit).numpy(),
         centred_logit=(scale2 * centred_logit).numpy(),
         isotropic_logit=(scale2 * isotropic_logit).numpy(),
+        kept_key_energy=(energy / raw_energy).numpy(),
         n_pairs=n_pairs,
     )
 

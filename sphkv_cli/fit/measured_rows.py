@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from sphkv_cli.artifacts.fit_tables import CodeRow, EmpiricalRow, LevelRow
 from sphkv_cli.fit.angle_survey import AngleSurvey
+from sphkv_cli.fit.candidates import laid_out_rate
 from sphkv_cli.fit.code_measurement import LayerMeasurement
 from sphkv_codebooks.density import EmpiricalDensity, analytic_density
 from sphkv_codebooks.distortion import distortion_shares, relative_logit_error
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
-from sphkv_kernels.pages import region_bytes
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class ModelMeasurement:
     """All layers stacked: (n_codes, n_layers, n_kv_heads), or (n_layers, n_kv_heads) for the sums
-    that errors are relative to. Names as in `LayerMeasurement`.
+    that errors are relative to and for the energy. Names as in `LayerMeasurement`.
     """
 
     key_distortion: FloatArray
@@ -36,12 +36,13 @@ class ModelMeasurement:
     logit: FloatArray
     centred_logit: FloatArray
     isotropic_logit: FloatArray
+    kept_key_energy: FloatArray
 
     @classmethod
     def of(cls, layers: Sequence[LayerMeasurement]) -> "ModelMeasurement":
         """Stack the layers."""
         per_code = ("key_distortion", "raw_key_distortion", "value_distortion", "logit_error")
-        per_head = ("logit", "centred_logit", "isotropic_logit")
+        per_head = ("logit", "centred_logit", "isotropic_logit", "kept_key_energy")
         return cls(
             **{name: np.stack([getattr(x, name) for x in layers], axis=1) for name in per_code},
             **{name: np.stack([getattr(x, name) for x in layers]) for name in per_head},
@@ -57,18 +58,13 @@ class ModelMeasurement:
         return np.asarray(np.sqrt(self.logit_error / self.centred_logit))
 
     def per_head(self) -> Mapping[str, FloatArray]:
-        """What codebooks.h5 keeps per code, layer and KV head."""
+        """What codebooks.h5 keeps per layer and KV head."""
         return {
             "key_distortion": self.key_distortion,
             "value_distortion": self.value_distortion,
             "centred_relative_logit_error": self.centred_relative_logit_error,
+            "kept_key_energy": self.kept_key_energy,
         }
-
-
-def laid_out_rate(code: SphericalCode, page_size: int) -> float:
-    """Bits per coordinate of a full region of a page, padding included."""
-    n_bits = 8 * region_bytes(code, code.head_dim, page_size)
-    return n_bits / (page_size * code.head_dim)
 
 
 def code_rows(

@@ -15,6 +15,7 @@ class FitOptions:
     """Options of one fit.
 
     codes: specifications (`code_spec`); empty for the candidates of the head_dim at hand.
+    tiers: pairs ``KEY_CODE/VALUE_CODE`` of their names; empty to pair each code with itself.
     rotation, seed: the frame's; one rotation for all layers and heads.
     centring: of the keys.
     density: `empirical` also fits books per layer, KV head and level, and says whether they help.
@@ -22,6 +23,7 @@ class FitOptions:
     """
 
     codes: tuple[str, ...] = ()
+    tiers: tuple[str, ...] = ()
     rotation: RotationKind = "hadamard"
     centring: Centring = "post_rope"
     density: Density = "analytic"

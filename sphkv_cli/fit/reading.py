@@ -2,18 +2,29 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from sphkv_cli.artifacts.fit_tables import CodeRow, EmpiricalRow, FitTables, GoodnessRow
 from sphkv_codebooks.frame import FrameSet
 
-HELPS_BEYOND = 0.01
-"""Relative gain of distortion below which books are called equal."""
+FloatArray = npt.NDArray[np.float64]
+
+HELPS_BEYOND = 0.02
+"""Relative gain of distortion up to which books are called equal: another seed of the rotation
+moves it as much."""
 
 
-def read_tables(tables: FitTables, frames: FrameSet, page_sizes: Sequence[int]) -> tuple[str, ...]:
-    """Sentences a user needs beside the tables."""
+def read_tables(
+    tables: FitTables, frames: FrameSet, kept_key_energy: FloatArray, page_sizes: Sequence[int]
+) -> tuple[str, ...]:
+    """Sentences a user needs beside the tables.
+
+    kept_key_energy: (n_layers, n_kv_heads), what centring leaves of it.
+    """
     sentences = [*_goodness(tables.goodness), _prediction(tables.codes)]
     if frames.key_mean is not None:
-        sentences.append(_centring(tables.codes))
+        sentences.append(_centring(kept_key_energy))
     sentences.extend(_beaten(tables.codes, page_sizes[0]))
     if tables.empirical:
         sentences.append(_empirical(tables.empirical))
@@ -46,13 +57,12 @@ def _prediction(rows: Sequence[CodeRow]) -> str:
     )
 
 
-def _centring(rows: Sequence[CodeRow]) -> str:
-    row = rows[-1]
-    kept = row.raw_key_distortion / row.key_distortion
+def _centring(kept: FloatArray) -> str:
+    layer, head = np.unravel_index(int(kept.argmin()), kept.shape)
     return (
-        f"With the key means removed, what is coded of a key has {kept:.0%} of its energy: "
-        f"relative to the key itself the distortion of {row.name} is {row.raw_key_distortion:.5f} "
-        f"instead of {row.key_distortion:.5f}."
+        f"Without its head's mean a key keeps {kept.mean():.0%} of its energy (mean over heads; "
+        f"least in layer {layer}, head {head}: {kept.min():.1%}); only that is coded, and softmax "
+        "does not notice what is taken off."
     )
 
 

@@ -16,16 +16,16 @@ from sphkv_cli.artifacts.empirical_books import book_keys
 from sphkv_cli.artifacts.fit_tables import FitTables
 from sphkv_cli.artifacts.header import collect_provenance
 from sphkv_cli.artifacts.store import check_output
-from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.errors import SphkvError
 from sphkv_cli.fit.angle_survey import (
     VECTOR_KINDS,
     AngleSurvey,
     LayerHistograms,
     count_layer,
 )
+from sphkv_cli.fit.candidates import candidate_codes, candidate_tiers
 from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks
 from sphkv_cli.fit.code_measurement import LayerMeasurement, measure_layer
-from sphkv_cli.fit.code_spec import CodeSpec, default_code_texts, parse_code_specs
 from sphkv_cli.fit.empirical_fit import LayerBooks, codes_of_heads, fit_layer_books, stack_books
 from sphkv_cli.fit.key_means import post_rope_key_means
 from sphkv_cli.fit.layer_pool import each_layer
@@ -33,7 +33,6 @@ from sphkv_cli.fit.measured_rows import (
     ModelMeasurement,
     code_rows,
     empirical_rows,
-    laid_out_rate,
     level_rows,
 )
 from sphkv_cli.fit.options import FitOptions
@@ -44,7 +43,6 @@ from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.polar import Pairing
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.tier import TierFormat
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ def fit_codebooks(
     progress = progress or NullProgress()
     check_output(output, force=force)
     with CaptureReader(capture) as reader:
-        codes = _ordered(_candidate_codes(options, reader.head_dim), options.page_sizes)
+        codes = candidate_codes(options, reader.head_dim)
+        tiers = candidate_tiers(options, codes)
         frames = _frames(options, reader, progress)
         survey, measured, empirical, books = _measure(options, reader, frames, codes, progress)
         tables = FitTables(
@@ -110,7 +109,7 @@ def fit_codebooks(
             ),
             frames=frames,
             codes=codes,
-            tiers=tuple(TierFormat.spherical(code) for code in codes),
+            tiers=tiers,
             page_sizes=options.page_sizes,
             tables=tables,
             measured=measured.per_head(),
@@ -137,30 +136,7 @@ def fit_codebooks(
         tables=tables,
         n_vectors=n_vectors,
         elapsed_s=time.perf_counter() - started,
-        reading=read_tables(tables, frames, options.page_sizes),
-    )
-
-
-def _candidate_codes(options: FitOptions, head_dim: int) -> tuple[SphericalCode, ...]:
-    texts = options.codes or default_code_texts(head_dim)
-    return tuple(_build(spec, head_dim) for spec in parse_code_specs(texts, head_dim))
-
-
-def _build(spec: CodeSpec, head_dim: int) -> SphericalCode:
-    try:
-        return SphericalCode.analytic(
-            spec.name, head_dim, spec.bits, spec.radius, pairing=spec.pairing, gain=spec.gain
-        )
-    except CodeError as error:
-        raise UsageError(f"code {spec.name}: {error}", "choose another --code") from error
-
-
-def _ordered(
-    codes: tuple[SphericalCode, ...], page_sizes: tuple[int, ...]
-) -> tuple[SphericalCode, ...]:
-    """By laid-out rate on the first page size, then by what they cost in distortion."""
-    return tuple(
-        sorted(codes, key=lambda code: (laid_out_rate(code, page_sizes[0]), code.distortion()))
+        reading=read_tables(tables, frames, measured.kept_key_energy, options.page_sizes),
     )
 
 

@@ -202,6 +202,7 @@ DAMAGES = {
     "column": (_cut("tables/codes/code_rate"), "code_rate"),
     "no column": (_remove("tables/levels/bits"), "bits"),
     "measured": (_cut("measured/key_distortion"), "measured/key_distortion"),
+    "energy": (_cut("measured/kept_key_energy"), "kept_key_energy"),
     "empirical book": (
         _change("empirical/rope/keys/level_2/cells_4/centroids", (0, 0, 0), 3.0),
         "level 2",

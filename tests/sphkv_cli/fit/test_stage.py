@@ -77,6 +77,51 @@ def test_centring_lowers_the_distortion_of_biased_keys(
     assert CodebooksReader.open(tmp_path / "none.h5").frames.key_mean is None
 
 
+def test_kept_energy_is_what_centring_leaves(
+    make_capture: Callable[..., Path], tmp_path: Path
+) -> None:
+    capture = make_capture(draw=biased, n_tokens=129)
+    fit_codebooks(FitOptions(codes=FEW[:1]), capture, tmp_path / "c.h5")
+    fitted = CodebooksReader.open(tmp_path / "c.h5")
+    assert fitted.frames.key_mean is not None
+    with CaptureReader(capture) as reader:
+        keys = np.stack([reader.keys(2, layer) for layer in range(2)]).astype(np.float64)
+    left = ((keys - fitted.frames.key_mean[:, None]) ** 2).sum(axis=(1, 3))
+    expected = left / (keys**2).sum(axis=(1, 3))
+    assert fitted.measured["kept_key_energy"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tiers_may_pair_a_finer_key_code_with_a_coarser_value_code(
+    tiny_capture: Path, tmp_path: Path
+) -> None:
+    codes = ("fine=4/2/2/2/3", "mid=3/1/1/1:r2", "low=2/1/1:r1")
+    tiers = ("fine/low", "mid", "fine", "fine/mid", "low")
+    result = fit_codebooks(FitOptions(codes=codes, tiers=tiers), tiny_capture, tmp_path / "c.h5")
+    assert result.tiers == ("low", "mid", "fine/low", "fine/mid", "fine")
+    read = {tier.name: tier for tier in CodebooksReader.open(tmp_path / "c.h5").tiers}
+    assert list(read) == list(result.tiers)
+    assert read["fine/low"].key_code is not None
+    assert read["fine/low"].value_code is not None
+    assert (read["fine/low"].key_code.name, read["fine/low"].value_code.name) == ("fine", "low")
+
+
+@pytest.mark.parametrize(
+    ("tiers", "says"),
+    [
+        (("fine/none",), "'none'"),
+        (("low",), "'low'"),
+        (("fine", "fine/fine"), "twice"),
+        (("",), "''"),
+    ],
+)
+def test_tiers_of_unknown_codes_are_refused(
+    tiny_capture: Path, tmp_path: Path, tiers: tuple[str, ...], says: str
+) -> None:
+    options = FitOptions(codes=("fine=4/2/2/2/3",), tiers=tiers)
+    with pytest.raises(UsageError, match=says):
+        fit_codebooks(options, tiny_capture, tmp_path / "c.h5")
+
+
 def test_means_are_those_of_the_fit_documents_alone(
     make_capture: Callable[..., Path], tmp_path: Path
 ) -> None:
