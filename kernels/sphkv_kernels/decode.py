@@ -174,6 +174,8 @@ def _checked_plan(query: Tensor, cache: PagedCache, given: AttentionPlan | None)
         raise PageError(f"query lies on {query.device}, the cache on {cache.device}")
     if not query.is_contiguous():
         raise PageError("query is not contiguous; call .contiguous()")
+    if query.data_ptr() % 16:
+        raise PageError("query does not start at a multiple of 16 bytes; call .clone()")
     group_size = n_q_heads // cache.n_kv_heads
     if given is None:
         return plan(cache, group_size)

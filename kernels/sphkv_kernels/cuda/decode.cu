@@ -247,17 +247,6 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
 }
 #endif
 
-// Brings the lines that this warp will load first into L2 while the tables are being spread. Half a
-// page from the warp's first page covers the keys of its first tile; what is missed is only slower.
-static __device__ __forceinline__ void prefetch_first_tile(const Segment& segment, const Params& p,
-                                                           u32 warp, const Lane& lane) {
-  const int units = segment.n_pages << p.page_units_log2;
-  const int unit = int(warp) * TILE_UNITS;
-  if (unit >= units) return;
-  const uint2 record = __ldg(p.records + segment.first_page + (unit >> p.page_units_log2));
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pool + u64(record.x) * 16 + lane.index * 128));
-}
-
 extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __grid_constant__ Params p) {
   u32 base;
   asm("mov.u32 %0, shared_memory;" : "=r"(base));
@@ -268,24 +257,30 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   lane.g = lane.index / 4;
   lane.t = lane.index % 4;
   lane.table = (lane.index % REPLICAS) * 8;
-  // Tables, the block's first segment and its query are under way together.
+  // Tables, the block's first segment, its query and the lines that each warp reads first are under
+  // way together: what waits here is a third of a short decode.
   const TableRows rows = load_tables(p);
   const int4* head = reinterpret_cast<const int4*>(p.heads + blockIdx.x * HEAD_INTS);
   const int4 a = __ldg(head), b = __ldg(head + 1), rest = __ldg(head + 2);
   Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  const int first_unit = int(warp) * TILE_UNITS;
+  const bool has_pages = first_unit < segment.n_pages << p.page_units_log2;
+  uint2 record = make_uint2(0, 0);
+  if (has_pages) record = __ldg(p.records + segment.first_page + (first_unit >> p.page_units_log2));
+  Query query;
+  load_query(query, p, segment.row, lane);
+  store_tables(rows);
+  if (has_pages)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pool + u64(record.x) * 16 + lane.index * 128));
   State state;
   float offset[GROUP_TILES][2];
-  prefetch_first_tile(segment, p, warp, lane);
-  store_tables(rows);
+  reset(state);
+  convert_query(state, query, p, lane);
+  load_offset(offset, p, segment.row, lane);
   __syncthreads();
   int next = rest.x;
 #pragma unroll 1
   while (true) {
-    if (segment.flags & FIRST) {
-      reset(state);
-      load_query(state, p, segment.row, lane);
-      load_offset(offset, p, segment.row, lane);
-    }
     run_tier(state, segment, p, lane, warp, offset);
     if ((segment.flags & TAIL) && p.tail_keys) run_tail(state, segment, p, lane, warp, offset);
 #if !LOGITS
@@ -296,5 +291,12 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
     const int4 c = __ldg(words), e = __ldg(words + 1);
     segment = {c.x, c.y, c.z, c.w, e.x, e.y, e.z, e.w};
     ++next;
+    if (segment.flags & FIRST) {
+      Query later;
+      reset(state);
+      load_query(later, p, segment.row, lane);
+      convert_query(state, later, p, lane);
+      load_offset(offset, p, segment.row, lane);
+    }
   }
 }

@@ -1,31 +1,51 @@
 // The two loops over pages: spherical tiers with one tile of register prefetch, row-major tiers direct.
 
-static __device__ __forceinline__ void load_query(State& state, const Params& p, int row,
+// A query as it is stored: a float32 pair in two words, a bf16 or fp16 pair in the first.
+struct Query { u32 word[GROUP_TILES][QUERY_REGISTERS][2]; };
+
+static __device__ __forceinline__ void load_query(Query& query, const Params& p, int row,
                                                   const Lane& lane) {
-  const int n_q_heads = p.n_kv_heads * p.group_size;
-  const int sequence = row / p.n_kv_heads, kv_head = row % p.n_kv_heads;
 #pragma unroll
   for (int n = 0; n < GROUP_TILES; ++n) {
-    const int in_group = n * 8 + int(lane.g);
-    const bool present = in_group < p.group_size;
-    const u64 head = u64(sequence) * n_q_heads + kv_head * p.group_size + (present ? in_group : 0);
+    const int in_group = min(n * 8 + int(lane.g), p.group_size - 1);
+    const u64 head = u64(row) * p.group_size + in_group;
 #pragma unroll
-    for (int b = 0; b < N_BLOCKS / 4; ++b)
+    for (int b = 0; b < N_BLOCKS / 4; ++b) {
+      const u64 pair = head * (HEAD_DIM / 2) + 8 * (4 * b + lane.t);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const u64 pair = (head * HEAD_DIM + 16 * (4 * b + lane.t) + 2 * i) / 2;
-        u32 packed;
+      for (int i = 0; i < 8; i += 4) {
+        u32(&word)[QUERY_REGISTERS][2] = query.word[n];
         if (p.query_type == 0) {
-          const float2 x = reinterpret_cast<const float2*>(p.query)[pair];
-          packed = pack_half2(x.x, x.y);
+          const uint4* source = reinterpret_cast<const uint4*>(p.query) + (pair + i) / 2;
+          const uint4 x = source[0], y = source[1];
+          word[8 * b + i][0] = x.x; word[8 * b + i][1] = x.y;
+          word[8 * b + i + 1][0] = x.z; word[8 * b + i + 1][1] = x.w;
+          word[8 * b + i + 2][0] = y.x; word[8 * b + i + 2][1] = y.y;
+          word[8 * b + i + 3][0] = y.z; word[8 * b + i + 3][1] = y.w;
         } else {
-          packed = reinterpret_cast<const u32*>(p.query)[pair];
-          if (p.query_type == 1)
-            packed = pack_half2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+          const uint4 x = reinterpret_cast<const uint4*>(p.query)[(pair + i) / 4];
+          word[8 * b + i][0] = x.x; word[8 * b + i + 1][0] = x.y;
+          word[8 * b + i + 2][0] = x.z; word[8 * b + i + 3][0] = x.w;
         }
-        state.q[n][8 * b + i] = present ? packed : 0u;
       }
+    }
   }
+}
+
+// To fp16 fragments; heads beyond the group are zero.
+static __device__ __forceinline__ void convert_query(State& state, const Query& query, const Params& p,
+                                                     const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+    for (int i = 0; i < QUERY_REGISTERS; ++i) {
+      const u32 x = query.word[n][i][0], y = query.word[n][i][1];
+      u32 packed = x;
+      if (p.query_type == 0) packed = pack_half2(__uint_as_float(x), __uint_as_float(y));
+      if (p.query_type == 1)
+        packed = pack_half2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+      state.q[n][i] = n * 8 + int(lane.g) < p.group_size ? packed : 0u;
+    }
 }
 
 static __device__ __forceinline__ void load_offset(float (&offset)[GROUP_TILES][2], const Params& p,
