@@ -1,8 +1,9 @@
 """A digest that tells models apart without reading every weight.
 
-SHA-256 over the configuration (less what does not change the function) and, for every parameter in
-the order of names, its shape and 64 evenly spaced weights rounded to bfloat16. The rounding makes
-the digest the same whether a checkpoint is run in bfloat16 or in float32.
+SHA-256 over the entries of the configuration that change the function computed, and, for every
+parameter in the order of names, its shape and 64 evenly spaced weights rounded to bfloat16. That
+rounding makes the digest the same whether a checkpoint is run in bfloat16 or in float32; the choice
+of entries makes it the same for every version of transformers, which adds entries with defaults.
 """
 
 import hashlib
@@ -11,22 +12,20 @@ from collections.abc import Iterator
 from typing import Any
 
 _SAMPLES = 64
-# Names, versions and ways of running: the function computed stays the same.
-_NOT_THE_MODEL = frozenset(
-    {
-        "_name_or_path",
-        "_model_name_or_path",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "quantization_config",
-    }
+_ENTRIES = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "layer_types",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
 )
 
 
@@ -50,14 +49,10 @@ def _sample(weight: Any) -> bytes:
 
 
 def canonical_config(config: Any) -> str:
-    """The configuration as JSON, without what does not change the function computed."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if k not in _NOT_THE_MODEL}
-        return value
-
-    return json.dumps(clean(config.to_dict()), sort_keys=True, default=str)
+    """The entries of a configuration that change the function computed, as JSON."""
+    text = config.get_text_config(decoder=True)
+    entries = {name: getattr(text, name, None) for name in _ENTRIES}
+    return json.dumps(entries, sort_keys=True, default=str)
 
 
 def _weights(model: Any) -> Iterator[tuple[str, Any]]:
