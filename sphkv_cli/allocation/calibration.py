@@ -10,7 +10,8 @@ the codes and names that a text refers back to are dropped because nobody has as
 Each pooled block is smoothed by one pseudo token of the head's geometric mean damage, since the
 damage of rarely needed tokens has a heavy tail that a few hundred samples miss.  Between the
 blocks' mean log-scores the table is linear in logs, so that equal values do not hide the order of
-the scores; below the first block it is constant, above the last it grows with the score.
+the scores; below the first mean it is constant, above the largest score of the fit it grows with
+the score.
 """
 
 from collections.abc import Sequence
@@ -100,7 +101,10 @@ def _monotone_table(log_scores: Float, damage: Float) -> tuple[Float, Float]:
     pseudo = np.exp(_log(damage).mean())
     smoothed = (fitted.x[edges] * tokens + pseudo) / (tokens + 1)
     # One pseudo token weighs more in a small block: the order could turn where blocks are close.
-    return centres, np.maximum.accumulate(_log(smoothed))
+    values = np.maximum.accumulate(_log(smoothed))
+    if unique[-1] > centres[-1]:
+        centres, values = np.append(centres, unique[-1]), np.append(values, values[-1])
+    return centres, values
 
 
 def _log(values: Float) -> Float:
