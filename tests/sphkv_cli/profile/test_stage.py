@@ -1,0 +1,295 @@
+"""The stage as a whole: what it measures is what the artifacts say, by another way."""
+
+import itertools
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sphkv_cli.allocation.layout import fixed_table_bytes
+from sphkv_cli.artifacts.allocation import AllocationReader
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.artifacts.report import Report
+from sphkv_cli.errors import EnvironmentUnable, GateFailed, UsageError
+from sphkv_cli.profile import stage
+from sphkv_cli.profile.candidates import Candidate, lay_out, placement, read_plans
+from sphkv_cli.profile.decoders import Decoded, ReferenceDecoder
+from sphkv_cli.profile.gates import check_gates, require_gates
+from sphkv_cli.profile.laid_out import cache_terms, uniform_terms
+from sphkv_cli.profile.layer_inputs import LayerInputs, horizon_rows, read_layer
+from sphkv_cli.profile.options import Gates, ProfileOptions
+from sphkv_cli.profile.result import HeadErrors, ProfileReport
+from sphkv_cli.profile.stage import profile
+from sphkv_cli.profile.view import view
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.vectors import decode_vectors, encode_vectors
+
+from .conftest import Run
+
+REFERENCE = ProfileOptions(backend="reference")
+
+
+def test_the_plan_is_measured_as_its_tiers_say(run: Run, report: ProfileReport) -> None:
+    """Layer 1, query head 3, without pages, frames or merges: keys decoded and turned back."""
+    layer, head, kv_head = 1, 3, 1
+    with CaptureReader(run.capture) as capture, AllocationReader(run.allocation) as allocation:
+        (info,) = allocation.documents_of("judge")
+        n = info.n_context
+        tier = allocation.tier_of_token(info)[layer, kv_head]
+        keys = torch.from_numpy(capture.keys(info.index, layer))
+        values = torch.from_numpy(capture.values(info.index, layer))
+        positions = capture.query_positions(info.index)
+        rows = positions >= n
+        queries = torch.from_numpy(capture.queries(info.index, layer))[rows, head].double()
+        framed = allocation.frames.keys_to_frame(layer, keys[:n])[:, kv_head]
+        framed_values = allocation.frames.values_to_frame(values[:n])[:, kv_head]
+        k_hat, v_hat = keys[:, kv_head].double(), values[:, kv_head].double()
+        k, v = k_hat.clone(), v_hat.clone()
+        for index, form in enumerate(allocation.tiers):
+            of_tier = np.flatnonzero(tier == index)
+            decoded = torch.zeros((of_tier.size, 2, 64), dtype=torch.float64)
+            key = encode_vectors(form.key_format, framed[of_tier])
+            decoded[:, kv_head] = decode_vectors(form.key_format, key)
+            k_hat[of_tier] = allocation.frames.keys_from_frame(layer, decoded)[:, kv_head]
+            value = encode_vectors(form.value_format, framed_values[of_tier])
+            v_hat[of_tier] = allocation.frames.output_from_frame(
+                decode_vectors(form.value_format, value)
+            )
+        scale = capture.layers[layer].softmax_scale
+    kept = np.concatenate([np.flatnonzero(tier >= 0), np.arange(n, k.shape[0])])
+    kls, errors, norms, differences = [], [], [], []
+    for q, position in zip(queries, positions[rows], strict=True):
+        dense = torch.softmax(scale * (k[: position + 1] @ q), 0)
+        coded_tokens = torch.from_numpy(kept[kept <= position])
+        coded = torch.softmax(scale * (k_hat[coded_tokens] @ q), 0)
+        kls.append(float((coded * (coded / dense[coded_tokens]).log()).sum()))
+        o, o_hat = dense @ v[: position + 1], coded @ v_hat[coded_tokens]
+        errors.append(float((o_hat - o).square().sum()))
+        norms.append(float(o.square().sum()))
+        in_context = torch.from_numpy(np.flatnonzero(tier >= 0))
+        differences.append(scale * ((k_hat - k)[in_context] @ q))
+    plan = report.content.candidates[0].heads
+    all_differences = torch.cat(differences)
+    # 1e-5: the frame is float32 on the way to the encoder, so k_hat is turned back with 1e-7.
+    assert plan.attention_kl[layer, head] == pytest.approx(np.mean(kls), rel=1e-5)
+    assert plan.output_error[layer, head] == pytest.approx(
+        np.sqrt(np.sum(errors) / np.sum(norms)), rel=1e-5
+    )
+    rms = float(all_differences.square().mean().sqrt())
+    assert plan.logit_rmse[layer, head] == pytest.approx(rms, rel=1e-5)
+    assert plan.logit_max[layer, head] == pytest.approx(
+        float(all_differences.abs().max()), rel=1e-5
+    )
+
+
+def test_bytes_are_those_that_were_allocated(run: Run, report: ProfileReport) -> None:
+    with AllocationReader(run.allocation) as allocation:
+        (info,) = allocation.documents_of("judge")
+    plan, policy = report.content.candidates[:2]
+    assert plan.laid_out_bytes == info.laid_out_bytes == plan.bytes.total
+    assert plan.bytes.padding == pytest.approx(info.padding_bytes, abs=1)
+    assert plan.bytes.page_table == info.page_table_bytes
+    assert plan.bytes.fixed_tables == info.fixed_table_bytes
+    assert policy.laid_out_bytes == info.policy_bytes
+    coordinates = 2 * 2 * 2 * 64 * info.n_context
+    assert plan.laid_out_rate == 8 * info.laid_out_bytes / coordinates
+
+
+def test_uniform_bytes_are_those_of_the_cache_that_would_be_built(run: Run) -> None:
+    with CaptureReader(run.capture) as capture, AllocationReader(run.allocation) as allocation:
+        (plans,) = read_plans(allocation)
+        rows = horizon_rows(capture, plans.info, 4)
+        inputs = read_layer(capture, plans.info, 0, rows, allocation.frames)
+        for index, form in enumerate(allocation.tiers):
+            tier, page = placement(Candidate(form.name, "uniform", index), plans, 0, 16)
+            cache = lay_out(allocation.tiers, 16, inputs, tier, page)
+            for stores_positions in (False, True):
+                assert cache_terms(cache, stores_positions=stores_positions) == uniform_terms(
+                    allocation.tiers,
+                    index,
+                    head_dim=64,
+                    page_size=16,
+                    n_kv_heads=2,
+                    n_context=plans.info.n_context,
+                    stores_positions=stores_positions,
+                )
+        assert fixed_table_bytes(allocation.frames, allocation.tiers) > 0
+
+
+def test_better_tiers_have_smaller_errors_and_bounds_hold(report: ProfileReport) -> None:
+    by_name = {c.name: c for c in report.content.candidates}
+    order = [c.name for c in report.content.candidates if c.kind == "uniform"]
+    assert len(order) == 4
+    assert order[2:] == ["int8", "dense"]
+    for worse, better in itertools.pairwise(order):
+        assert by_name[worse].output_error > by_name[better].output_error
+        assert by_name[worse].attention_kl > by_name[better].attention_kl
+    for candidate in by_name.values():
+        heads = candidate.heads
+        assert bool((heads.logit_max <= heads.bound).all())
+        assert bool((heads.logit_p99 <= heads.logit_max).all())
+        assert 0 < candidate.largest_bound_share <= 1
+    for name in order:
+        heads = by_name[name].heads
+        # Isotropic prediction against 3,000 correlated pairs a head: a quarter is generous.
+        assert np.median(heads.logit_rmse / heads.expected_rmse) == pytest.approx(1, abs=0.25)
+        assert np.median(heads.expected_rmse / heads.predicted_rmse) == pytest.approx(1, abs=0.1)
+
+
+def test_the_recursion_agrees_with_the_decoded_keys(report: ProfileReport) -> None:
+    plan = report.content.candidates[0]
+    assert plan.kernel is None
+    assert plan.recursion is not None
+    # float64 rounding of sums over 64 coordinates and 100 tokens
+    for field in fields(plan.recursion):
+        assert float(getattr(plan.recursion, field.name).max()) < 1e-11
+    assert all(c.recursion is None for c in report.content.candidates[1:])
+
+
+class SkewedDecoder:
+    """A decoder on every candidate whose logits are off by 1/8 and whose outputs are 2 % long."""
+
+    name = "cuda"
+    device = "skewed"
+
+    def __init__(self, output_factor: float) -> None:
+        self.output_factor = output_factor
+
+    def decode(self, cache: PagedCache, inputs: LayerInputs) -> Decoded:
+        right = ReferenceDecoder().decode(cache, inputs)
+        return replace(
+            right,
+            logits=right.logits + 0.125 / inputs.softmax_scale,
+            log_sum_exp=right.log_sum_exp + 0.25,
+            output=right.output * self.output_factor,
+        )
+
+
+def test_kernel_error_and_quantisation_error_never_mix(
+    run: Run, report: ProfileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "choose_decoder", lambda *_: (SkewedDecoder(1.02), ""))
+    skewed = profile(REFERENCE, run.capture, run.allocation, tmp_path / "r.json")
+    assert not skewed.content.accuracy_only
+    for ours, theirs in zip(report.content.candidates, skewed.content.candidates, strict=True):
+        for field in fields(HeadErrors):
+            a, b = getattr(ours.heads, field.name), getattr(theirs.heads, field.name)
+            assert np.array_equal(a, b, equal_nan=True)
+        assert theirs.recursion is None
+        assert theirs.kernel is not None
+        assert theirs.kernel.logit_max == pytest.approx(0.125, abs=1e-9)
+        assert theirs.kernel.output_error == pytest.approx(0.02, abs=1e-9)
+        assert theirs.kernel.lse_max == pytest.approx(0.25, abs=1e-9)
+
+
+def test_a_decoder_that_returns_nan_shows(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "choose_decoder", lambda *_: (SkewedDecoder(float("nan")), ""))
+    skewed = profile(REFERENCE, run.capture, run.allocation, tmp_path / "r.json")
+    kernel = skewed.content.candidates[0].kernel
+    assert kernel is not None
+    assert bool(np.isnan(kernel.output_error).all())
+
+
+def test_two_runs_write_one_digest(run: Run, report: ProfileReport, tmp_path: Path) -> None:
+    again = profile(REFERENCE, run.capture, run.allocation, tmp_path / "again.json")
+    assert again.digest == report.digest
+    opened = Report.open(Path(report.path))
+    assert opened.header.digest == report.digest
+    assert {role: ref.kind for role, ref in opened.header.inputs.items()} == {
+        "capture": "capture",
+        "allocation": "allocation",
+    }
+
+
+def test_without_a_gpu_no_speed_is_ever_reported(report: ProfileReport) -> None:
+    text = Path(report.path).read_text()
+    for word in ("latency", "_us", "gb_per_s", "speedup", "fraction_of_peak"):
+        assert word not in text
+    assert Report.open(Path(report.path)).content["accuracy_only"] is True
+    assert report.content.device == "none"
+
+
+def test_only_the_named_tiers_are_measured(run: Run, tmp_path: Path) -> None:
+    options = ProfileOptions(backend="reference", tiers=("int8",), max_queries=5)
+    found = profile(options, run.capture, run.allocation, tmp_path / "r.json")
+    assert [c.name for c in found.content.candidates] == ["plan", "policy", "int8"]
+    assert found.content.documents[0].n_queries <= 5
+    with pytest.raises(UsageError, match="no tier 'nonsense'"):
+        profile(
+            ProfileOptions(backend="reference", tiers=("nonsense",)),
+            run.capture,
+            run.allocation,
+            tmp_path / "s.json",
+        )
+    assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_cuda_backend_without_a_gpu_is_one_clear_line(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "r.json"
+    with pytest.raises(EnvironmentUnable, match="needs a CUDA GPU") as caught:
+        profile(ProfileOptions(backend="cuda"), run.capture, run.allocation, output)
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+    with pytest.raises(EnvironmentUnable, match="--min-speedup needs a time"):
+        options = ProfileOptions(gates=Gates(min_speedup=2.0))
+        profile(options, run.capture, run.allocation, output)
+    assert list(tmp_path.iterdir()) == []
+    assert "No GPU here" in " ".join(
+        profile(ProfileOptions(), run.capture, run.allocation, output).content.reading
+    )
+
+
+def test_gates_hold_for_the_worst_head(run: Run, report: ProfileReport, tmp_path: Path) -> None:
+    plan = report.content.candidates[0]
+    worst = plan.worst_output_error
+    assert worst.value == plan.heads.output_error.max()
+    assert worst.value == plan.heads.output_error[worst.layer, worst.head]
+    gates = Gates(max_output_error=worst.value, max_logit_rmse=plan.worst_logit_rmse.value * 0.99)
+    output = tmp_path / "r.json"
+    options = ProfileOptions(backend="reference", gates=gates)
+    gated = profile(options, run.capture, run.allocation, output)
+    assert [gate.passed for gate in gated.content.gates] == [False, True]
+    with pytest.raises(GateFailed, match=r"logit rmse is .* \(layer \d, query head \d\)") as caught:
+        require_gates(gated)
+    assert caught.value.exit_code == 3
+    assert Report.open(output).content["gates"][0]["passed"] is False
+    require_gates(report)  # no limits, nothing to fail
+    broken = replace(plan, worst_attention_kl=replace(worst, value=float("nan")))
+    assert [g.passed for g in check_gates(Gates(max_kl=1.0), broken, None)] == [False]
+    slow = check_gates(Gates(min_speedup=2.0), plan, 1.9)
+    assert [(g.value, g.passed) for g in slow] == [(1.9, False)]
+
+
+def test_the_view_names_every_candidate_and_every_term(report: ProfileReport) -> None:
+    text = repr(view(report))
+    for candidate in report.content.candidates:
+        assert candidate.name in text
+    for field in fields(report.content.candidates[0].bytes):
+        if getattr(report.content.candidates[0].bytes, field.name):
+            assert field.name.replace("_", " ") in text
+    for sentence in report.content.reading:
+        assert sentence in text
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"backend": "tpu"},
+        {"max_queries": 0},
+        {"gates": {"max_kl": -1.0}},
+        {"gates": {"max_output_error": float("nan")}},
+        {"gates": {"min_speedup": 2.0}, "backend": "reference"},
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(UsageError) as caught:
+        gates = bad.pop("gates", None)
+        if isinstance(gates, dict):
+            bad["gates"] = Gates(**gates)
+        ProfileOptions(**bad)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
