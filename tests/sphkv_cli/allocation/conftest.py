@@ -14,7 +14,7 @@ from sphkv_cli.capture.synthetic import capture_synthetic
 from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.fit.stage import fit_codebooks
 
-OPTIONS = AllocateOptions(budget="3b", page_size=16, horizon=48, window=32)
+OPTIONS = AllocateOptions(budget="5b", page_size=16, horizon=48, window=32)
 CAPTURED = SyntheticOptions(
     n_layers=2, n_q_heads=4, n_kv_heads=2, head_dim=32, n_documents=4, document_tokens=193
 )
@@ -50,6 +50,6 @@ def other_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 def allocation(
     chain: Chain, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[AllocationResult, Path]:
-    """The default allocation of `chain` at 3 bits, and where it lies."""
+    """The default allocation of `chain` at 5 bits, and where it lies."""
     path = tmp_path_factory.mktemp("allocation") / "allocation.h5"
     return allocate(OPTIONS, chain.capture, chain.codebooks, path), path
