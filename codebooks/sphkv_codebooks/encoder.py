@@ -100,7 +100,7 @@ def _count_passed(
     for c, s in zip(cos.tolist(), sin.tolist(), strict=True):
         torch.mul(second, c, out=left)
         torch.mul(first, s, out=right)
-        count += torch.ge(left, right, out=left)
+        count += left.ge_(right)
     return count
 
 

@@ -257,4 +257,6 @@ def test_wrong_shapes_and_types_are_refused() -> None:
 @pytest.mark.parametrize("code", some_codes(), ids=lambda c: c.name)
 def test_codes_on_the_gpu_are_those_of_the_cpu(code: SphericalCode) -> None:
     x = torch.randn(3001, 64, generator=torch.Generator().manual_seed(6))
-    assert same_bits(code.encode(x.cuda()).to("cpu"), code.encode(x))
+    on_gpu = code.encode(x.cuda())
+    assert same_bits(on_gpu.to("cpu"), code.encode(x))
+    assert torch.equal(code.decode(on_gpu).cpu(), code.decode(code.encode(x)))
