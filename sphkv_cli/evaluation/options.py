@@ -1,0 +1,88 @@
+"""What `evaluate` can be asked for."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from sphkv_cli.errors import UsageError
+from sphkv_cli.evaluation.published import METHOD_NAMES
+from sphkv_cli.models.load import LoadOptions
+
+Protocol = Literal["auto", "uniform", "retention"]
+Split = Literal["select", "judge"]
+
+DEFAULT_METHODS = ("turboquant:3", "turboquant:4", "kivi:2", "kivi:4", "fp8", "int8")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of one evaluation.
+
+    protocol: "auto" is retention where an allocation is given, else uniform.
+    codes: names of the codebooks' tiers to evaluate (uniform); empty for all.
+    methods: published methods beside them (uniform), see `published.METHOD_NAMES`.
+    tiers: tiers of the allocation that are also run for every page, with and without a dense sink
+        page (retention); "best" is the largest that fits the plan's bytes.
+    window, first_tokens: dense in the uniform protocol; first_scored: first compared position.
+    seeds: how many rotation seeds rotated codes are run with (uniform), from `seed` on; the first
+        of a codebooks file is always its own.
+    split: whose documents are scored; max_documents: at most so many, spread evenly; None for all.
+    logit_chunk: positions whose logits over the vocabulary are held at a time.
+    gate_kl: the largest geometric-mean KL, gate_top1 the least top-1 agreement, gate_perplexity the
+        largest perplexity ratio of every row of ours (codes asked for, plan, policy).
+    model: where the captured model is; None for the name that the capture has.
+    """
+
+    protocol: Protocol = "auto"
+    codes: tuple[str, ...] = ()
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    tiers: tuple[str, ...] = ("best",)
+    window: int = 32
+    first_tokens: int = 4
+    first_scored: int = 64
+    seeds: int = 1
+    split: Split = "judge"
+    max_documents: int | None = None
+    logit_chunk: int = 128
+    gate_kl: float | None = None
+    gate_top1: float | None = None
+    gate_perplexity: float | None = None
+    model: str | None = None
+    load: LoadOptions = field(default_factory=LoadOptions)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    gguf_file: str | None = None
+    cache_dir: Path | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(Protocol):
+            raise UsageError(
+                f"--protocol {self.protocol} is unknown", "choose auto, uniform or retention"
+            )
+        if self.split not in get_args(Split):
+            raise UsageError(
+                f"--split {self.split} cannot be scored", "choose judge, or select while developing"
+            )
+        for name in self.methods:
+            if name not in METHOD_NAMES:
+                raise UsageError(f"--method {name} is unknown", f"one of {', '.join(METHOD_NAMES)}")
+        for name, least in (
+            ("window", 0),
+            ("first_tokens", 0),
+            ("first_scored", 0),
+            ("seeds", 1),
+            ("max_documents", 1),
+            ("logit_chunk", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} is {value}", f"give {least} or more")
+        for name in ("gate_kl", "gate_top1", "gate_perplexity"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} is {value}", "give a number above 0")

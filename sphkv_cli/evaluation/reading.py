@@ -1,0 +1,87 @@
+"""What the rows say, in sentences; and whether limits hold."""
+
+from collections.abc import Sequence
+
+from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.result import GateOutcome, Row
+
+_KL_OF_ROUNDING = 1e-6
+
+
+def gate_outcomes(options: EvaluateOptions, rows: Sequence[Row]) -> tuple[GateOutcome, ...]:
+    """Every limit on every row of ours."""
+    found = []
+    for row in rows:
+        if not row.is_ours:
+            continue
+        kl, top1, ratio = row.kl_geometric.mean, row.top1.mean, row.perplexity_ratio.mean
+        if options.gate_kl is not None:
+            holds = kl <= options.gate_kl
+            found.append(GateOutcome(row.name, "KL", options.gate_kl, kl, holds))
+        if options.gate_top1 is not None:
+            holds = top1 >= options.gate_top1
+            found.append(GateOutcome(row.name, "top-1 agreement", options.gate_top1, top1, holds))
+        if options.gate_perplexity is not None:
+            holds = ratio <= options.gate_perplexity
+            limit = options.gate_perplexity
+            found.append(GateOutcome(row.name, "perplexity ratio", limit, ratio, holds))
+    return tuple(found)
+
+
+def read(protocol: str, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Sentences in order of weight; a result against us is said as plainly as one for us."""
+    sentences = []
+    control = rows[-1]
+    if control.kl.mean > _KL_OF_ROUNDING:
+        sentences.append(
+            f"The dense control has a KL of {control.kl.mean:.2g}: differences below that are "
+            "rounding of this model's arithmetic."
+        )
+    n_documents = len(control.documents)
+    if n_documents < 2:
+        sentences.append("One document was scored: there are no confidence intervals.")
+    others = [row for row in rows if row is not control]
+    if protocol == "uniform":
+        sentences += _uniform(others)
+    else:
+        sentences += _retention(others)
+    return tuple(sentences)
+
+
+def _uniform(rows: Sequence[Row]) -> list[str]:
+    """Our best code against every published method that takes at least as many bytes."""
+    ours = [row for row in rows if row.is_ours]
+    theirs = [row for row in rows if not row.is_ours]
+    sentences = []
+    for row in theirs:
+        smaller = [code for code in ours if code.laid_out_rate <= row.laid_out_rate]
+        if not smaller:
+            continue
+        best = min(smaller, key=lambda code: code.kl_geometric.mean)
+        times = best.kl_geometric.mean / max(row.kl_geometric.mean, 1e-12)
+        verdict = "less" if times < 1 else "more: no reason to prefer it for quality"
+        factor = 1 / times if times < 1 else times
+        sentences.append(
+            f"At no more bytes than {row.name} ({row.laid_out_rate:.2f} b laid out), {best.name} "
+            f"({best.laid_out_rate:.2f} b) has {factor:.2g} times {verdict} KL."
+        )
+    return sentences
+
+
+def _retention(rows: Sequence[Row]) -> list[str]:
+    by_name = {row.name: row for row in rows}
+    plan, policy = by_name["plan"], by_name["policy"]
+    sentences = []
+    for name in ("best uniform tier + sink page", "best uniform tier"):
+        if name in by_name:
+            base = by_name[name]
+            times = base.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
+            how = f"{times:.2g} times less KL than" if times > 1 else "no less KL than"
+            sentences.append(
+                f"The plan ({plan.laid_out_rate:.2f} b over context and new tokens) has {how} the "
+                f"{name} ({base.laid_out_rate:.2f} b)."
+            )
+            break
+    times = policy.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
+    sentences.append(f"The frozen policy has {times:.2f} times the KL of the plan made per text.")
+    return sentences

@@ -1,0 +1,227 @@
+"""`sphkv evaluate`: next-token KL, perplexity and top-1 of a model that reads a coded cache.
+
+The captured model runs again over the held-out documents of the capture: once dense, and once per
+code, method or plan, with every layer's attention reading the coded keys and values.  In the
+uniform protocol (codebooks) every query reads the coded past; in the retention protocol
+(allocation) a context is coded once.  Likelihoods taken from a prefill alone would never touch the
+cache; here they do.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sphkv_cli.artifacts.allocation import AllocationReader
+from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
+from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
+from sphkv_cli.artifacts.report import save_report
+from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.errors import GateFailed, SphkvError, UsageError
+from sphkv_cli.evaluation.candidates import WorkOf, retention_work, uniform_work
+from sphkv_cli.evaluation.judged_model import JudgedModel
+from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
+from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.reading import gate_outcomes, read
+from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, Row
+from sphkv_cli.evaluation.summary import summarise
+from sphkv_cli.evaluation.token_scores import TokenScores
+from sphkv_cli.progress import NullProgress, Progress
+
+
+def evaluate(
+    options: EvaluateOptions,
+    capture: Path,
+    codebooks: Path | None,
+    allocation: Path | None,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> EvaluationResult:
+    """Evaluate on the capture's held-out documents and write a report (JSON) to `output`.
+
+    Args:
+        codebooks: whose tiers the uniform protocol runs; None runs published methods only.
+        allocation: whose plans and policy the retention protocol runs.
+
+    Raises:
+        ArtifactError: an input is missing, damaged or made for another model or capture; `output`
+            exists (without `force`) or cannot be written.
+        UsageError: a protocol without its input, an unknown code, method or tier.
+        EnvironmentUnable: the model cannot be loaded here.
+        SphkvError: a document too short to score or longer than the model's context.
+
+    Gates are not raised here: show the result, then call `require_gates`.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    check_output(output, force=force)
+    protocol = options.protocol
+    if protocol == "auto":
+        protocol = "uniform" if allocation is None else "retention"
+    if protocol == "retention" and allocation is None:
+        raise UsageError("--protocol retention needs an allocation", "pass allocation.h5")
+    inputs: dict[str, ArtifactRef] = {}
+    with CaptureReader(capture) as reader:
+        inputs["capture"] = reader.ref
+        if reader.architecture == "synthetic":
+            raise SphkvError(
+                f"{capture} is synthetic, there is no model to evaluate",
+                "capture a model with --model",
+            )
+        if protocol == "uniform":
+            books = None if codebooks is None else CodebooksReader.open(codebooks)
+            if books is not None:
+                books.require_capture(reader)
+                inputs["codebooks"] = books.ref
+            documents = _documents(options, reader, None)
+            model = _load(options, reader, progress)
+            judged = _judge(
+                options,
+                reader,
+                documents,
+                model,
+                uniform_work(options, books, model.shape),
+                progress,
+            )
+        else:
+            assert allocation is not None
+            with AllocationReader(allocation) as plans:
+                plans.require_capture(reader.ref)
+                inputs["allocation"] = plans.ref
+                documents = _documents(options, reader, {info.index for info in plans.documents})
+                model = _load(options, reader, progress)
+                work = retention_work(options, plans, model.shape)
+                judged = _judge(options, reader, documents, model, work, progress)
+    result = _result(options, protocol, reader.model, judged, time.perf_counter() - started)
+    ref = save_report(
+        output,
+        {"stage": "evaluate", "evaluation": replace(result, path=output.name)},
+        inputs=inputs,
+        provenance=collect_provenance(seed=options.seed) | {"device": str(model.model.device)},
+        force=force,
+    )
+    return replace(result, path=str(output), digest=ref.digest)
+
+
+def require_gates(result: EvaluationResult) -> None:
+    """Raise GateFailed, naming the worst row, if a limit does not hold."""
+    failed = [gate for gate in result.gates if not gate.holds]
+    if failed:
+        first = failed[0]
+        raise GateFailed(
+            f"{len(failed)} of {len(result.gates)} gates failed: {first.quantity} of {first.row} "
+            f"is {first.found:.4g}, the limit is {first.limit:.4g}",
+            f"see {result.path}",
+        )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Scores by row name, in order; description of the protocol."""
+
+    scores: Mapping[str, list[tuple[DocumentScore, TokenScores]]]
+    is_ours: Mapping[str, bool]
+    description: str
+
+
+def _documents(
+    options: EvaluateOptions, reader: CaptureReader, planned: set[int] | None
+) -> tuple[DocumentInfo, ...]:
+    found = [
+        info
+        for info in reader.documents_of(options.split)
+        if planned is None or info.index in planned
+    ]
+    if not found:
+        raise SphkvError(
+            f"there is no {options.split} document to score",
+            "allocate with --plan-select" if planned is not None else "capture more documents",
+        )
+    n_kept = min(options.max_documents or len(found), len(found))
+    return tuple(found[index * len(found) // n_kept] for index in range(n_kept))
+
+
+def _load(options: EvaluateOptions, reader: CaptureReader, progress: Progress) -> JudgedModel:
+    from sphkv_cli.models.load import load_model
+    from sphkv_cli.models.source import resolve_model
+
+    source = resolve_model(
+        options.model or reader.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        gguf_file=options.gguf_file,
+        cache_dir=options.cache_dir,
+        progress=progress,
+    )
+    progress.start(f"loading {source.name}", None, "")
+    model = JudgedModel.of(load_model(source, options.load))
+    progress.finish()
+    model.require_captured(reader.info, str(reader.path))
+    return model
+
+
+def _judge(
+    options: EvaluateOptions,
+    reader: CaptureReader,
+    documents: Sequence[DocumentInfo],
+    model: JudgedModel,
+    work_of: WorkOf,
+    progress: Progress,
+) -> _Judged:
+    scores: dict[str, list[tuple[DocumentScore, TokenScores]]] = {}
+    is_ours: dict[str, bool] = {}
+    description = ""
+    total = sum(len(work_of(info.index).candidates) for info in documents)
+    progress.start("evaluating", total, "runs")
+    for info in documents:
+        work = work_of(info.index)
+        description = work.protocol.description
+        document = JudgedDocument(info.name, torch.from_numpy(reader.token_ids(info)))
+        found = judge_document(
+            model,
+            document,
+            [candidate.coding for candidate in work.candidates],
+            work.protocol,
+            logit_chunk=options.logit_chunk,
+            progress=progress,
+        )
+        for candidate, score in zip(work.candidates, found, strict=True):
+            scores.setdefault(candidate.coding.name, []).append(score)
+            is_ours[candidate.coding.name] = candidate.is_ours
+    progress.finish()
+    return _Judged(scores, is_ours, description)
+
+
+def _result(
+    options: EvaluateOptions, protocol: str, model: str, judged: _Judged, seconds: float
+) -> EvaluationResult:
+    rows: list[Row] = []
+    for name, found in judged.scores.items():
+        documents, scores = zip(*found, strict=True)
+        rows.append(summarise(name, documents, scores, is_ours=judged.is_ours[name]))
+    dense = rows[-1].documents
+    gates = gate_outcomes(options, rows)
+    return EvaluationResult(
+        path="",
+        digest="",
+        model=model,
+        protocol=protocol,
+        protocol_description=judged.description,
+        split=options.split,
+        n_documents=len(dense),
+        n_scored=sum(document.n_scored for document in dense),
+        perplexity_dense=math.exp(
+            float(np.mean([math.log(document.perplexity_dense) for document in dense]))
+        ),
+        rows=tuple(rows),
+        gates=gates,
+        reading=read(protocol, rows),
+        seconds=seconds,
+    )

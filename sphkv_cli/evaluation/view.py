@@ -1,0 +1,87 @@
+"""What a reader of `evaluate` needs, in order."""
+
+import math
+
+from sphkv_cli.blocks import Block, Line, Table
+from sphkv_cli.evaluation.intervals import Interval
+from sphkv_cli.evaluation.result import EvaluationResult, Row
+
+
+def view(result: EvaluationResult) -> tuple[Block, ...]:
+    """Header lines, the table of rows, KL by position, sentences, gates."""
+    blocks: list[Block] = [
+        Line(
+            f"{result.model}, {result.n_documents} {result.split} documents, {result.n_scored} "
+            f"scored positions, dense perplexity {result.perplexity_dense:.2f}"
+        ),
+        Line(result.protocol_description),
+        _table(result),
+        _positions(result),
+    ]
+    blocks += [Line(sentence) for sentence in result.reading]
+    for gate in result.gates:
+        verdict = "holds" if gate.holds else "FAILS"
+        blocks.append(
+            Line(
+                f"gate {verdict}: {gate.quantity} of {gate.row} {gate.found:.4g}, "
+                f"limit {gate.limit:.4g}"
+            )
+        )
+    blocks.append(
+        Line(f"wrote {result.path}, digest {result.digest[:12]} ({result.seconds:.0f} s)")
+    )
+    return tuple(blocks)
+
+
+def _table(result: EvaluationResult) -> Table:
+    return Table(
+        "Next-token distribution against the dense run (95 % intervals over documents)",
+        (
+            "code",
+            "b code",
+            "b laid out",
+            "KL",
+            "KL geo.",
+            "[95 %]",
+            "KL p99",
+            "perplexity x",
+            "top-1",
+        ),
+        [_cells(row) for row in result.rows],
+    )
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    return (
+        row.name,
+        f"{row.code_rate:.2f}",
+        f"{row.laid_out_rate:.2f}",
+        _small(row.kl.mean),
+        _small(row.kl_geometric.mean),
+        _limits(row.kl_geometric),
+        _small(row.kl_p99),
+        f"{row.perplexity_ratio.mean:.4f}",
+        f"{row.top1.mean:.3f}",
+    )
+
+
+def _limits(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return "-"
+    return f"{_small(interval.low)} .. {_small(interval.high)}"
+
+
+def _small(value: float) -> str:
+    """Five decimals; what is rounding says so."""
+    return (
+        "0 (rounding)" if abs(value) < 1e-6 else f"{value:.2g}" if value < 1e-4 else f"{value:.4f}"
+    )
+
+
+def _positions(result: EvaluationResult) -> Table:
+    bins = result.rows[0].by_position
+    return Table(
+        "KL by position",
+        ("code", *(f"{b.first}-{b.last}" for b in bins)),
+        [(row.name, *(_small(b.kl) for b in row.by_position)) for row in result.rows],
+    )
