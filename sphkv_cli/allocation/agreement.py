@@ -80,10 +80,7 @@ def measure_plans(
         )
         keys = context.keys_framed[: document.n_context]
         values = context.values_framed[: document.n_context]
-        options = {
-            name: torch.from_numpy(np.ascontiguousarray(plan[layer].T))
-            for name, plan in plans.items()
-        }
+        options = {name: torch.from_numpy(plan[layer].T.copy()) for name, plan in plans.items()}
         coded = {name: (keys.clone(), values.clone()) for name in plans}
         for option, tier in enumerate(tiers, start=1):
             wanted = {name: chosen == option for name, chosen in options.items()}
