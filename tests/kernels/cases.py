@@ -153,7 +153,8 @@ def pages_of(tier: torch.Tensor, page_size: int) -> torch.Tensor:
     page = torch.full(tier.shape, -1, dtype=torch.int32)
     for head in range(tier.shape[1]):
         first = 0
-        for index in range(int(tier.max()) + 1 if tier.numel() else 0):
+        # The last tier has the first pages: the order of tiers is not that of page numbers.
+        for index in reversed(range(int(tier.max()) + 1 if tier.numel() else 0)):
             rows = torch.nonzero(tier[:, head] == index).flatten()
             page[rows, head] = (first + torch.arange(rows.numel()) // page_size).to(torch.int32)
             first += -(-rows.numel() // page_size)

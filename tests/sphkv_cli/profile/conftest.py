@@ -29,7 +29,7 @@ class Run:
 
 def make_run(folder: Path, seed: int) -> Run:
     run = Run(folder / "capture.h5", folder / "codebooks.h5", folder / "allocation.h5")
-    options = SyntheticOptions(n_documents=4, document_tokens=130, query_tail=66, seed=seed)
+    options = SyntheticOptions(n_documents=6, document_tokens=130, query_tail=66, seed=seed)
     capture_synthetic(options, run.capture)
     fit_codebooks(FitOptions(codes=CODES, page_sizes=(16,)), run.capture, run.codebooks)
     # 97 tokens of context: the last page of every head is partial.

@@ -55,7 +55,7 @@ def test_nan_activations_name_document_layer_and_head(run: Run, tmp_path: Path) 
         damaged = tmp_path / f"{name}.h5"
         shutil.copy(run.capture, damaged)
         with h5py.File(damaged, "r+") as file:
-            dataset = file[f"documents/003/layers/01/{name}"]
+            dataset = file[f"documents/005/layers/01/{name}"]
             dataset[-1, head, 5] = 0x7FC0  # bfloat16 NaN
         assert_refused(
             damaged,
