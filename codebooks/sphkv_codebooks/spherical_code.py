@@ -28,7 +28,9 @@ import torch
 
 from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.density import analytic_density
-from sphkv_codebooks.encoded import EncodedVectors, cos_sin_of, decode_vectors, encode_vectors
+from sphkv_codebooks.description import describe_code, described_fields
+from sphkv_codebooks.direction_tables import cos_sin_of
+from sphkv_codebooks.encoded import EncodedVectors
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.lloyd_max import lloyd_max
 from sphkv_codebooks.polar import Pairing, check_depth, check_pairing, recursive_dot
@@ -38,10 +40,9 @@ from sphkv_codebooks.radius import (
     RadiusCoding,
     radius_coding_from_spec,
 )
+from sphkv_codebooks.vector_coder import decode_vectors, encode_vectors
 
 Gain = Literal["none", "least_squares", "unbiased"]
-
-DESCRIPTION_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class SphericalCode:
         books = tuple(
             lloyd_max(analytic_density(level), count) for level, count in enumerate(cells, start=1)
         )
-        coding = _radius_coding(radius, head_dim, len(cells))
+        coding = radius_coding_from_spec(radius, 1 << len(cells), head_dim)
         return cls(name, head_dim, len(cells), cells, pairing, coding, gain, books)
 
     def with_codebooks(self, name: str, codebooks: Sequence[Codebook]) -> SphericalCode:
@@ -196,76 +197,12 @@ class SphericalCode:
 
     def describe(self) -> dict[str, Any]:
         """A JSON description from which from_description rebuilds this code bit for bit."""
-        radius: dict[str, Any] = {"spec": self.radius_coding.spec}
-        if isinstance(self.radius_coding, LloydMaxRadius):
-            radius["centroids"] = self.radius_coding.centroids.tolist()
-            radius["thresholds"] = self.radius_coding.thresholds.tolist()
-        return {
-            "description_version": DESCRIPTION_VERSION,
-            "name": self.name,
-            "head_dim": self.head_dim,
-            "depth": self.depth,
-            "pairing": self.pairing,
-            "gain": self.gain,
-            "radius": radius,
-            "levels": [
-                {
-                    "level": book.level,
-                    "n_cells": book.n_cells,
-                    "centroids_rad": book.centroids.tolist(),
-                    "thresholds_rad": book.thresholds.tolist(),
-                }
-                for book in self.codebooks
-            ],
-        }
+        return describe_code(self)
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> SphericalCode:
         """The code of a description made by describe, possibly by way of JSON."""
-        try:
-            version = int(description["description_version"])
-            if version > DESCRIPTION_VERSION:
-                raise CodeError(
-                    f"code description version {version} is newer than {DESCRIPTION_VERSION}, "
-                    "the newest this sphkv reads: update sphkv"
-                )
-            head_dim, depth = int(description["head_dim"]), int(description["depth"])
-            books = tuple(
-                Codebook(
-                    int(level["level"]),
-                    np.asarray(level["centroids_rad"], dtype=np.float64),
-                    np.asarray(level["thresholds_rad"], dtype=np.float64),
-                    is_circle=int(level["level"]) == 1,
-                )
-                for level in description["levels"]
-            )
-            radius = description["radius"]
-            coding: RadiusCoding
-            if "centroids" in radius:
-                coding = LloydMaxRadius(
-                    int(str(radius["spec"]).removeprefix("lloyd_max:")),
-                    np.asarray(radius["centroids"], dtype=np.float64),
-                    np.asarray(radius["thresholds"], dtype=np.float64),
-                )
-            else:
-                coding = _radius_coding(str(radius["spec"]), head_dim, depth)
-            cells = tuple(int(level["n_cells"]) for level in description["levels"])
-            return cls(
-                str(description["name"]),
-                head_dim,
-                depth,
-                cells,
-                description["pairing"],
-                coding,
-                description["gain"],
-                books,
-            )
-        except CodeError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise CodeError(
-                f"not a spherical code description ({type(error).__name__}: {error})"
-            ) from error
+        return cls(**described_fields(description))
 
     @property
     def digest(self) -> str:
@@ -273,9 +210,3 @@ class SphericalCode:
         content = {key: value for key, value in self.describe().items() if key != "name"}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _radius_coding(spec: str, head_dim: int, depth: int) -> RadiusCoding:
-    if spec.startswith("lloyd_max") and head_dim >> depth == 1:
-        raise CodeError(f"at full depth the radius is the norm: use radius 'norm', not {spec!r}")
-    return radius_coding_from_spec(spec, 1 << depth, head_dim)

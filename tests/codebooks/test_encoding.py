@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphkv_codebooks import encoded as encoded_module
+from sphkv_codebooks import vector_coder
 from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.density import HALF_PI, TWO_PI, SinPower, UniformCircle
 from sphkv_codebooks.encoded import EncodedVectors
@@ -142,7 +142,7 @@ def test_a_vector_has_the_same_code_alone_and_in_any_company(
     together = code.encode(x)
     for index in (0, 1, 33, 66):
         assert same_bits(code.encode(x[index]), together[index])
-    monkeypatch.setattr(encoded_module, "_CHUNK_CPU", 5)
+    monkeypatch.setattr(vector_coder, "_CHUNK_CPU", 5)
     assert same_bits(code.encode(x), together)
     strided = torch.randn(67, 128)[:, ::2].copy_(x)
     assert same_bits(code.encode(strided), together)
