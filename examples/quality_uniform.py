@@ -57,13 +57,14 @@ class Rows:
     shape: ModelCacheShape
     statistics: KeyStatistics
     seeds: Sequence[int]
+    everything: bool
 
     def published(self) -> Iterator[tuple[str, KeyValueCoding]]:
         """Without rotation: one run each."""
         for bits in (2, 4):
             yield f"KIVI-{bits}, groups of 32", self._pair(KiviKeys(bits), KiviValues(bits))
         yield "fp8 e4m3, no scale", self._pair(Float8(False), Float8(False))
-        for bits in (4, 8):
+        for bits in (4, 8) if self.everything else ():
             yield f"int{bits} per token", self._pair(IntegerPerToken(bits), IntegerPerToken(bits))
         yield "dense (control)", DenseCoding(self.shape)
 
@@ -76,8 +77,9 @@ class Rows:
             eden3 = Eden(3, self.shape.head_dim, "unbiased", haar)
             yield BASELINE, self._pair(turbo3, turbo3)
             yield "TurboQuant-MSE 3 bit, Haar, centred", self._pair(turbo3, turbo3, centred=True)
-            yield "TurboQuant-MSE 4 bit, Haar, uncentred", self._pair(turbo4, turbo4)
-            yield "EDEN unbiased 3 bit, Haar, centred", self._pair(eden3, eden3, centred=True)
+            if self.everything:
+                yield "TurboQuant-MSE 4 bit, Haar, uncentred", self._pair(turbo4, turbo4)
+                yield "EDEN unbiased 3 bit, Haar, centred", self._pair(eden3, eden3, centred=True)
             yield from self._codes(seed)
 
     def _codes(self, seed: int) -> Iterator[tuple[str, KeyValueCoding]]:
@@ -94,7 +96,8 @@ class Rows:
             if tier is full:
                 yield f"{tier.name}, post-RoPE mean removed", plain
                 yield f"{tier.name}, pre-RoPE mean removed", early
-            yield f"{tier.name}, post-RoPE mean, sinks dense", self._protect(plain)
+            if tier is full or self.everything:
+                yield f"{tier.name}, post-RoPE mean, sinks dense", self._protect(plain)
             if tier is full:
                 yield f"{tier.name}, pre-RoPE mean, sinks dense", self._protect(early)
 
@@ -123,6 +126,8 @@ def main() -> None:
     parser.add_argument("capture", type=Path)
     parser.add_argument("--model", help="where the captured model is, if its name does not say")
     parser.add_argument("--documents", type=int, default=4, help="judge documents, spread evenly")
+    parser.add_argument("--tokens", type=int, help="only so many first tokens of each document")
+    parser.add_argument("--everything", action="store_true", help="more rows")
     parser.add_argument("--seeds", type=int, default=3, help="rotation seeds, from 42 on")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     arguments = parser.parse_args()
@@ -135,10 +140,11 @@ def main() -> None:
         step = max(len(judged) / arguments.documents, 1.0)
         chosen = [judged[int(i * step)] for i in range(min(arguments.documents, len(judged)))]
         documents = [
-            JudgedDocument(info.name, torch.from_numpy(capture.token_ids(info))) for info in chosen
+            JudgedDocument(info.name, torch.from_numpy(capture.token_ids(info)[: arguments.tokens]))
+            for info in chosen
         ]
         statistics = key_statistics(capture)
-    rows = Rows(model.shape, statistics, range(42, 42 + arguments.seeds))
+    rows = Rows(model.shape, statistics, range(42, 42 + arguments.seeds), arguments.everything)
     codings = [
         (name, coding)
         for name, coding in (*rows.published(), *rows.rotated())

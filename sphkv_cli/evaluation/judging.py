@@ -106,6 +106,7 @@ def _document_score(
         code_rate=coding.code_rate(n_coded),
         laid_out_rate=8.0 * total / (2 * n_vectors * head_dim),
         coded_bytes=coded_bytes,
+        coded_laid_out_rate=8.0 * coded_bytes / max(per_token // 2 * n_coded, 1),
         dense_keys=run.n_dense_keys,
         seconds=seconds,
     )

@@ -29,7 +29,7 @@ class ReadProtocol(ABC):
 
     @abstractmethod
     def coded_span(self, n_tokens: int, token_group: int) -> int:
-        """So many first tokens are handed to the coding: all that are read coded, groups whole."""
+        """So many first tokens are handed to the coding: all stored coded, in whole groups."""
 
     @abstractmethod
     def scored(self, n_tokens: int) -> range:
@@ -70,8 +70,8 @@ class UniformProtocol(ReadProtocol):
         return range(self.first_tokens, max(n_tokens - self.window, self.first_tokens))
 
     def coded_span(self, n_tokens: int, token_group: int) -> int:
-        n_read = max(n_tokens - 1 - self.window, 0)
-        return min(-(-n_read // token_group) * token_group, n_tokens)
+        n_stored = max(n_tokens - self.window, 0)
+        return min(-(-n_stored // token_group) * token_group, n_tokens)
 
     def scored(self, n_tokens: int) -> range:
         return range(self.first_scored, n_tokens - 1)

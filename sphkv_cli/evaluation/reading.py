@@ -78,8 +78,8 @@ def _retention(rows: Sequence[Row]) -> list[str]:
             times = base.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
             how = f"{times:.2g} times less KL than" if times > 1 else "no less KL than"
             sentences.append(
-                f"The plan ({plan.laid_out_rate:.2f} b over context and new tokens) has {how} the "
-                f"{name} ({base.laid_out_rate:.2f} b)."
+                f"The plan ({plan.coded_laid_out_rate:.2f} b laid out) has {how} the {name} "
+                f"({base.coded_laid_out_rate:.2f} b)."
             )
             break
     times = policy.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)

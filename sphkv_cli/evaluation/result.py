@@ -22,8 +22,8 @@ class DocumentScore:
     perplexity_coded: of the next token; top1: fraction of positions whose likeliest token agrees.
     code_rate: bits per coordinate of the coded tokens; laid_out_rate: everything stored for the
     whole cache of the document (dense tokens, padding, page table, fixed tables) over all its
-    coordinates; coded_bytes: the part that is not the dense tokens; dense_keys: keys that the
-    coding itself left dense.
+    coordinates; coded_bytes: the part that is not the dense tokens; coded_laid_out_rate: that part
+    over the coordinates of the coded tokens; dense_keys: keys that the coding itself left dense.
     """
 
     name: str
@@ -37,6 +37,7 @@ class DocumentScore:
     code_rate: float
     laid_out_rate: float
     coded_bytes: int
+    coded_laid_out_rate: float
     dense_keys: int
     seconds: float
 
@@ -54,6 +55,7 @@ class Row:
     name: str
     is_ours: bool
     code_rate: float
+    coded_laid_out_rate: float
     laid_out_rate: float
     kl: Interval
     kl_geometric: Interval

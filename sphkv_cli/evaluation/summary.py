@@ -26,6 +26,9 @@ def summarise(
         name=name,
         is_ours=is_ours,
         code_rate=float(np.mean([document.code_rate for document in documents])),
+        coded_laid_out_rate=float(
+            np.mean([document.coded_laid_out_rate for document in documents])
+        ),
         laid_out_rate=float(np.mean([document.laid_out_rate for document in documents])),
         kl=mean_interval([document.kl for document in documents]),
         kl_geometric=geometric_interval([document.kl for document in documents]),

@@ -40,6 +40,7 @@ def _table(result: EvaluationResult) -> Table:
             "code",
             "b code",
             "b laid out",
+            "b whole cache",
             "KL",
             "KL geo.",
             "[95 %]",
@@ -55,6 +56,7 @@ def _cells(row: Row) -> tuple[object, ...]:
     return (
         row.name,
         f"{row.code_rate:.2f}",
+        f"{row.coded_laid_out_rate:.2f}",
         f"{row.laid_out_rate:.2f}",
         _small(row.kl.mean),
         _small(row.kl_geometric.mean),
