@@ -7,7 +7,7 @@ Every query of a held-out document reads the coded past; the last 32 tokens befo
         --text-file fit=examples/text/pride_and_prejudice.txt \
         --text-file select=examples/text/persuasion.txt \
         --text-file judge=examples/text/emma.txt \
-        --text-file judge=examples/text/us_constitution.txt
+        --text-file judge=examples/text/other_kind/us_constitution.txt
     python examples/quality_uniform.py capture.h5
 
 It prints next-token KL(dense || coded) per document, mean over seeds, perplexity ratio and top-1
@@ -167,7 +167,7 @@ def table(scores: dict[str, dict[str, list[DocumentScore]]]) -> str:
     lines = [
         f"{'K and V code':58} {'code':>5} {'laid':>6}  "
         + " ".join(f"{'KL ' + name[:16]:>20}" for name in names)
-        + f" {'geo. KL':>8} {'x base':>7} {'ppl':>6} {'top1':>6} {'sinks':>6}"
+        + f" {'geo. KL':>8} {'x base':>7} {'ppl':>6} {'top1':>6} {'dense keys':>10}"
     ]
     baseline = _geometric(scores[BASELINE]) if BASELINE in scores else math.nan
     for row, documents in scores.items():
@@ -179,14 +179,13 @@ def table(scores: dict[str, dict[str, list[DocumentScore]]]) -> str:
             cells.append(f"{kl.mean():.4f}{spread}")
         geometric = _geometric(documents)
         ratios = [math.log(s.perplexity_coded / s.perplexity_dense) for s in everything]
-        vectors = sum(s.n_tokens for s in everything)
         lines.append(
             f"{row:58} {everything[0].code_rate:5.2f} "
             f"{np.mean([s.laid_out_rate for s in everything]):6.2f}  "
             + " ".join(f"{cell:>20}" for cell in cells)
             + f" {geometric:8.4f} {geometric / baseline:7.2f} {math.exp(np.mean(ratios)):6.3f}"
             + f" {np.mean([s.top1 for s in everything]):6.3f}"
-            + f" {sum(s.dense_keys for s in everything) / vectors:6.2f}"
+            + f" {np.mean([s.dense_key_fraction for s in everything]):10.2%}"
         )
     return "\n".join(lines)
 

@@ -101,6 +101,14 @@ def capture_command(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Arithmetic of the model; auto is its own on a GPU, float32 elsewhere."),
     ] = "auto",
+    store_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="How activations are stored."),
+    ] = "bfloat16",
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager"],
+        typer.Option(help="What computes attention while it is recorded."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     device_map: Annotated[
         str | None, typer.Option(help="Placement by accelerate: auto ...")
@@ -143,6 +151,7 @@ def capture_command(
             query_stride=query_stride,
             query_tail=query_tail,
             seed=seed,
+            store_dtype=store_dtype,
         )
         result = capture_synthetic(options, output, progress=progress, force=force, dry_run=dry_run)
     else:
@@ -162,6 +171,8 @@ def capture_command(
                 query_tail=query_tail,
                 pre_rope=pre_rope,
                 prefill_tokens=prefill_tokens,
+                store_dtype=store_dtype,
+                attention=attention,
                 jsonl_field=jsonl_field,
                 load=LoadOptions(dtype=dtype, device=device, device_map=device_map),
                 revision=revision,

@@ -87,7 +87,6 @@ def capture_synthetic(
     Raises:
         ArtifactError: the output exists (without `force`) or cannot be written.
     """
-    started = time.monotonic()
     progress = progress or NullProgress()
     if not dry_run:
         check_output(output, force=force)
@@ -106,9 +105,10 @@ def capture_synthetic(
         return plan
     check_disk(plan, output.parent)
     n_tokens = plan.n_tokens
+    provenance = collect_provenance(seed=options.seed)
+    started = time.monotonic()
     progress.start("drawing", n_tokens, "tokens")
     try:
-        provenance = collect_provenance(seed=options.seed)
         with create_artifact(output, "capture", inputs={}, provenance=provenance, force=force) as f:
             _write(f, options, documents, progress)
     finally:
