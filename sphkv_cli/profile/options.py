@@ -15,7 +15,7 @@ class Gates:
 
     All but the speed-up hold for the worst (layer, query head) of the plan.  max_logit_rmse: in
     units of the softmax (scale included); max_kl: nats, mean over queries; max_output_error:
-    relative; min_speedup: of the whole decode step over the best bf16 baseline.
+    relative; min_speedup: of the decode step over the best bf16 baseline, at every measured shape.
     """
 
     max_logit_rmse: float | None = None

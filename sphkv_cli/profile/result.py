@@ -1,7 +1,8 @@
 """What `profile` found, as plain data: the content of report.json."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -112,11 +113,50 @@ class GateOutcome:
 
 
 @dataclass(frozen=True)
+class SpeedRow:
+    """A decode step of all timed layers at one shape.
+
+    n_context: tokens of a sequence; step_us, step_p20_us, step_p80_us: sums over layers;
+    baseline: the best bf16 attention of torch in this run, baseline_us for as many layers.
+    """
+
+    n_context: int
+    batch: int
+    n_layers: int
+    step_us: float
+    step_p20_us: float
+    step_p80_us: float
+    code_bytes: int
+    metadata_bytes: int
+    gb_per_s: float
+    fraction_of_read: float
+    baseline: str
+    baseline_us: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """Ceilings of the run, a row per shape, and the device as the driver describes it."""
+
+    copy_gb_per_s: float
+    read_gb_per_s: float
+    rows: tuple[SpeedRow, ...]
+    device: Mapping[str, Any]
+
+    @property
+    def smallest_speedup(self) -> float:
+        """Over all shapes: what a limit is held against."""
+        return min(row.speedup for row in self.rows)
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """What report.json says; `candidates` has the plan first, then the policy, then the tiers.
 
     accuracy_only: no GPU ran, so there is no speed in this report.  device: the GPU, or "none".
-    options: drop, then the allocation's tiers, as in `token_shares`.
+    options: drop, then the allocation's tiers, as in `token_shares`.  speed: None without a GPU, or
+    where every layer has a sliding window.
     """
 
     model: str
@@ -128,6 +168,7 @@ class ReportContent:
     options: tuple[str, ...]
     documents: tuple[DocumentRow, ...]
     candidates: tuple[CandidateReport, ...]
+    speed: SpeedReport | None
     gates: tuple[GateOutcome, ...]
     reading: tuple[str, ...]
 

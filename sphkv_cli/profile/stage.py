@@ -18,14 +18,22 @@ from sphkv_cli.artifacts.header import collect_provenance
 from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_output
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable
-from sphkv_cli.profile.candidates import Candidate, DocumentPlans, list_candidates, read_plans
+from sphkv_cli.profile.candidates import (
+    Candidate,
+    DocumentPlans,
+    lay_out,
+    list_candidates,
+    placement,
+    read_plans,
+)
 from sphkv_cli.profile.decoders import choose_decoder
 from sphkv_cli.profile.gates import check_gates
-from sphkv_cli.profile.layer_inputs import horizon_rows
+from sphkv_cli.profile.layer_inputs import horizon_rows, read_layer
 from sphkv_cli.profile.measure import LayerMeasurement, measure_layer
 from sphkv_cli.profile.options import ProfileOptions
 from sphkv_cli.profile.reading import read_candidates
-from sphkv_cli.profile.result import DocumentRow, ProfileReport, ReportContent
+from sphkv_cli.profile.result import DocumentRow, ProfileReport, ReportContent, SpeedReport
+from sphkv_cli.profile.speed import LayerPages, measure_speed
 from sphkv_cli.profile.summary import summarise
 from sphkv_cli.progress import NullProgress, Progress
 
@@ -72,6 +80,7 @@ def profile(
             )
             progress.advance()
         progress.finish()
+        speed = _speed(reader, planned, documents[0]) if decoder.name == "cuda" else None
         per_token = 2 * reader.n_layers * reader.n_kv_heads * reader.head_dim
         reports = tuple(
             summarise(
@@ -106,7 +115,10 @@ def profile(
                 for d, r in zip(documents, rows, strict=True)
             ),
             candidates=reports,
-            gates=check_gates(options.gates, reports[0], None),
+            speed=speed,
+            gates=check_gates(
+                options.gates, reports[0], None if speed is None else speed.smallest_speedup
+            ),
             reading=read_candidates(reports, note),
         )
         ref = save_report(
@@ -117,6 +129,23 @@ def profile(
             force=force,
         )
     return ProfileReport(str(output), ref.digest, content, time.perf_counter() - started)
+
+
+def _speed(
+    capture: CaptureReader, allocation: AllocationReader, document: DocumentPlans
+) -> SpeedReport | None:
+    """Times of the layers without a window, on the plan's pages of one document."""
+    rows = horizon_rows(capture, document.info, 1)
+    plan = Candidate("plan", "plan")
+    layers = []
+    for layer, info in enumerate(capture.layers):
+        if info.window > 0:
+            continue
+        inputs = read_layer(capture, document.info, layer, rows, allocation.frames)
+        tier, page = placement(plan, document, layer, allocation.page_size)
+        cache = lay_out(allocation.tiers, allocation.page_size, inputs, tier, page)
+        layers.append(LayerPages(cache, inputs.n_context, info.softmax_scale, info.logit_softcap))
+    return measure_speed(layers, capture.n_q_heads) if layers else None
 
 
 def _require_model(capture: CaptureReader, allocation: AllocationReader) -> None:

@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 
 from sphkv_cli.blocks import Block, Line, Table, bytes_text
-from sphkv_cli.profile.result import CandidateReport, ProfileReport, WorstHead
+from sphkv_cli.profile.result import CandidateReport, ProfileReport, SpeedReport, WorstHead
 
 _N_WORST = 6
 
@@ -24,6 +24,8 @@ def view(report: ProfileReport) -> tuple[Block, ...]:
     blocks += [_worst_heads(content.candidates[0]), _bytes(content.candidates[0])]
     if any(c.kernel is not None or c.recursion is not None for c in content.candidates):
         blocks.append(_computation(content.candidates))
+    if content.speed is not None:
+        blocks.append(_speed(content.speed))
     if content.gates:
         blocks.append(_gates(report))
     blocks += [Line(sentence) for sentence in content.reading]
@@ -136,6 +138,37 @@ def _computation(candidates: tuple[CandidateReport, ...]) -> Table:
         ("candidate", "decoder", "logit", "output, relative", "log-sum-exp"),
         rows,
         text_columns=2,
+    )
+
+
+def _speed(speed: SpeedReport) -> Table:
+    return Table(
+        f"A decode step over the plan's pages, cold L2 (reads {speed.read_gb_per_s:.0f} GB/s here)",
+        (
+            "batch x context",
+            "step us",
+            "codes",
+            "metadata",
+            "GB/s",
+            "of read rate",
+            "best bf16",
+            "bf16 us",
+            "speed-up",
+        ),
+        [
+            (
+                f"{row.batch} x {row.n_context}",
+                row.step_us,
+                bytes_text(row.code_bytes),
+                bytes_text(row.metadata_bytes),
+                row.gb_per_s,
+                f"{100 * row.fraction_of_read:.0f} %",
+                row.baseline,
+                row.baseline_us,
+                row.speedup,
+            )
+            for row in speed.rows
+        ],
     )
 
 

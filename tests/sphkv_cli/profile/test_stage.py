@@ -180,6 +180,7 @@ def test_kernel_error_and_quantisation_error_never_mix(
     run: Run, report: ProfileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "choose_decoder", lambda *_: (SkewedDecoder(1.02), ""))
+    monkeypatch.setattr(stage, "measure_speed", lambda *_: None)
     skewed = profile(REFERENCE, run.capture, run.allocation, tmp_path / "r.json")
     assert not skewed.content.accuracy_only
     for ours, theirs in zip(report.content.candidates, skewed.content.candidates, strict=True):
@@ -197,6 +198,7 @@ def test_a_decoder_that_returns_nan_shows(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "choose_decoder", lambda *_: (SkewedDecoder(float("nan")), ""))
+    monkeypatch.setattr(stage, "measure_speed", lambda *_: None)
     skewed = profile(REFERENCE, run.capture, run.allocation, tmp_path / "r.json")
     kernel = skewed.content.candidates[0].kernel
     assert kernel is not None
@@ -216,7 +218,8 @@ def test_two_runs_write_one_digest(run: Run, report: ProfileReport, tmp_path: Pa
 
 def test_without_a_gpu_no_speed_is_ever_reported(report: ProfileReport) -> None:
     text = Path(report.path).read_text()
-    for word in ("latency", "_us", "gb_per_s", "speedup", "fraction_of_peak"):
+    assert report.content.speed is None
+    for word in ("latency", "_us", "gb_per_s", "speedup", "fraction_of"):
         assert word not in text
     assert Report.open(Path(report.path)).content["accuracy_only"] is True
     assert report.content.device == "none"
@@ -272,6 +275,7 @@ def test_gates_hold_for_the_worst_head(run: Run, report: ProfileReport, tmp_path
     assert [g.passed for g in check_gates(Gates(max_kl=1.0), broken, None)] == [False]
     slow = check_gates(Gates(min_speedup=2.0), plan, 1.9)
     assert [(g.value, g.passed) for g in slow] == [(1.9, False)]
+    assert [g.passed for g in check_gates(Gates(min_speedup=2.0), plan, None)] == [False]
 
 
 def test_the_view_names_every_candidate_and_every_term(report: ProfileReport) -> None:

@@ -1,0 +1,122 @@
+"""The time of a decode step over the plan's own pages, beside bf16 attention of the same run.
+
+    step        sum over layers of the median latency, cold L2, CUDA graphs (sphkv_kernels.timing)
+    speed-up    step of the best bf16 backend of torch at the same shape / step of the kernel
+    bytes       pages, metadata (the planner's records), query and output: what one step moves
+    fraction    bytes / step over the read rate measured in this run
+
+The pages are those of the first judge document, tiled to longer contexts and larger batches at
+addresses of their own.  Layers with a sliding window are left out: their step does not grow.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sphkv_cli.profile.result import SpeedReport, SpeedRow
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.tiling import tile_pages
+
+CONTEXTS = (8192, 32768)
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """The plan's cache of one layer and document, on the CPU, and the layer's softmax scale."""
+
+    cache: PagedCache
+    n_context: int
+    softmax_scale: float
+    logit_softcap: float
+
+
+def measure_speed(
+    layers: Sequence[LayerPages],
+    n_q_heads: int,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int] = BATCHES,
+) -> SpeedReport:
+    """Time the layers at every context and batch.  Needs a GPU.
+
+    contexts are rounded down to whole repeats of the document.
+    """
+    from sphkv_kernels.timing import best_of, device_provenance, memory_rates, sdpa_baselines
+
+    rates = memory_rates()
+    first = layers[0]
+    n_kv_heads, head_dim = first.cache.n_kv_heads, first.cache.head_dim
+    rows = []
+    for context in contexts:
+        repeats = max(1, context // first.n_context)
+        n_tokens = repeats * first.n_context
+        for batch in batches:
+            baseline = best_of(
+                sdpa_baselines(batch, n_kv_heads, n_tokens, n_q_heads // n_kv_heads, head_dim)
+            )
+            assert baseline.latency is not None
+            steps = [_time_layer(layer, n_q_heads, batch, repeats) for layer in layers]
+            step_us = sum(step.median_us for step in steps)
+            bytes_read = sum(step.code_bytes + step.metadata_bytes for step in steps)
+            bytes_read += len(steps) * _vector_bytes(batch, n_q_heads, head_dim)
+            gb_per_s = 1e-3 * bytes_read / step_us
+            baseline_us = len(layers) * baseline.latency.median_us
+            rows.append(
+                SpeedRow(
+                    n_context=n_tokens,
+                    batch=batch,
+                    n_layers=len(layers),
+                    step_us=step_us,
+                    step_p20_us=sum(step.p20_us for step in steps),
+                    step_p80_us=sum(step.p80_us for step in steps),
+                    code_bytes=sum(step.code_bytes for step in steps),
+                    metadata_bytes=sum(step.metadata_bytes for step in steps),
+                    gb_per_s=gb_per_s,
+                    fraction_of_read=gb_per_s / rates.read_gb_per_s,
+                    baseline=baseline.name,
+                    baseline_us=baseline_us,
+                    speedup=baseline_us / step_us,
+                )
+            )
+    provenance: dict[str, Any] = device_provenance()
+    return SpeedReport(rates.copy_gb_per_s, rates.read_gb_per_s, tuple(rows), provenance)
+
+
+@dataclass(frozen=True)
+class _LayerStep:
+    median_us: float
+    p20_us: float
+    p80_us: float
+    code_bytes: int
+    metadata_bytes: int
+
+
+def _time_layer(layer: LayerPages, n_q_heads: int, batch: int, repeats: int) -> _LayerStep:
+    from sphkv_kernels.decode import ada_decode, plan
+    from sphkv_kernels.timing import measure
+
+    cache = tile_pages(layer.cache.to("cuda"), batch, repeats)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shape = (batch, n_q_heads, cache.head_dim)
+    query = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    steps = plan(cache, n_q_heads // cache.n_kv_heads)
+
+    def step() -> None:
+        ada_decode(query, cache, layer.softmax_scale, logit_softcap=layer.logit_softcap, plan=steps)
+
+    latency = measure(step)
+    return _LayerStep(
+        latency.median_us,
+        latency.p20_us,
+        latency.p80_us,
+        steps.work.code_bytes,
+        steps.work.n_bytes,
+    )
+
+
+def _vector_bytes(batch: int, n_q_heads: int, head_dim: int) -> int:
+    """A bf16 query in, a float32 output and log-sum-exp out."""
+    return batch * n_q_heads * (2 * head_dim + 4 * head_dim + 4)
