@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sphkv_cli.models.digest import model_digest
-from sphkv_cli.models.load import LoadOptions, load_model
+from sphkv_cli.models.load import LoadOptions, load_model, weight_of
 from sphkv_cli.models.source import ModelSource
 
 
@@ -38,3 +38,16 @@ def test_another_model_has_another_digest(changed: str, llama: Path) -> None:
     else:
         model.config.rope_parameters["rope_theta"] = 5e5
     assert model_digest(model) != before
+
+
+def test_weights_that_accelerate_has_put_away_are_fetched(llama: Path) -> None:
+    from accelerate import cpu_offload
+
+    model = load(llama)
+    digest = model_digest(model)
+    linear = model.model.layers[1].self_attn.o_proj
+    weight = weight_of(linear).clone()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert linear.weight.is_meta
+    assert model_digest(model) == digest
+    assert torch.equal(weight_of(linear), weight)

@@ -17,6 +17,7 @@ from sphkv_cli.capture.options import CaptureOptions, TextSource
 from sphkv_cli.capture.result import CaptureResult
 from sphkv_cli.capture.stage import capture
 from sphkv_cli.errors import ArtifactError
+from sphkv_cli.models.load import LoadOptions
 
 # Runs a capture whose process kills itself, with SIGKILL, at a given step of its progress.
 KILLED_RUN = """
@@ -270,3 +271,26 @@ def test_statistics_are_those_of_every_query_of_the_fit_documents(
             np.testing.assert_allclose(few.query_second_moment(layer), moment, rtol=1e-5, atol=1e-6)
             assert np.array_equal(few.queries(0, layer), full.queries(0, layer)[positions])
             assert np.array_equal(few.keys(0, layer), full.keys(0, layer))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [LoadOptions(device_map="auto"), LoadOptions(dtype="bfloat16"), LoadOptions(device="cpu")],
+    ids=["device_map", "bfloat16", "device"],
+)
+def test_ways_to_run_a_model_capture_the_same_up_to_rounding(
+    load: LoadOptions, llama: Path, texts: tuple[Path, ...], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    capture(options(llama, texts), tmp_path / "plain.h5")
+    capture(options(llama, texts, load=load), tmp_path / "other.h5")
+    with (
+        CaptureReader(tmp_path / "plain.h5") as plain,
+        CaptureReader(tmp_path / "other.h5") as other,
+    ):
+        assert other.model_digest == plain.model_digest
+        keys, found = plain.keys(1, 2), other.keys(1, 2)
+        # bfloat16 has 8 bits, and three layers of it add up.
+        tolerance = 0.1 if load.dtype == "bfloat16" else 0.01
+        assert np.linalg.norm(found - keys) < tolerance * np.linalg.norm(keys)
