@@ -24,7 +24,7 @@ from torch import Tensor
 from sphkv_cli.allocation.coding import round_trip
 from sphkv_cli.allocation.context import read_context
 from sphkv_cli.allocation.measure import MeasuredDocument
-from sphkv_cli.allocation.output_error import horizon_output_error
+from sphkv_cli.allocation.output_error import HorizonAttention
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.progress import Progress
 from sphkv_codebooks.frame import FrameSet
@@ -92,11 +92,12 @@ def measure_plans(
             for name, mask in wanted.items():
                 k_hat, v_hat = coded[name]
                 k_hat[mask], v_hat[mask] = k_tier[mask[anywhere]], v_tier[mask[anywhere]]
+        attention = HorizonAttention.of(context)
         for name, (k_hat, v_hat) in coded.items():
-            error = horizon_output_error(context, k_hat, v_hat, options[name] == 0)
+            error = attention.output_error(k_hat, v_hat, options[name] == 0)
             by_plan[name][layer] = error.numpy()
         dropped = next(iter(options.values())) == 0
-        drops[layer] = horizon_output_error(context, keys, values, dropped).numpy()
+        drops[layer] = attention.output_error(keys, values, dropped).numpy()
         progress.advance()
     return MeasuredErrors(by_plan, drops)
 

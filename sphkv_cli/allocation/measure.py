@@ -13,7 +13,7 @@ from torch import Tensor
 from sphkv_cli.allocation.coding import CodedContext, TierFormats
 from sphkv_cli.allocation.context import Split, read_context
 from sphkv_cli.allocation.estimators import UtilityEstimator
-from sphkv_cli.allocation.output_error import horizon_output_error
+from sphkv_cli.allocation.output_error import HorizonAttention
 from sphkv_cli.allocation.page_costs import TierErrors, Utilities
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.progress import Progress
@@ -91,8 +91,11 @@ def measure_document(
         ):
             for index, hat in enumerate(hats):
                 errors[index, layer] = (hat - exact).square_().sum(-1).T.numpy()
-        for tier in range(formats.n_tiers if with_output_errors else 0):
-            output_errors[tier, layer] = horizon_output_error(context, *coded.of_tier(tier)).numpy()
+        if with_output_errors:
+            horizon_attention = HorizonAttention.of(context)
+            for tier in range(formats.n_tiers):
+                error = horizon_attention.output_error(*coded.of_tier(tier))
+                output_errors[tier, layer] = error.numpy()
         progress.advance()
     tier_errors = TierErrors(key_errors, value_errors, formats.key_of_tier, formats.value_of_tier)
     return MeasuredDocument(

@@ -7,6 +7,8 @@ for the context, without the dropped tokens.  A coded key changes a logit by sof
 the same formula serves every frame.  Every predicted cost of this package models this number.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,40 +16,72 @@ from sphkv_cli.allocation.attention_utility import visible
 from sphkv_cli.allocation.context import LayerContext
 
 
-def horizon_output_error(
-    context: LayerContext, keys_hat: Tensor, values_hat: Tensor, dropped: Tensor | None = None
-) -> Tensor:
-    """Weighted squared output error, (n_kv_heads) float64.
+@dataclass(frozen=True)
+class HorizonAttention:
+    """Exact attention of the horizon in one layer, against which any coding of it is measured.
 
-    Args:
-        keys_hat, values_hat: (n_context, n_kv_heads, head_dim) decoded, in the frame.
-        dropped: (n_context, n_kv_heads) bool, tokens that are not there at all.
+    logits: per KV head (group_size, n_queries, n_tokens), scaled, not capped, -inf where hidden;
+    outputs: (group_size, n_queries, head_dim) in the frame.
     """
-    rows = context.split.horizon_rows
-    n_context, n_kv_heads = context.n_context, context.keys.shape[1]
-    group_size = context.queries.shape[1] // n_kv_heads
-    seen = visible(context.positions[rows], context.keys.shape[0], context.geometry.window)
-    cap = context.geometry.logit_softcap
-    found = []
-    for kv_head in range(n_kv_heads):
-        heads = slice(kv_head * group_size, (kv_head + 1) * group_size)
-        q = context.queries[rows, heads].transpose(0, 1)
-        q_framed = context.queries_framed[rows, heads].transpose(0, 1)
-        v = context.values_framed[:, kv_head]
-        logits = q @ context.keys[:, kv_head].T * context.geometry.softmax_scale
-        key_error = keys_hat[:, kv_head] - context.keys_framed[:n_context, kv_head]
-        shift = q_framed @ key_error.T * context.geometry.softmax_scale
-        coded = logits.clone()
-        coded[..., :n_context] += shift
+
+    context: LayerContext
+    logits: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(context: LayerContext) -> "HorizonAttention":
+        """Attend once, in float32."""
+        rows = context.split.horizon_rows
+        seen = visible(context.positions[rows], context.keys.shape[0], context.geometry.window)
         hidden = ~seen
-        if cap > 0:
-            logits, coded = (torch.tanh(x / cap) * cap for x in (logits, coded))
-        exact = torch.softmax(logits.masked_fill_(hidden, -torch.inf), dim=-1) @ v
-        coded.masked_fill_(hidden, -torch.inf)
-        if dropped is not None:
-            coded[..., :n_context].masked_fill_(dropped[:, kv_head], -torch.inf)
-        p = torch.softmax(coded, dim=-1)
-        output = p[..., :n_context] @ values_hat[:, kv_head] + p[..., n_context:] @ v[n_context:]
-        error = ((output - exact) ** 2).sum(-1, dtype=torch.float64).mean(-1)
-        found.append((error * context.head_weights[heads].to(torch.float64)).sum())
-    return torch.stack(found)
+        logits, outputs = [], []
+        for kv_head in range(context.keys.shape[1]):
+            q = context.queries[rows, _group(context, kv_head)].transpose(0, 1)
+            scaled = (q * context.geometry.softmax_scale) @ context.keys[:, kv_head].T
+            scaled.masked_fill_(hidden, -torch.inf)
+            logits.append(scaled)
+            p = torch.softmax(_capped(scaled, context), dim=-1)
+            outputs.append(p @ context.values_framed[:, kv_head])
+        return HorizonAttention(context, tuple(logits), tuple(outputs))
+
+    def output_error(
+        self, keys_hat: Tensor, values_hat: Tensor, dropped: Tensor | None = None
+    ) -> Tensor:
+        """Weighted squared output error, (n_kv_heads) float64.
+
+        Args:
+            keys_hat, values_hat: (n_context, n_kv_heads, head_dim) decoded, in the frame.
+            dropped: (n_context, n_kv_heads) bool, tokens that are not there at all.
+        """
+        context = self.context
+        rows, n = context.split.horizon_rows, context.n_context
+        found = []
+        for kv_head, (exact_logits, exact) in enumerate(
+            zip(self.logits, self.outputs, strict=True)
+        ):
+            heads = _group(context, kv_head)
+            q = context.queries_framed[rows, heads].transpose(0, 1)
+            key_error = keys_hat[:, kv_head] - context.keys_framed[:n, kv_head]
+            coded = exact_logits.clone()
+            coded[..., :n] += (q * context.geometry.softmax_scale) @ key_error.T
+            if dropped is not None:
+                coded[..., :n].masked_fill_(dropped[:, kv_head], -torch.inf)
+            p = torch.softmax(_capped(coded, context), dim=-1)
+            values = torch.cat([values_hat[:, kv_head], context.values_framed[n:, kv_head]])
+            error = ((p @ values - exact) ** 2).sum(-1, dtype=torch.float64).mean(-1)
+            found.append((error * context.head_weights[heads].to(torch.float64)).sum())
+        return torch.stack(found)
+
+
+def _group(context: LayerContext, kv_head: int) -> slice:
+    """The query heads of one KV head."""
+    group_size = context.queries.shape[1] // context.keys.shape[1]
+    return slice(kv_head * group_size, (kv_head + 1) * group_size)
+
+
+def _capped(logits: Tensor, context: LayerContext) -> Tensor:
+    """The soft cap; hidden logits stay -inf."""
+    cap = context.geometry.logit_softcap
+    if cap <= 0:
+        return logits
+    return torch.where(logits.isneginf(), logits, torch.tanh(logits / cap) * cap)

@@ -1,5 +1,6 @@
 """Measured output errors against attention written out in full, and against the first order."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from sphkv_cli.allocation.agreement import log_correlation
 from sphkv_cli.allocation.context import LayerContext, read_context, split_document
-from sphkv_cli.allocation.output_error import horizon_output_error
+from sphkv_cli.allocation.output_error import HorizonAttention
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.errors import UsageError
@@ -51,14 +52,16 @@ def test_output_error_is_attention_written_out(context: LayerContext) -> None:
     values = context.values_framed[:n] + 0.1 * torch.randn(n, 2, 32, generator=rng)
     dropped = torch.rand(n, 2, generator=rng) < 0.2
     keys[dropped] = 1e4  # nobody may read what is not there
-    found = horizon_output_error(context, keys, values, dropped)
+    found = HorizonAttention.of(context).output_error(keys, values, dropped)
     # float32 logits against float64 ones.
     assert found.tolist() == pytest.approx(by_hand(context, keys, values, dropped), rel=1e-3)
 
 
 def test_exact_vectors_make_no_error(context: LayerContext) -> None:
     n = context.n_context
-    found = horizon_output_error(context, context.keys_framed[:n], context.values_framed[:n])
+    found = HorizonAttention.of(context).output_error(
+        context.keys_framed[:n], context.values_framed[:n]
+    )
     assert torch.all(found < 1e-10)
 
 
@@ -69,8 +72,14 @@ def test_small_errors_cost_what_the_utilities_say(context: LayerContext) -> None
     exact = context.keys_framed[:n], context.values_framed[:n]
     size = (noise.double() ** 2).sum(-1).transpose(1, 2)
     for found, predicted in (
-        (horizon_output_error(context, exact[0] + noise[0], exact[1]), utility.key * size[0]),
-        (horizon_output_error(context, exact[0], exact[1] + noise[1]), utility.value * size[1]),
+        (
+            HorizonAttention.of(context).output_error(exact[0] + noise[0], exact[1]),
+            utility.key * size[0],
+        ),
+        (
+            HorizonAttention.of(context).output_error(exact[0], exact[1] + noise[1]),
+            utility.value * size[1],
+        ),
     ):
         # One draw of noise over 145 tokens, of which a few carry most.
         assert found.tolist() == pytest.approx(predicted.sum(-1).tolist(), rel=0.5)
@@ -82,7 +91,7 @@ def test_dropping_one_token_costs_its_utility(context: LayerContext) -> None:
     dropped = torch.zeros(n, 2, dtype=torch.bool)
     dropped[token, 0] = True
     exact = context.keys_framed[:n], context.values_framed[:n]
-    found = horizon_output_error(context, *exact, dropped)
+    found = HorizonAttention.of(context).output_error(*exact, dropped)
     assert float(found[0]) == pytest.approx(float(context.horizon_utility.drop[0, token]), rel=1e-3)
     assert float(found[1]) < 1e-10
 
@@ -108,3 +117,21 @@ def test_log_correlation_ignores_what_has_no_logarithm() -> None:
     assert log_correlation(x, x**2) == pytest.approx(1.0)
     assert log_correlation(x, 1 / (x + 1e-30)) == pytest.approx(-1.0)
     assert log_correlation(x[:2], x[:2]) != log_correlation(x[:2], x[:2])  # NaN: too few
+
+
+def test_a_soft_cap_and_a_sliding_window_are_respected(context: LayerContext) -> None:
+    n = context.n_context
+    exact = context.keys_framed[:n], context.values_framed[:n]
+    cap = replace(context, geometry=replace(context.geometry, logit_softcap=0.5))
+    assert bool((HorizonAttention.of(cap).output_error(*exact) < 1e-10).all())
+    far = torch.zeros(n, 2, dtype=torch.bool)
+    far[: n - 8] = True
+    window = replace(context, geometry=replace(context.geometry, window=9))
+    # The first query after the context sees its last eight tokens: the others may go.
+    assert bool((HorizonAttention.of(window).output_error(*exact, far) < 1e-10).all())
+    assert bool((HorizonAttention.of(context).output_error(*exact, far) > 1e-3).all())
+    far[n - 8] = True
+    assert bool((HorizonAttention.of(window).output_error(*exact, far) > 1e-10).all())
+    noisy = exact[0] + 0.05, exact[1]
+    plain = HorizonAttention.of(context).output_error(*noisy)
+    assert bool((HorizonAttention.of(cap).output_error(*noisy) != plain).all())
