@@ -62,6 +62,7 @@ class AttentionPlan:
                 window=window,
                 softcap=softcap,
                 n_warps=self.n_warps,
+                small_pages=self.cache.page_size == 16,
             )
             self.kernels[mode] = load_kernel(variant, self.cache.device)
         return self.kernels[mode]

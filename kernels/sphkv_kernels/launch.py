@@ -88,6 +88,7 @@ class _VariantKey:
         self.key = (
             tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
             variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
+            variant.small_pages, variant.prefetch, variant.reconstruct,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:

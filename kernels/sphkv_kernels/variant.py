@@ -19,8 +19,7 @@ from sphkv_kernels.lookup_tables import Table, code_tables
 from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 
 CUDA_FOLDER = Path(__file__).parent / "cuda"
-SOURCES_BEFORE = ("intrinsics.cuh", "formats.cuh", "params.cuh", "attend.cuh", "run.cuh")
-SOURCES_AFTER = ("decode.cu",)
+COMMON_SOURCES = ("intrinsics.cuh", "params.cuh", "formats.cuh", "tables.cuh", "attend.cuh")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory of a block by compute capability (CUDA programming guide)."""
@@ -44,8 +43,10 @@ class Variant:
 
     tiers: in the order of the cache's tier indices; group_tiles: 1 for groups up to 8, 2 for 16;
     logits: writes logits instead of attention; window, softcap: support them; n_warps: per block;
-    tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the products
-    of a score into two chains.
+    tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the
+    products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, two
+    tiles ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
+    only).
     """
 
     tiers: tuple[TierFormat, ...]
@@ -56,7 +57,10 @@ class Variant:
     softcap: bool = False
     n_warps: int = 12
     tile_units: int = 2
-    score_chains: int = 2
+    score_chains: int = 1
+    small_pages: bool = False
+    prefetch: bool = False
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in SUPPORTED_HEAD_DIMS:
@@ -137,23 +141,29 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     registers_first = sum(t.shape[0] for t in space.tables)
     rows = np.concatenate([*space.tables, np.stack([*space.registers, np.zeros(4, np.float16)])])
     name = "ada_logits" if variant.logits else "ada_decode"
-    text = "\n".join(
-        [
-            _preamble(variant, capability, replicas, space, scratch, n_buffers, name),
-            *((CUDA_FOLDER / source).read_text() for source in SOURCES_BEFORE),
-            _dispatch(cases, registers_first),
-            *((CUDA_FOLDER / source).read_text() for source in SOURCES_AFTER),
-        ]
-    )
-    shared = scratch + (0 if variant.logits else scratch_bytes + fixed)
+    sources = ["run.cuh", "{dispatch}", "decode.cu"]
+    if variant.reconstruct:
+        name, sources = "reconstruct", ["reconstruct.cuh", "{dispatch}", "reconstruct.cu"]
+    texts = [
+        _dispatch(cases, registers_first, variant.reconstruct)
+        if source == "{dispatch}"
+        else (CUDA_FOLDER / source).read_text()
+        for source in (*COMMON_SOURCES, *sources)
+    ]
+    preamble = _preamble(variant, capability, replicas, space, scratch, n_buffers, name)
+    text = "\n".join([preamble, *texts])
+    is_decode = not variant.logits and not variant.reconstruct
+    shared = scratch + (scratch_bytes + fixed if is_decode else 0)
     return KernelSource(text, name, 32 * variant.n_warps, shared, fragments, rows)
 
 
 def _place_tiers(variant: Variant, replicas: int) -> tuple[_TableSpace, list[str]]:
-    """Tables of all tiers and the statement that runs each tier ({R} = first register row)."""
+    """Tables of all tiers and the statement that runs each tier."""
     space = _TableSpace(replicas)
     cases = []
     for tier in variant.tiers:
+        if variant.reconstruct and tier.kind != "spherical":
+            raise PageError(f"tier {tier.name!r}: only spherical tiers are reconstructed")
         if tier.kind == "dense":
             cases.append("run_row_pages<DenseRow>(state, segment, p, lane, warp, offset);")
         elif tier.kind == "int8":
@@ -161,11 +171,17 @@ def _place_tiers(variant: Variant, replicas: int) -> tuple[_TableSpace, list[str
         else:
             key, key_row = _place_format(tier.key_format, space)
             value, value_row = _place_format(tier.value_format, space)
-            cases.append(
-                f"run_spherical<{key}, {value}>(state, segment, p, lane, warp,"
-                f" __ldg(p.tables + REGISTER_ROW + {key_row}),"
-                f" __ldg(p.tables + REGISTER_ROW + {value_row}), offset);"
+            rows = (
+                f"p.tables + REGISTER_ROW + {key_row}), __ldg(p.tables + REGISTER_ROW + {value_row}"
             )
+            if variant.reconstruct:
+                run = f"reconstruct_pages<{key}, {value}>(p, segment, lane, warp, __ldg({rows}));"
+            else:
+                run = (
+                    f"run_spherical<{key}, {value}>(state, segment, p, lane, warp,"
+                    f" __ldg({rows}), offset);"
+                )
+            cases.append(run)
     return space, cases
 
 
@@ -215,6 +231,8 @@ def _preamble(
         "ANY_VALUE_NORM": int(any(has_norm(tier) for tier in variant.tiers)),
         "TILE_UNITS": variant.tile_units,
         "SCORE_CHAINS": variant.score_chains,
+        "SMALL_PAGES": int(variant.small_pages),
+        "PREFETCH": int(variant.prefetch),
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": sum(t.shape[0] for t in space.tables),
         "WEIGHT_PARTS": WEIGHT_PARTS,
@@ -237,14 +255,19 @@ def _preamble(
     )
 
 
-def _dispatch(cases: list[str], register_row: int) -> str:
+def _dispatch(cases: list[str], register_row: int, reconstruct: bool) -> str:
     body = "\n".join(f"    case {index}: {case} break;" for index, case in enumerate(cases))
+    if reconstruct:
+        signature = (
+            "reconstruct_tier(const Params& p, const Segment& segment, const Lane& lane, u32 warp)"
+        )
+    else:
+        signature = """run_tier(State& state, const Segment& segment, const Params& p,
+    const Lane& lane, u32 warp, const float (&offset)[GROUP_TILES][2])"""
     return f"""
 // Warp-uniform: a segment has one tier.
 constexpr int REGISTER_ROW = {register_row};
-static __device__ __forceinline__ void run_tier(State& state, const Segment& segment,
-                                                const Params& p, const Lane& lane, u32 warp,
-                                                const float (&offset)[GROUP_TILES][2]) {{
+static __device__ __forceinline__ void {signature} {{
   switch (segment.tier) {{
 {body}
     default: break;

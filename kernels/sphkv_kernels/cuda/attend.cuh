@@ -165,7 +165,7 @@ static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, bo
         if (partial && !alive[u][j / 2]) tile.s[u][n][j] = -__int_as_float(0x7f800000);
         excess = fmaxf(excess, tile.s[u][n][j] - state.m[n][j % 2]);
       }
-  if (__any_sync(0xffffffffu, excess > HEADROOM)) raise_levels<UNITS>(state, tile, lane);
+  bool unfit = false;
   // In a mixed cache every tier shares O, so tiers without a norm follow its scale too.
   if constexpr (VALUE_NORM || ANY_VALUE_NORM) {
     float top = 0.f;
@@ -176,7 +176,10 @@ static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, bo
         if (partial && !alive[u][r]) tile.value_factor[u][r] = 0.f;
         top = fmaxf(top, tile.value_factor[u][r]);
       }
-    const bool unfit = state.value_scale == 0.f || top * state.value_scale > VALUE_HEADROOM;
+    unfit = state.value_scale == 0.f || top * state.value_scale > VALUE_HEADROOM;
+  }
+  if (__any_sync(0xffffffffu, excess > HEADROOM || unfit)) {  // rare: one vote for both
+    raise_levels<UNITS>(state, tile, lane);
     if (__any_sync(0xffffffffu, unfit)) fit_values<UNITS>(state, tile);
   }
 #pragma unroll

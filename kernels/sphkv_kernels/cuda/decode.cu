@@ -1,39 +1,6 @@
 // One launch of a decode step: a block works through its segments; the blocks of a row meet in global
 // memory and the last one to arrive merges (order of parts, not of arrival: results repeat bit for bit).
 
-constexpr int TABLE_ROWS_PER_THREAD = (N_TABLE_ROWS + N_THREADS - 1) / N_THREADS;
-
-// Rows of the compact tables that this thread will spread, on their way from global memory.
-struct TableRows { uint2 row[TABLE_ROWS_PER_THREAD]; };
-
-static __device__ __forceinline__ TableRows load_tables(const Params& p) {
-  TableRows rows;
-#pragma unroll
-  for (int k = 0; k < TABLE_ROWS_PER_THREAD; ++k) {
-    const int row = threadIdx.x + k * N_THREADS;
-    if (row < N_TABLE_ROWS) rows.row[k] = __ldg(p.tables + row);
-  }
-  return rows;
-}
-
-// Each row REPLICAS times, two copies per store. Eight neighbouring threads begin at different copies:
-// their stores share no bank.
-static __device__ __forceinline__ void store_tables(const TableRows& rows) {
-#pragma unroll
-  for (int k = 0; k < TABLE_ROWS_PER_THREAD; ++k) {
-    const int row = threadIdx.x + k * N_THREADS;
-    if (row >= N_TABLE_ROWS) continue;
-    int table = 0;
-#pragma unroll
-    for (int i = 1; i < N_TABLES; ++i) table = row >= TABLE_FIRST_ROW[i] ? i : table;
-    u8* target = shared_memory + TABLE_OFFSET[table] + (row - TABLE_FIRST_ROW[table]) * 256;
-    const uint4 twice = make_uint4(rows.row[k].x, rows.row[k].y, rows.row[k].x, rows.row[k].y);
-#pragma unroll
-    for (int copy = 0; copy < REPLICAS / 2; ++copy)
-      *reinterpret_cast<uint4*>(target + ((copy + threadIdx.x) % (REPLICAS / 2)) * 16) = twice;
-  }
-}
-
 struct Totals { float m, l; };
 
 #if !LOGITS
@@ -270,8 +237,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   Query query;
   load_query(query, p, segment.row, lane);
   store_tables(rows);
-  if (has_pages)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pool + u64(record.x) * 16 + lane.index * 128));
+  if (has_pages) prefetch_line(p.pool + u64(record.x) * 16 + lane.index * 128);
   State state;
   float offset[GROUP_TILES][2];
   reset(state);

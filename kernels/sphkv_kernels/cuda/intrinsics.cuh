@@ -92,6 +92,10 @@ static __device__ __forceinline__ u32 load_stream2(const u8* p) {
   return v;
 }
 
+static __device__ __forceinline__ void prefetch_line(const u8* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Written by other blocks of this launch: must come from L2.
 static __device__ __forceinline__ float4 load_l2_16(const float4* p) {
   float4 v;

@@ -98,8 +98,7 @@ static __device__ __forceinline__ void write_logits(const float (&s)[GROUP_TILES
 #endif
 
 // Pages of one spherical tier. A tile is TILE_UNITS units of 16 tokens; the warps of the block take
-// tiles in turn. Keys of the next tile are loaded as soon as those of this one are decoded, values
-// likewise, page records two tiles ahead.
+// tiles in turn. Keys of the next tile are loaded as soon as those of this one are decoded.
 template <class K, class V>
 static __device__ __forceinline__ void run_spherical(State& state, const Segment& segment,
                                                      const Params& p, const Lane& lane, u32 warp,
@@ -114,15 +113,17 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   // scale_log2 is applied with the key norm: one multiplication per token instead of per score.
   const float key_norm_factor = norm_factor * (SOFTCAP || LOGITS ? 1.f : p.scale_log2);
 
-  // What is known of a tile before its bytes are there.
+  // What is known of a tile before its bytes are there. Units of a tile share a page, except in
+  // pages of 16 tokens.
   struct Place { u32 key[TILE_UNITS], value[TILE_UNITS]; int live[TILE_UNITS]; };
-  struct Records { uint2 of[TILE_UNITS]; };
+  constexpr int TILE_PAGES = SMALL_PAGES ? TILE_UNITS : 1;
+  struct Records { uint2 of[TILE_PAGES]; };
   auto place_of = [&](int tile, const Records& found) {
     Place place;
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u) {
       const int unit = TILE_UNITS * tile + u, inside = unit & mask;
-      const uint2 record = found.of[u];
+      const uint2 record = found.of[SMALL_PAGES ? u : 0];
       place.key[u] = record.x + u32(inside) * (K::UNIT_BYTES / 16);
       place.value[u] = record.x + value_region + u32(inside) * (V::UNIT_BYTES / 16);
       place.live[u] = unit < n_units ? int(record.y) - 16 * inside : 0;
@@ -132,27 +133,50 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   auto records_of = [&](int tile) {
     Records found;
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u)
+    for (int u = 0; u < TILE_PAGES; ++u)
       found.of[u] = __ldg(records + (min(TILE_UNITS * tile + u, n_units - 1) >> shift));
     return found;
   };
+#if PREFETCH
+  // Into L2 long before the loads: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
+  auto prefetch = [&](int tile, const Records& found) {
+    const int u = (lane.index >> 3) & 1, line = lane.index & 7;
+    const int inside = (TILE_UNITS * tile + u) & mask;
+    const uint2 record = SMALL_PAGES && u ? found.of[TILE_PAGES - 1] : found.of[0];
+    const bool is_key = lane.index < 16;
+    const u32 place = record.x + (is_key ? u32(inside) * (K::UNIT_BYTES / 16)
+                                         : value_region + u32(inside) * (V::UNIT_BYTES / 16));
+    if (line * 128 < (is_key ? K::UNIT_BYTES : V::UNIT_BYTES) && u < TILE_UNITS)
+      prefetch_line(p.pool + u64(place) * 16 + line * 128);
+  };
+#endif
 
   int tile = int(warp);
   if (tile >= n_tiles) return;
   Place place = place_of(tile, records_of(tile));
   typename K::Raw key[TILE_UNITS];
-  typename V::Raw value[TILE_UNITS];
 #pragma unroll
   for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
-#if !LOGITS
-#pragma unroll
-  for (int u = 0; u < TILE_UNITS; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
-#endif
   int next = tile + N_WARPS;
   Records ahead = records_of(min(next, n_tiles - 1));
 
   while (true) {
     const bool more = next < n_tiles;
+    auto load_next = [&] {
+      if (!more) return;
+      place = place_of(next, ahead);
+#pragma unroll
+      for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+      ahead = records_of(min(next + N_WARPS, n_tiles - 1));
+    };
+#if !LOGITS
+    // The values of this tile arrive while its keys are decoded; the keys of the next tile, asked for
+    // once the first values are in use, while the other values are. Never both at a time: the
+    // assembler gives all loads of the loop one scoreboard, so waiting for one is waiting for all.
+    typename V::Raw value[TILE_UNITS];
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
+#endif
     Tile<TILE_UNITS> scores;
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u) {
@@ -172,11 +196,6 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       }
     }
     const Place here = place;
-    if (more) {
-      place = place_of(next, ahead);
-#pragma unroll
-      for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
-    }
     bool partial = WINDOW || LOGITS;
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u) partial = partial || here.live[u] < 16;
@@ -214,41 +233,41 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       } else {
         scores.value_factor[u][0] = scores.value_factor[u][1] = 1.f;
       }
+    // The first values are decoded before the softmax, whose long chain of dependent steps would
+    // leave the lookups idle (and whose vote keeps the loads of the next keys behind them).
+    u32 even[8], odd[8];
+    V::decode(even, value[0], 0, lane, value_radii);
+    V::decode(odd, value[0], 1, lane, value_radii);
     weigh<TILE_UNITS, K::NORM, V::NORM>(state, scores, partial, alive, lane, p, offset);
+    load_next();
+    constexpr int STEPS = LANE_BLOCKS / 2;
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u) {
-      if constexpr (HEAD_DIM == 64) {
-        u32 even[8], odd[8];
-        V::decode(even, value[u], 0, lane, value_radii);
-        V::decode(odd, value[u], 1, lane, value_radii);
+    for (int u = 0; u < TILE_UNITS; ++u)
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        if (u + step > 0) {
+          V::decode(even, value[u], 2 * step, lane, value_radii);
+          V::decode(odd, value[u], 2 * step + 1, lane, value_radii);
+        }
 #pragma unroll
         for (int n = 0; n < GROUP_TILES; ++n) {
-          accumulate(state.o[n][0], scores.transposed[u][n][0], even, odd);
-          accumulate(state.o[n][1], scores.transposed[u][n][1], even, odd);
-        }
-      } else {
-#pragma unroll
-        for (int eight = 0; eight < 2; ++eight)
-#pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) {
-            u32 even[8], odd[8];
-            V::decode(even, value[u], (eight * COLUMNS + c) * 2, lane, value_radii);
-            V::decode(odd, value[u], (eight * COLUMNS + c) * 2 + 1, lane, value_radii);
-#pragma unroll
-            for (int n = 0; n < GROUP_TILES; ++n)
-              accumulate(state.o[n][c], scores.transposed[u][n][eight], even, odd);
+          if constexpr (HEAD_DIM == 64) {
+            accumulate(state.o[n][0], scores.transposed[u][n][0], even, odd);
+            accumulate(state.o[n][1], scores.transposed[u][n][1], even, odd);
+          } else {
+            accumulate(state.o[n][step % COLUMNS], scores.transposed[u][n][step / COLUMNS], even, odd);
           }
+        }
       }
-    }
-    if (more) {
-#pragma unroll
-      for (int u = 0; u < TILE_UNITS; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
-    }
+#else
+    load_next();
 #endif
     if (!more) break;
+#if PREFETCH
+    if (next + N_WARPS < n_tiles) prefetch(next + N_WARPS, ahead);
+#endif
     tile = next;
     next += N_WARPS;
-    ahead = records_of(min(next, n_tiles - 1));
   }
 }
 

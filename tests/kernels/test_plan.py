@@ -1,0 +1,112 @@
+"""A plan covers every live page once, whatever the cut, and never names a dead slot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.page_table import PageTable
+from sphkv_kernels.plan import FIRST, LAST, TAIL, DecodePlan, make_plan
+from sphkv_kernels.tier import PageError, TierFormat
+
+
+def empty_pages(counts: list[list[int]], page_size: int = 16) -> PagedCache:
+    """A cache of int8 and dense pages without contents; counts[row] = pages of each tier."""
+    tiers = (TierFormat.int8(), TierFormat.dense())
+    flat = [tier for row in counts for tier, n in enumerate(row) for _ in range(n)]
+    sizes = np.array([2 * (page_size * 64 + 2 * page_size), 2 * page_size * 128])
+    page_bytes = sizes[flat] if flat else np.zeros(0, dtype=np.int64)
+    starts = np.cumsum([0, *(sum(row) for row in counts)])
+    table = PageTable(
+        offsets=torch.from_numpy(np.cumsum(page_bytes) - page_bytes),
+        tiers=torch.tensor(flat, dtype=torch.int8),
+        live_tokens=torch.full((len(flat),), page_size, dtype=torch.int16),
+        starts=torch.from_numpy(starts.astype(np.int32)),
+    )
+    pool = torch.zeros(int(page_bytes.sum()), dtype=torch.uint8)
+    return PagedCache(tiers, page_size, len(counts), 1, 64, pool, table)
+
+
+def segments_of(plan: DecodePlan) -> list[list[list[int]]]:
+    """Per block its segments, in order."""
+    others = plan.segments.tolist()
+    return [
+        [head[:8], *others[head[8] : head[9]]] if head[4] else others[head[8] : head[9]]
+        for head in plan.heads.tolist()
+    ]
+
+
+rows = st.lists(st.lists(st.integers(0, 40), min_size=2, max_size=2), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.integers(1, 20))
+def test_every_page_is_read_once_by_its_row_and_tier(
+    counts: list[list[int]], n_blocks: int
+) -> None:
+    plan = make_plan(empty_pages(counts), n_blocks)
+    seen = np.zeros((len(counts), 2), dtype=np.int64)
+    pages: list[int] = []
+    for block in segments_of(plan):
+        for row, tier, first, n_pages, *_ in block:
+            pages += range(first, first + n_pages)
+            if n_pages:
+                seen[row, tier] += n_pages
+    assert sorted(pages) == list(range(len(pages)))
+    assert seen.tolist() == counts
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.integers(1, 20))
+def test_parts_of_a_row_are_numbered_and_one_takes_the_tail(
+    counts: list[list[int]], n_blocks: int
+) -> None:
+    plan = make_plan(empty_pages(counts), n_blocks)
+    parts: dict[int, list[int]] = {row: [] for row in range(len(counts))}
+    tails = dict.fromkeys(parts, 0)
+    slots: list[int] = []
+    for block in segments_of(plan):
+        current = None
+        for row, _, _, _, flags, part, n_parts, base in block:
+            assert bool(flags & FIRST) == (current != row)
+            current = None if flags & LAST else row
+            tails[row] += bool(flags & TAIL)
+            if flags & LAST:
+                parts[row].append(part)
+                if n_parts > 1:
+                    slots.append(base + part)
+        assert current is None
+    for row, found in parts.items():
+        assert sorted(found) == list(range(len(found))), row
+        assert tails[row] == 1
+    assert sorted(slots) == list(range(plan.n_parts))
+
+
+def test_shares_end_with_rows_where_a_second_part_would_cost_more() -> None:
+    plan = make_plan(empty_pages([[0, 640]] * 8), 33)
+    assert all(len(block) <= 1 for block in segments_of(plan))
+    assert plan.n_parts == 32
+
+
+def test_one_long_row_is_spread_over_all_blocks() -> None:
+    plan = make_plan(empty_pages([[0, 6400], [0, 1]]), 33)
+    per_block = [sum(segment[3] for segment in block) for block in segments_of(plan)]
+    assert max(per_block) <= 2 * 6401 / 33
+
+
+def test_dead_slots_and_broken_tables_never_reach_a_plan() -> None:
+    cache = empty_pages([[2, 2]])
+    table = cache.page_table
+    live, offsets = table.live_tokens.clone(), table.offsets.clone()
+    live[1], offsets[1] = 0, 1 << 60
+    dead = replace(cache, page_table=replace(table, live_tokens=live, offsets=offsets))
+    assert 1 not in make_plan(dead, 3).entries.tolist()
+    broken = replace(cache, page_table=replace(table, offsets=offsets))
+    with pytest.raises(PageError, match="inside the pool"):
+        make_plan(broken, 3)

@@ -1,0 +1,86 @@
+"""The decode loop keeps its instruction budget on a machine without a GPU.
+
+A budget is what the recorded kernel needs per 32 tokens of K and V and one warp (head_dim 128), with
+a few per cent of room: a change that costs more shows here before it shows in a benchmark.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.build import compile_cubin
+from sphkv_kernels.tier import TierFormat
+from sphkv_kernels.variant import Variant, kernel_source
+from tests.kernels.sass import LoopStatistics, decode_loop, disassemble, disassembler, registers_of
+
+needs_tools = pytest.mark.skipif(
+    disassembler("nvdisasm") is None or disassembler("cuobjdump") is None,
+    reason="the nvidia-cuda-nvdisasm and -cuobjdump wheels (extra `test`) are not installed",
+)
+pytest.importorskip("cuda.core", reason="cuda-core (extra `cuda`) is not installed")
+
+
+def tier_of(bits: tuple[int, ...], radius: str, head_dim: int = 128) -> TierFormat:
+    return TierFormat.spherical(SphericalCode.analytic("code", head_dim, bits, radius))
+
+
+def built(tmp_path: Path, variant: Variant, capability: int) -> tuple[LoopStatistics, int]:
+    source = kernel_source(variant, capability)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compile_cubin(source.text, capability, folder=tmp_path))
+    return decode_loop(disassemble(cubin)), registers_of(cubin)
+
+
+# (bits, radius): lookups, half2 products and all instructions of the loop, rare branches included.
+BUDGETS = {
+    ((4, 2, 2, 2), "fp16"): (96, 192, 830),
+    ((4, 2, 2, 2), "lloyd_max:2"): (96, 192, 1030),
+    ((4, 3, 3, 3), "minifloat:5,6"): (112, 208, 940),
+    ((3, 2, 2, 2), "lloyd_max:2"): (80, 128, 800),
+}
+
+
+@needs_tools
+@pytest.mark.parametrize(("code", "budget"), BUDGETS.items(), ids=str)
+def test_decode_loop_keeps_its_budget(
+    code: tuple[tuple[int, ...], str], budget: tuple[int, int, int], tmp_path: Path
+) -> None:
+    loop, registers = built(tmp_path, Variant((tier_of(*code),), 128, 1), 90)
+    lookups, products, total = budget
+    assert loop.local_memory == 0
+    assert registers <= 168
+    assert loop.instructions["LDS"] == lookups
+    assert loop.instructions["HMUL2"] == products
+    assert loop.instructions["HMMA"] == 48
+    assert loop.total <= total
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("head_dim", "group_tiles", "capability"), [(128, 1, 80), (64, 1, 90), (128, 2, 90)]
+)
+def test_other_shapes_build_without_spills_in_the_loop(
+    head_dim: int, group_tiles: int, capability: int, tmp_path: Path
+) -> None:
+    tier = tier_of((4, 2, 2, 2), "fp16", head_dim)
+    n_warps = 12 if group_tiles == 1 else 8
+    variant = Variant((tier,), head_dim, group_tiles, n_warps=n_warps)
+    loop, _ = built(tmp_path, variant, capability)
+    assert loop.local_memory == 0
+
+
+@needs_tools
+def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
+    tiers = (
+        TierFormat.int8(),
+        TierFormat.dense(),
+        tier_of((4, 2, 2, 2), "lloyd_max:2"),
+        tier_of((3, 2, 2, 2), "lloyd_max:2"),
+    )
+    loop, _ = built(tmp_path, Variant(tiers, 128, 1), 90)
+    assert loop.local_memory == 0
+    source = kernel_source(Variant(tiers, 128, 1, logits=True, window=True), 90)
+    assert compile_cubin(source.text, 90, folder=tmp_path)
