@@ -85,7 +85,9 @@ class Rows:
     def _codes(self, seed: int) -> Iterator[tuple[str, KeyValueCoding]]:
         paper = self._code("paper 4/2/2/2, fp16 radii", (4, 2, 2, 2), "fp16")
         block = self._code("4/2/2/2, 2-bit radii", (4, 2, 2, 2), "lloyd_max:2")
-        full = self._code("full depth 4/2/2/2/2/3", (4, 2, 2, 2, 2, 3), "norm")
+        depth = self.shape.head_dim.bit_length() - 1
+        full_bits = (4, *(2,) * (depth - 2), 3)
+        full = self._code(f"full depth {'/'.join(map(str, full_bits))}", full_bits, "norm")
         for tier, centred in ((paper, False), (paper, True), (block, True), (full, False)):
             label = f"{tier.name}, {'post-RoPE mean removed' if centred else 'uncentred'}"
             yield label, FrameCoding(tier, self._frames(seed, centred), self.shape)

@@ -1,5 +1,6 @@
 """Which codings a run evaluates: uniform ones for all documents, or plans for each document."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,13 +19,20 @@ from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol, Unifo
 from sphkv_cli.evaluation.published import published_codings
 from sphkv_kernels.tier import TierFormat
 
+_SEED = re.compile(r", seed \d+$")
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """coding, and whether gates hold for it."""
+    """coding; whether gates hold for it; row: rotation seeds of one code share theirs."""
 
     coding: KeyValueCoding
     is_ours: bool
+
+    @property
+    def row(self) -> str:
+        """Name of the row that its scores go into."""
+        return _SEED.sub("", self.coding.name)
 
 
 @dataclass(frozen=True)

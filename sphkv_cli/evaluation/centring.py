@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-POSITION_BYTES = 4
-
 
 class KeyCentring(ABC):
     """A vector per (layer, KV head, position) that keys are coded relative to."""
@@ -30,11 +28,6 @@ class KeyCentring(ABC):
     def table_bytes(self) -> int:
         """Bytes of its tables."""
 
-    @property
-    @abstractmethod
-    def position_bytes(self) -> int:
-        """Bytes per token and KV head that it must store."""
-
 
 @dataclass(frozen=True)
 class FrameCentring(KeyCentring):
@@ -45,10 +38,6 @@ class FrameCentring(KeyCentring):
 
     @property
     def table_bytes(self) -> int:
-        return 0
-
-    @property
-    def position_bytes(self) -> int:
         return 0
 
 
@@ -85,10 +74,6 @@ class PreRopeCentring(KeyCentring):
     @property
     def table_bytes(self) -> int:
         return 4 * self.mean.numel()
-
-    @property
-    def position_bytes(self) -> int:
-        return POSITION_BYTES
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ class FrameCoding(KeyValueCoding):
         return tier_bits(self.tier, self.shape.head_dim) / (2 * self.shape.head_dim)
 
     def stored_bytes(self, n_tokens: int) -> int:
+        # Pages hold tokens in order, so that positions follow from the page: none are stored.
         n_pages = -(-n_tokens // PAGE_SIZE)
         per_page = page_bytes(self.tier, self.shape.head_dim, PAGE_SIZE) + ENTRY_BYTES
-        per_page += self.centring.position_bytes * PAGE_SIZE
         heads = self.shape.n_kv_heads * n_pages * per_page + START_BYTES * (
             self.shape.n_kv_heads + 1
         )

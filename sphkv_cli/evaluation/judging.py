@@ -108,5 +108,6 @@ def _document_score(
         coded_bytes=coded_bytes,
         coded_laid_out_rate=8.0 * coded_bytes / max(per_token // 2 * n_coded, 1),
         dense_keys=run.n_dense_keys,
+        dense_key_fraction=run.n_dense_keys / n_vectors,
         seconds=seconds,
     )

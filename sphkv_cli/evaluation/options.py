@@ -25,8 +25,8 @@ class EvaluateOptions:
     tiers: tiers of the allocation that are also run for every page, with and without a dense sink
         page (retention); "best" is the largest that fits the plan's bytes.
     window, first_tokens: dense in the uniform protocol; first_scored: first compared position.
-    seeds: how many rotation seeds rotated codes are run with (uniform), from `seed` on; the first
-        of a codebooks file is always its own.
+    seeds: how many rotation seeds rotated codes are run with (uniform); a row is their mean. Those
+        of codebooks count from their own seed on, those of published methods from `seed` on.
     split: whose documents are scored; max_documents: at most so many, spread evenly; None for all.
     logit_chunk: positions whose logits over the vocabulary are held at a time.
     gate_kl: the largest geometric-mean KL, gate_top1 the least top-1 agreement, gate_perplexity the

@@ -62,8 +62,8 @@ def _uniform(rows: Sequence[Row]) -> list[str]:
         verdict = "less" if times < 1 else "more: no reason to prefer it for quality"
         factor = 1 / times if times < 1 else times
         sentences.append(
-            f"At no more bytes than {row.name} ({row.laid_out_rate:.2f} b laid out), {best.name} "
-            f"({best.laid_out_rate:.2f} b) has {factor:.2g} times {verdict} KL."
+            f"At no more bytes than {row.name} ({row.laid_out_rate:.2f} b whole cache), "
+            f"{best.name} ({best.laid_out_rate:.2f} b) has {factor:.2g} times {verdict} KL."
         )
     return sentences
 

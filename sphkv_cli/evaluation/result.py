@@ -23,7 +23,8 @@ class DocumentScore:
     code_rate: bits per coordinate of the coded tokens; laid_out_rate: everything stored for the
     whole cache of the document (dense tokens, padding, page table, fixed tables) over all its
     coordinates; coded_bytes: the part that is not the dense tokens; coded_laid_out_rate: that part
-    over the coordinates of the coded tokens; dense_keys: keys that the coding itself left dense.
+    over the coordinates of the coded tokens; dense_keys: keys that the coding itself left dense,
+    dense_key_fraction: of all keys.
     """
 
     name: str
@@ -39,6 +40,7 @@ class DocumentScore:
     coded_bytes: int
     coded_laid_out_rate: float
     dense_keys: int
+    dense_key_fraction: float
     seconds: float
 
 
@@ -47,6 +49,7 @@ class Row:
     """One coding over all documents.
 
     is_ours: a spherical code, plan or policy; otherwise a published method or the control.
+    n_seeds: rotation seeds that every document was run with; its scores are their mean.
     kl: arithmetic, kl_geometric: geometric mean over documents with 95 % confidence intervals;
     kl_p99: of all scored positions; perplexity_ratio: coded over dense, geometric mean over
     documents.
@@ -54,6 +57,7 @@ class Row:
 
     name: str
     is_ours: bool
+    n_seeds: int
     code_rate: float
     coded_laid_out_rate: float
     laid_out_rate: float

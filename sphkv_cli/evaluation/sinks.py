@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sphkv_cli.evaluation.centring import POSITION_BYTES
+from sphkv_cli.allocation.layout import POSITION_BYTES
 from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding, through_bfloat16
 
 

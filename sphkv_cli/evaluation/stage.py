@@ -29,7 +29,7 @@ from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.reading import gate_outcomes, read
 from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, Row
-from sphkv_cli.evaluation.summary import summarise
+from sphkv_cli.evaluation.summary import mean_over_seeds, summarise
 from sphkv_cli.evaluation.token_scores import TokenScores
 from sphkv_cli.progress import NullProgress, Progress
 
@@ -124,9 +124,9 @@ def require_gates(result: EvaluationResult) -> None:
 
 @dataclass(frozen=True)
 class _Judged:
-    """Scores by row name, in order; description of the protocol."""
+    """By row name, in order: per document the scores of every seed; description of the protocol."""
 
-    scores: Mapping[str, list[tuple[DocumentScore, TokenScores]]]
+    scores: Mapping[str, list[list[tuple[DocumentScore, TokenScores]]]]
     is_ours: Mapping[str, bool]
     description: str
 
@@ -175,7 +175,7 @@ def _judge(
     work_of: WorkOf,
     progress: Progress,
 ) -> _Judged:
-    scores: dict[str, list[tuple[DocumentScore, TokenScores]]] = {}
+    scores: dict[str, list[list[tuple[DocumentScore, TokenScores]]]] = {}
     is_ours: dict[str, bool] = {}
     description = ""
     total = sum(len(work_of(info.index).candidates) for info in documents)
@@ -192,9 +192,12 @@ def _judge(
             logit_chunk=options.logit_chunk,
             progress=progress,
         )
+        of_document: dict[str, list[tuple[DocumentScore, TokenScores]]] = {}
         for candidate, score in zip(work.candidates, found, strict=True):
-            scores.setdefault(candidate.coding.name, []).append(score)
-            is_ours[candidate.coding.name] = candidate.is_ours
+            of_document.setdefault(candidate.row, []).append(score)
+            is_ours[candidate.row] = candidate.is_ours
+        for row, of_seeds in of_document.items():
+            scores.setdefault(row, []).append(of_seeds)
     progress.finish()
     return _Judged(scores, is_ours, description)
 
@@ -204,8 +207,10 @@ def _result(
 ) -> EvaluationResult:
     rows: list[Row] = []
     for name, found in judged.scores.items():
-        documents, scores = zip(*found, strict=True)
-        rows.append(summarise(name, documents, scores, is_ours=judged.is_ours[name]))
+        documents = [mean_over_seeds([score for score, _ in of_seeds]) for of_seeds in found]
+        scores = [score for of_seeds in found for _, score in of_seeds]
+        is_ours, n_seeds = judged.is_ours[name], len(found[0])
+        rows.append(summarise(name, documents, scores, is_ours=is_ours, n_seeds=n_seeds))
     dense = rows[-1].documents
     gates = gate_outcomes(options, rows)
     return EvaluationResult(

@@ -1,7 +1,8 @@
 """From scores per position to a row per coding."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,8 +17,9 @@ def summarise(
     scores: Sequence[TokenScores],
     *,
     is_ours: bool,
+    n_seeds: int = 1,
 ) -> Row:
-    """One row over documents, with the scores that made each of them."""
+    """One row over documents; scores: of every document and rotation seed, in any order."""
     log_ratio = [
         math.log(document.perplexity_coded / document.perplexity_dense) for document in documents
     ]
@@ -25,6 +27,7 @@ def summarise(
     return Row(
         name=name,
         is_ours=is_ours,
+        n_seeds=n_seeds,
         code_rate=float(np.mean([document.code_rate for document in documents])),
         coded_laid_out_rate=float(
             np.mean([document.coded_laid_out_rate for document in documents])
@@ -37,6 +40,26 @@ def summarise(
         top1=mean_interval([document.top1 for document in documents]),
         by_position=position_bins(scores),
         documents=tuple(documents),
+    )
+
+
+def mean_over_seeds(scores: Sequence[DocumentScore]) -> DocumentScore:
+    """One document under one code with several rotations: the mean of each quantity.
+
+    Perplexities by their geometric mean; seconds and keys kept dense too are those of one run.
+    """
+
+    def mean(quantity: Callable[[DocumentScore], float]) -> float:
+        return float(np.mean([quantity(score) for score in scores]))
+
+    return replace(
+        scores[0],
+        kl=mean(lambda score: score.kl),
+        kl_p99=mean(lambda score: score.kl_p99),
+        perplexity_coded=math.exp(mean(lambda score: math.log(score.perplexity_coded))),
+        top1=mean(lambda score: score.top1),
+        laid_out_rate=mean(lambda score: score.laid_out_rate),
+        seconds=mean(lambda score: score.seconds),
     )
 
 

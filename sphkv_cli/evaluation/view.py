@@ -54,7 +54,7 @@ def _table(result: EvaluationResult) -> Table:
 
 def _cells(row: Row) -> tuple[object, ...]:
     return (
-        row.name,
+        row.name if row.n_seeds == 1 else f"{row.name} (mean of {row.n_seeds} rotations)",
         f"{row.code_rate:.2f}",
         f"{row.coded_laid_out_rate:.2f}",
         f"{row.laid_out_rate:.2f}",

@@ -1,21 +1,25 @@
 """`evaluate` end to end: a tiny model captured, fitted, allocated and judged; and bad input."""
 
 import json
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.stage import allocate
+from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.report import Report
 from sphkv_cli.blocks import Line, Table
 from sphkv_cli.capture.options import CaptureOptions, SyntheticOptions, TextSource
 from sphkv_cli.capture.stage import capture
 from sphkv_cli.capture.synthetic import capture_synthetic
 from sphkv_cli.errors import ArtifactError, GateFailed, SphkvError, UsageError
+from sphkv_cli.evaluation.calibration import key_statistics
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.stage import evaluate, require_gates
 from sphkv_cli.evaluation.view import view
@@ -105,11 +109,12 @@ def test_uniform_report_holds_every_row(chain: Chain, tmp_path: Path) -> None:
     result = evaluate(asked, chain.capture, chain.codebooks, None, output)
     rows = {row.name: row for row in result.rows}
     assert result.protocol == "uniform" and result.n_documents == len(rows["dense"].documents)
-    # Two codes with two rotations each; TurboQuant twice with two each; KIVI and dense once.
-    assert len(rows) == 4 + 4 + 1 + 1
+    # Two codes and TurboQuant twice, all with two rotations; KIVI and dense with none to vary.
+    assert len(rows) == 2 + 2 + 1 + 1
+    assert [row.n_seeds for row in rows.values()].count(2) == 4
     assert abs(rows["dense"].kl.mean) < 1e-6 and rows["dense"].top1.mean == 1
     ours = [row for row in result.rows if row.is_ours]
-    assert len(ours) == 4
+    assert len(ours) == 2
     small, large = ours[0], ours[-1]
     assert small.code_rate < large.code_rate < large.laid_out_rate
     assert large.kl.mean < small.kl.mean
@@ -188,6 +193,38 @@ def test_bad_input_is_refused(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="--force"):
         evaluate(options(chain), chain.capture, chain.codebooks, None, output)
     assert output.read_text() == "mine"
+
+
+def test_the_quality_table_runs(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[3] / "examples" / "quality_uniform.py"
+    arguments = [str(chain.capture), "--model", str(chain.model), "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", [str(script), *arguments, "--only", "sinks dense"])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "full depth 4/2/2/2/3, pre-RoPE mean, sinks dense" in printed
+    assert "uniform: every query reads the coded past" in printed
+
+
+def test_key_statistics_come_from_the_fit_documents(chain: Chain) -> None:
+    with CaptureReader(chain.capture) as reader:
+        statistics = key_statistics(reader)
+        fit = [reader.keys(document, 1) for document in reader.documents_of("fit")]
+    together = np.concatenate(fit)
+    norms = np.linalg.norm(together, axis=-1)
+    assert np.allclose(statistics.post_rope_mean[1], together.mean(axis=0), atol=1e-5)
+    # torch's median is the lower of the two middle ones.
+    ranks = (norms < statistics.median_norm[1].numpy() - 1e-5).mean(axis=0)
+    assert (abs(ranks - 0.5) < 0.01).all()
+    # Rotated to position 0 the mean before RoPE is itself, and all pairs together are everything.
+    before = statistics.pre_rope
+    at_zero = before.offset(1, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    assert torch.equal(at_zero[0], before.mean[1])
+    assert torch.equal(before.truncated(16).mean, before.mean)
+    kept = before.truncated(3).mean
+    assert ((kept != 0).sum(dim=-1) == 6).all()
+    assert kept.norm() > 0.3 * before.mean.norm()
 
 
 @pytest.mark.parametrize(
