@@ -1,4 +1,4 @@
-"""report.json: what `profile` found, with the header of every artifact, as one JSON document.
+"""report.json: what `profile` or `evaluate` found, with an artifact's header, as one document.
 
     {"format": "sphkv", "kind": "report", "version": 1, "digest": ..., "inputs": {...},
      "provenance": {...}, "content": {...}}

@@ -123,7 +123,7 @@ def profile(
         )
         ref = save_report(
             output,
-            content,
+            {"stage": "profile", "profile": content},
             inputs={"capture": reader.ref, "allocation": planned.ref},
             provenance=collect_provenance(seed=options.seed),
             force=force,

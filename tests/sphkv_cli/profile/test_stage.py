@@ -221,7 +221,7 @@ def test_without_a_gpu_no_speed_is_ever_reported(report: ProfileReport) -> None:
     assert report.content.speed is None
     for word in ("latency", "_us", "gb_per_s", "speedup", "fraction_of"):
         assert word not in text
-    assert Report.open(Path(report.path)).content["accuracy_only"] is True
+    assert Report.open(Path(report.path)).content["profile"]["accuracy_only"] is True
     assert report.content.device == "none"
 
 
@@ -269,7 +269,7 @@ def test_gates_hold_for_the_worst_head(run: Run, report: ProfileReport, tmp_path
     with pytest.raises(GateFailed, match=r"logit rmse is .* \(layer \d, query head \d\)") as caught:
         require_gates(gated)
     assert caught.value.exit_code == 3
-    assert Report.open(output).content["gates"][0]["passed"] is False
+    assert Report.open(output).content["profile"]["gates"][0]["passed"] is False
     require_gates(report)  # no limits, nothing to fail
     broken = replace(plan, worst_attention_kl=replace(worst, value=float("nan")))
     assert [g.passed for g in check_gates(Gates(max_kl=1.0), broken, None)] == [False]
