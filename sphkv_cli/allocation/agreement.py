@@ -124,9 +124,7 @@ def layer_agreement(
             assert document.horizon is not None
             assert document.output_errors is not None
             for tier in range(document.errors.n_tiers):
-                cost = document.errors.token_costs(
-                    tier, document.horizon.key, document.horizon.value, layer
-                )
+                cost = document.errors.token_costs(tier, layer, document.horizon)
                 model.append(cost.sum(axis=-1))
                 truth.append(document.output_errors[tier, layer])
             drop_sum += float(document.horizon.drop[layer][plan[layer] == 0].sum())

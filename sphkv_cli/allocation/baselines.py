@@ -50,12 +50,11 @@ def best_uniform(
     """The uniform plan of least cost within the budget, or None where none fits.
 
     Args:
-        token_costs: (n_options, n_layers, n_kv_heads, n_context).
+        token_costs: (n_options, n_context), summed over layers and heads.
         budget_bytes: everything laid out.
         sink_page: the first page_size tokens may be in a larger tier.
     """
-    n_options, _, _, n_context = token_costs.shape
-    per_token = token_costs.sum(axis=(1, 2))
+    n_options, n_context = token_costs.shape
     found: list[Baseline] = []
     for option in range(1, n_options):
         for sink_option in range(option, n_options if sink_page else option + 1):
@@ -65,6 +64,6 @@ def best_uniform(
             shape = (layout.n_layers, layout.n_kv_heads, pages.size)
             laid_out = layout.measure(np.broadcast_to(pages, shape), n_context)
             if laid_out.total <= budget_bytes:
-                cost = float(per_token[plan, np.arange(n_context)].sum())
+                cost = float(token_costs[plan, np.arange(n_context)].sum())
                 found.append(Baseline(option, sink_option, plan, cost, laid_out))
     return min(found, key=lambda baseline: baseline.cost, default=None)

@@ -38,13 +38,11 @@ class TierErrors:
     def n_tiers(self) -> int:
         return len(self.key_format)
 
-    def token_costs(
-        self, tier: int, key_utility: Float, value_utility: Float, layer: int | None = None
-    ) -> Float:
-        """Cost of one tier per token: (n_layers, n_kv_heads, n_context), or of one layer."""
-        part = slice(None) if layer is None else layer
-        key = self.key[self.key_format[tier]][part] * key_utility[part]
-        cost: Float = key + self.value[self.value_format[tier]][part] * value_utility[part]
+    def token_costs(self, tier: int, layer: int, utilities: "Utilities") -> Float:
+        """Cost of one tier per token of a layer: (n_kv_heads, n_context)."""
+        key = self.key[self.key_format[tier], layer] * utilities.key[layer]
+        value = self.value[self.value_format[tier], layer] * utilities.value[layer]
+        cost: Float = key + value
         return cost
 
 
@@ -57,12 +55,50 @@ class Utilities:
     drop: Float
 
 
-def token_option_costs(errors: TierErrors, utilities: Utilities, drop_coefficient: float) -> Float:
-    """(n_options, n_layers, n_kv_heads, n_context) cost of every option; option 0 drops."""
-    costs = np.empty((1 + errors.n_tiers, *utilities.drop.shape))
-    costs[0] = drop_coefficient * utilities.drop
+@dataclass(frozen=True)
+class DocumentCosts:
+    """Costs of every option, summed over pages and over heads.
+
+    pages: (n_layers, n_kv_heads, n_pages, n_options); tokens: (n_options, n_context), summed over
+    layers and heads, for plans that treat all heads alike.
+    """
+
+    pages: Float
+    tokens: Float
+
+
+def document_costs(
+    errors: TierErrors,
+    utilities: Utilities,
+    drop_coefficient: float,
+    order: NDArray[np.int64],
+    page_size: int,
+) -> DocumentCosts:
+    """Costs of one document, layer by layer so that memory stays that of one layer's tokens.
+
+    Args:
+        order: (n_layers, n_kv_heads, n_context) token at each rank, as `order_by_score` gives it.
+    """
+    n_layers, n_kv_heads, n_context = order.shape
+    n_options = 1 + errors.n_tiers
+    n_pages = -(-n_context // page_size)
+    pages = np.empty((n_layers, n_kv_heads, n_pages, n_options))
+    tokens = np.zeros((n_options, n_context))
+    for layer in range(n_layers):
+        costs = token_option_costs(errors, utilities, drop_coefficient, layer)
+        tokens += costs.sum(axis=1)
+        pages[layer] = page_option_costs(costs, order[layer], page_size)
+    return DocumentCosts(pages, tokens)
+
+
+def token_option_costs(
+    errors: TierErrors, utilities: Utilities, drop_coefficient: float, layer: int
+) -> Float:
+    """(n_options, n_kv_heads, n_context) cost of every option in a layer; option 0 drops."""
+    costs = np.empty((1 + errors.n_tiers, *utilities.drop.shape[1:]))
+    costs[0] = drop_coefficient * utilities.drop[layer]
     for tier in range(errors.n_tiers):
-        costs[1 + tier] = errors.token_costs(tier, utilities.key, utilities.value)
+        costs[1 + tier] = errors.token_costs(tier, layer, utilities)
     return costs
 
 
@@ -72,15 +108,15 @@ def order_by_score(scores: Float) -> NDArray[np.int64]:
 
 
 def page_option_costs(token_costs: Float, order: NDArray[np.int64], page_size: int) -> Float:
-    """(n_layers, n_kv_heads, n_pages, n_options) summed cost of each page.
+    """(n_kv_heads, n_pages, n_options) summed cost of each page of a layer.
 
     Args:
-        token_costs: (n_options, n_layers, n_kv_heads, n_context).
-        order: token at each rank, as `order_by_score` gives it.
+        token_costs: (n_options, n_kv_heads, n_context).
+        order: (n_kv_heads, n_context) token at each rank.
     """
-    n_options, n_layers, n_kv_heads, n_context = token_costs.shape
+    n_options, n_kv_heads, n_context = token_costs.shape
     starts = np.arange(0, n_context, page_size)
-    pages = np.empty((n_layers, n_kv_heads, starts.size, n_options))
+    pages = np.empty((n_kv_heads, starts.size, n_options))
     for option in range(n_options):
         ranked = np.take_along_axis(token_costs[option], order, axis=-1)
         pages[..., option] = np.add.reduceat(ranked, starts, axis=-1)
@@ -100,8 +136,7 @@ def option_of_token(option_of_page: NDArray[np.int8], pages: NDArray[np.int32]) 
     return np.take_along_axis(option_of_page, pages.astype(np.int64), axis=-1)
 
 
-def plan_cost(token_costs: Float, option_of_token: NDArray[np.int8]) -> Float:
-    """(n_layers, n_kv_heads) summed cost of a plan given per token."""
-    chosen = np.take_along_axis(token_costs, option_of_token[None].astype(np.int64), axis=0)
-    total: Float = chosen[0].sum(axis=-1)
-    return total
+def plan_cost(page_costs: Float, option_of_page: NDArray[np.int8]) -> float:
+    """Summed cost of a plan; page_costs as in `DocumentCosts`."""
+    chosen = np.take_along_axis(page_costs, option_of_page[..., None].astype(np.int64), axis=-1)
+    return float(chosen.sum())

@@ -12,18 +12,16 @@ from sphkv_cli.allocation.calibration import QUANTITIES, CalibrationTables, fit_
 from sphkv_cli.allocation.layout import LaidOutBytes, PageLayout
 from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.page_costs import (
+    DocumentCosts,
     Utilities,
+    document_costs,
     option_of_token,
     order_by_score,
     page_of_token,
-    page_option_costs,
     plan_cost,
-    token_option_costs,
 )
 from sphkv_cli.allocation.policy import QuotaPolicy, fit_quotas
 from sphkv_cli.allocation.solver import Solution, solve
-
-Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,13 @@ class Placement:
 class PlannedDocument:
     """One document, planned three ways and compared with two baselines.
 
-    token_costs: (n_options, n_layers, n_kv_heads, n_context) predicted; page_costs: (n_layers,
-    n_kv_heads, n_pages, n_options); order: token at each rank; baselines: those that fit, by name.
+    costs: predicted; order: (n_layers, n_kv_heads, n_context) token at each rank; baselines: those
+    that fit, by name.
     """
 
     measured: MeasuredDocument
     budget: ResolvedBudget
-    token_costs: Float
-    page_costs: Float
+    costs: DocumentCosts
     order: NDArray[np.int64]
     solution: Solution
     plan: Placement
@@ -62,7 +59,7 @@ class PlannedDocument:
     @property
     def n_pages(self) -> int:
         """Pages of one KV head."""
-        return int(self.page_costs.shape[2])
+        return int(self.costs.pages.shape[2])
 
 
 @dataclass(frozen=True)
@@ -123,36 +120,41 @@ class Planner:
         Raises:
             UsageError: the budget is below the metadata or above the dense cache of this document.
         """
-        budget, token_costs, page_costs, order, solution, plan = self._solve(document)
+        budget, costs, order, solution, plan = self._solve(document)
         pages_budget = budget.n_bytes - self.layout.overhead_bytes()
-        quotas = self.policy.apply(page_costs.shape[2], self.layout.option_bytes(), pages_budget)
+        quotas = self.policy.apply(costs.pages.shape[2], self.layout.option_bytes(), pages_budget)
         return PlannedDocument(
             document,
             budget,
-            token_costs,
-            page_costs,
+            costs,
             order,
             solution,
             plan,
-            self._place(quotas, order, token_costs),
-            self._baselines(token_costs, budget.n_bytes),
+            self._place(quotas, order, costs),
+            self._baselines(costs, budget.n_bytes),
         )
 
-    def _baselines(self, token_costs: Float, budget_bytes: int) -> dict[str, Baseline]:
+    def _baselines(self, costs: DocumentCosts, budget_bytes: int) -> dict[str, Baseline]:
         found = {
-            name: best_uniform(token_costs, self.layout, budget_bytes, sink_page=sink_page)
+            name: best_uniform(costs.tokens, self.layout, budget_bytes, sink_page=sink_page)
             for name, sink_page in (("uniform", False), ("uniform + sink page", True))
         }
         return {name: baseline for name, baseline in found.items() if baseline is not None}
 
-    def true_costs(self, document: MeasuredDocument) -> Float:
-        """(n_options, n_layers, n_kv_heads, n_context) costs by the true future."""
+    def true_costs(self, document: MeasuredDocument) -> DocumentCosts:
+        """Costs by the true future, on the same pages."""
         assert document.horizon is not None
-        return token_option_costs(document.errors, document.horizon, self.drop_coefficient)
+        return self._costs(document, document.horizon)
+
+    def _costs(self, document: MeasuredDocument, utilities: Utilities) -> DocumentCosts:
+        order = order_by_score(document.scores)
+        return document_costs(
+            document.errors, utilities, self.drop_coefficient, order, self.layout.page_size
+        )
 
     def _solve(
         self, document: MeasuredDocument
-    ) -> tuple[ResolvedBudget, Float, Float, NDArray[np.int64], Solution, Placement]:
+    ) -> tuple[ResolvedBudget, DocumentCosts, NDArray[np.int64], Solution, Placement]:
         layout, n_context = self.layout, document.n_context
         budget = self.budget.resolve(layout.n_coordinates(n_context))
         budget.check(
@@ -160,29 +162,26 @@ class Planner:
             dense_bytes=layout.dense_bytes(n_context),
             document=f"document {document.info.name!r}",
         )
-        costs = token_option_costs(document.errors, self.utilities(document), self.drop_coefficient)
-        order = order_by_score(document.scores)
-        pages = page_option_costs(costs, order, layout.page_size)
-        n_options = pages.shape[-1]
+        costs = self._costs(document, self.utilities(document))
+        pages = costs.pages
         sizes = np.broadcast_to(layout.option_bytes()[:, None, None, :], pages.shape)
         solution = solve(
-            pages.reshape(-1, n_options),
-            sizes.reshape(-1, n_options),
+            pages.reshape(-1, pages.shape[-1]),
+            sizes.reshape(-1, pages.shape[-1]),
             budget.n_bytes - layout.overhead_bytes(),
         )
         option_of_page = solution.plan.option_of_item.reshape(pages.shape[:3])
-        placement = self._place(option_of_page, order, costs)
-        return budget, costs, pages, order, solution, placement
+        order = order_by_score(document.scores)
+        return budget, costs, order, solution, self._place(option_of_page, order, costs)
 
     def _place(
-        self, option_of_page: NDArray[np.int8], order: NDArray[np.int64], token_costs: Float
+        self, option_of_page: NDArray[np.int8], order: NDArray[np.int64], costs: DocumentCosts
     ) -> Placement:
         pages = page_of_token(order, self.layout.page_size)
-        options = option_of_token(option_of_page, pages)
         return Placement(
             option_of_page,
-            options,
+            option_of_token(option_of_page, pages),
             pages,
-            float(plan_cost(token_costs, options).sum()),
+            plan_cost(costs.pages, option_of_page),
             self.layout.measure(option_of_page, order.shape[-1]),
         )

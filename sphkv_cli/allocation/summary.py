@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sphkv_cli.allocation.agreement import LayerAgreement, MeasuredErrors, layer_agreement
 from sphkv_cli.allocation.estimators import UtilityEstimator
@@ -14,12 +13,10 @@ from sphkv_cli.allocation.options import (
     HEAD_WEIGHT_SOURCES,
     AllocateOptions,
 )
-from sphkv_cli.allocation.page_costs import page_option_costs
+from sphkv_cli.allocation.page_costs import DocumentCosts
 from sphkv_cli.allocation.planning import PlannedDocument, Planner
 from sphkv_cli.allocation.reading import read_summary
 from sphkv_cli.allocation.result import AllocationSummary, BaselineRow, DocumentPlan, HeadMix
-
-Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class CheckedDocument:
 
     planned: PlannedDocument
     errors: MeasuredErrors
-    true_costs: Float
+    true_costs: DocumentCosts
 
     @property
     def is_select(self) -> bool:
@@ -45,7 +42,7 @@ def summarise(
     """Everything that is said about an allocation, sentences included."""
     plans = tuple(_document_plan(planner, document, None) for document in planned)
     checks = tuple(_document_plan(planner, c.planned, c.errors) for c in checked)
-    agreement = _agreement(planner, checked)
+    agreement = _agreement(checked)
     return AllocationSummary(
         budget=options.budget,
         utility=f"{estimator.name}: {estimator.description}",
@@ -144,12 +141,11 @@ def _head_mixes(planner: Planner, documents: Sequence[PlannedDocument]) -> tuple
     return tuple(rows)
 
 
-def _agreement(planner: Planner, checked: Sequence[CheckedDocument]) -> tuple[LayerAgreement, ...]:
-    page_size = planner.layout.page_size
+def _agreement(checked: Sequence[CheckedDocument]) -> tuple[LayerAgreement, ...]:
     return layer_agreement(
         [check.planned.measured for check in checked],
         [check.errors for check in checked],
-        [check.planned.page_costs for check in checked],
-        [page_option_costs(c.true_costs, c.planned.order, page_size) for c in checked],
+        [check.planned.costs.pages for check in checked],
+        [check.true_costs.pages for check in checked],
         [check.planned.plan.option_of_token for check in checked],
     )

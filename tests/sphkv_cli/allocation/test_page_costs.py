@@ -9,10 +9,10 @@ from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, order_tie
 from sphkv_cli.allocation.page_costs import (
     TierErrors,
     Utilities,
+    document_costs,
     option_of_token,
     order_by_score,
     page_of_token,
-    page_option_costs,
     plan_cost,
     token_option_costs,
 )
@@ -121,7 +121,8 @@ def costs_of(rng: np.random.Generator) -> tuple[TierErrors, Utilities, np.ndarra
         value_format=(0, 0),
     )
     utilities = Utilities(rng.random(shape), rng.random(shape), rng.random(shape))
-    return errors, utilities, token_option_costs(errors, utilities, 8.0)
+    by_layer = [token_option_costs(errors, utilities, 8.0, layer) for layer in range(N_LAYERS)]
+    return errors, utilities, np.stack(by_layer, axis=1)
 
 
 def test_token_costs_follow_the_formula() -> None:
@@ -133,17 +134,17 @@ def test_token_costs_follow_the_formula() -> None:
             utilities.key[at] * errors.key[tier][at] + utilities.value[at] * errors.value[0][at]
         )
         assert costs[1 + tier][at] == pytest.approx(expected)
-    one_layer = errors.token_costs(1, utilities.key, utilities.value, 1)
-    np.testing.assert_array_equal(one_layer, costs[2][1])
 
 
 def test_pages_hold_tokens_of_falling_score_and_sum_their_costs() -> None:
     rng = np.random.default_rng(1)
-    _, _, costs = costs_of(rng)
+    errors, utilities, costs = costs_of(rng)
     scores = rng.integers(0, 9, costs.shape[1:]).astype(float)
     order = order_by_score(scores)
     pages = page_of_token(order, PAGE_SIZE)
-    found = page_option_costs(costs, order, PAGE_SIZE)
+    both = document_costs(errors, utilities, 8.0, order, PAGE_SIZE)
+    found = both.pages
+    np.testing.assert_allclose(both.tokens, costs.sum(axis=(1, 2)))
     for layer, head in np.ndindex(N_LAYERS, N_KV_HEADS):
         mine = pages[layer, head]
         assert np.bincount(mine).tolist() == [16, 16, 16, 16, 1]
@@ -159,24 +160,21 @@ def test_pages_hold_tokens_of_falling_score_and_sum_their_costs() -> None:
     assert tied[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_plan_cost_is_the_sum_over_its_pages() -> None:
+def test_plan_cost_is_the_sum_over_its_tokens() -> None:
     rng = np.random.default_rng(2)
-    _, _, costs = costs_of(rng)
+    errors, utilities, costs = costs_of(rng)
     order = order_by_score(rng.random(costs.shape[1:]))
     options = rng.integers(0, 3, (N_LAYERS, N_KV_HEADS, 5)).astype(np.int8)
-    pages = page_option_costs(costs, order, PAGE_SIZE)
-    by_page = np.take_along_axis(pages, options[..., None].astype(int), axis=-1).sum()
+    pages = document_costs(errors, utilities, 8.0, order, PAGE_SIZE).pages
     tokens = option_of_token(options, page_of_token(order, PAGE_SIZE))
-    assert plan_cost(costs, tokens).sum() == pytest.approx(by_page)
+    by_token = np.take_along_axis(costs, tokens[None].astype(int), axis=0).sum()
+    assert plan_cost(pages, options) == pytest.approx(by_token)
 
 
 def test_baselines_are_the_cheapest_that_fit() -> None:
     rng = np.random.default_rng(3)
-    shape = (5, N_LAYERS, N_KV_HEADS, N_CONTEXT)
-    costs = rng.uniform(0.9, 1.1, shape) * np.array([100.0, 4.0, 3.0, 2.0, 1.0]).reshape(
-        -1, 1, 1, 1
-    )
-    costs[:, :, :, 0] *= 1000
+    costs = rng.uniform(0.9, 1.1, (5, N_CONTEXT)) * [[100.0], [4.0], [3.0], [2.0], [1.0]]
+    costs[:, 0] *= 1000
     here = layout()
 
     def uniform_bytes(option: int) -> int:
