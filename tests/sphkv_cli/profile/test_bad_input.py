@@ -90,7 +90,10 @@ def test_a_foreign_allocation_of_the_same_capture_is_refused(run: Run, tmp_path:
         (lambda d: d.update(format="other"), "was not written by sphkv"),
         (lambda d: d.update(kind="capture"), "is a 'capture', not a report"),
         (lambda d: d.pop("inputs"), "damaged header"),
-        (lambda d: d["content"]["profile"].update(model="another"), "was changed after it was written"),
+        (
+            lambda d: d["content"]["profile"].update(model="another"),
+            "was changed after it was written",
+        ),
     ],
 )
 def test_damaged_reports_are_refused(
