@@ -29,6 +29,9 @@ RotationKind = Literal["haar", "hadamard", "none"]
 # QR may differ in the last bits between LAPACK builds; the digest must not.
 _DIGEST_DECIMALS = 6
 
+# Vectors whose transform stays in a core's cache.
+_CHUNK_CPU = 1024
+
 
 @lru_cache(maxsize=32)
 def _signs(head_dim: int, seed: int) -> FloatArray:
@@ -136,12 +139,21 @@ class Rotation:
 
 
 def _fast_hadamard(x: torch.Tensor) -> torch.Tensor:
-    """H x in Sylvester's order, strides 1, 2, 4, ..."""
-    shape, d = x.shape, x.shape[-1]
+    """H x in Sylvester's order, strides 1, 2, 4, ..., coordinate-major in chunks of vectors."""
+    flat = x.reshape(-1, x.shape[-1])
+    size = _CHUNK_CPU if x.device.type == "cpu" else max(flat.shape[0], 1)
+    chunks = [_butterflies(flat[start : start + size]) for start in range(0, flat.shape[0], size)]
+    return torch.cat(chunks).reshape(x.shape) if chunks else x
+
+
+def _butterflies(x: torch.Tensor) -> torch.Tensor:
+    """(n_vectors, d) -> the same; differentiable."""
+    n_vectors, d = x.shape
+    columns = x.T
     stride = 1
     while stride < d:
-        pairs = x.reshape(*shape[:-1], d // (2 * stride), 2, stride)
-        upper, lower = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((upper + lower, upper - lower), dim=-2)
+        pairs = columns.reshape(d // (2 * stride), 2, stride, n_vectors)
+        upper, lower = pairs[:, 0], pairs[:, 1]
+        columns = torch.stack((upper + lower, upper - lower), dim=1)
         stride *= 2
-    return x.reshape(shape)
+    return columns.reshape(d, n_vectors).T
