@@ -11,7 +11,7 @@ from sphkv_cli.allocation.options import HEAD_WEIGHT_SOURCES, AllocateOptions
 from sphkv_cli.allocation.planning import PlannedDocument, Planner
 from sphkv_cli.allocation.policy import ROUNDING_RULE
 from sphkv_cli.allocation.result import AllocationSummary, HeadMix
-from sphkv_cli.artifacts.allocation import (
+from sphkv_cli.artifacts.allocation_content import (
     AllocationContent,
     AllocationInfo,
     CalibrationArrays,

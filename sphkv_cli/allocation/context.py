@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sphkv_cli.allocation.attention_utility import LayerGeometry, TokenUtility, token_utility
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
-from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.captured_vectors import read_vectors
 from sphkv_codebooks.frame import FrameSet
 
@@ -154,23 +154,3 @@ def read_context(
         keys_framed=frames.keys_to_frame(layer, keys),
         values_framed=frames.values_to_frame(values),
     )
-
-
-def require_same_model(capture: CaptureReader, frames: FrameSet) -> None:
-    """Refuse frames of another shape than the capture's.
-
-    Raises:
-        SphkvError: head_dim, layers or KV heads differ.
-    """
-    wanted = (capture.n_layers, capture.n_kv_heads, capture.head_dim)
-    mean = frames.key_mean
-    found = (
-        (capture.n_layers, capture.n_kv_heads, frames.rotation.head_dim)
-        if mean is None
-        else tuple(mean.shape)
-    )
-    if found != wanted:
-        raise SphkvError(
-            f"the codebooks are for (layers, KV heads, head_dim) {found}, the capture has {wanted}",
-            "fit codebooks on this capture with `sphkv fit-codebooks`",
-        )

@@ -110,8 +110,6 @@ class _Run:
         options: AllocateOptions, capture: CaptureReader, books: CodebooksReader, progress: Progress
     ) -> "_Run":
         """Check everything that can be checked before the first measurement."""
-        if options.window < 1:
-            raise UsageError("the window is empty", "give --window 1 or more")
         for split in ("fit", "judge"):
             if not any(document.split == split for document in capture.documents):
                 raise SphkvError(
