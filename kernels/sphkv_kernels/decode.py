@@ -200,7 +200,7 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _params(
+def launch_params(
     query: Tensor,
     plan: AttentionPlan,
     kernel: LoadedKernel,
@@ -289,7 +289,7 @@ def _ada_decode_op(
         raise PageError(f"logit_softcap {logit_softcap}: 0 for none, else positive")
     kernel = plan.kernel(logits=False, window=window > 0, softcap=logit_softcap > 0.0)
     offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
-    params = _params(query, plan, kernel, offset, window, query_positions)
+    params = launch_params(query, plan, kernel, offset, window, query_positions)
     output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     params.output = _address(output)
@@ -329,7 +329,7 @@ def _ada_logits_op(
     cache = plan.cache
     kernel = plan.kernel(logits=True, window=window > 0, softcap=False)
     offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
-    params = _params(query, plan, kernel, offset, window, query_positions)
+    params = launch_params(query, plan, kernel, offset, window, query_positions)
     # Dead pages are not in the plan: what no thread writes is -inf.
     pages = query.new_full(
         (cache.page_table.n_entries, plan.group_size, cache.page_size),

@@ -59,7 +59,7 @@ class Variant:
     tile_units: int = 2
     score_chains: int = 1
     small_pages: bool = False
-    prefetch: bool = False
+    prefetch: bool = True
     reconstruct: bool = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,198 @@
+"""Measures the decode kernel on this machine's GPU and writes a JSON report with its provenance.
+
+    python examples/kernel_report.py --output examples/results/kernel-h100.json
+
+Codes x shapes with the torch baselines of the same run, mixed caches against the byte-weighted time
+of their tiers, and the bytes of metadata over page sizes. Run it from a clean checkout: the report
+names the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.benchmark import CaseReport, Shape, retention_pages, run_case, uniform_pages
+from sphkv_kernels.decode import ada_decode, plan
+from sphkv_kernels.synthetic import tiled_cache
+from sphkv_kernels.tier import TierFormat
+from sphkv_kernels.timing import (
+    Baseline,
+    MemoryRates,
+    best_of,
+    device_provenance,
+    measure,
+    memory_rates,
+    sdpa_baselines,
+)
+
+SEED = 42
+CODES: dict[str, tuple[tuple[int, int, int, int], str]] = {
+    "4222-fp16": ((4, 2, 2, 2), "fp16"),
+    "4333-minifloat": ((4, 3, 3, 3), "minifloat:5,6"),
+    "4222-r2": ((4, 2, 2, 2), "lloyd_max:2"),
+    "3222-r2": ((3, 2, 2, 2), "lloyd_max:2"),
+    "4333-r3": ((4, 3, 3, 3), "lloyd_max:3"),
+    "5333-r3": ((5, 3, 3, 3), "lloyd_max:3"),
+    "3111-r1": ((3, 1, 1, 1), "lloyd_max:1"),
+}
+SHAPES = (
+    Shape(4, 8, 131072, 8),
+    Shape(8, 8, 32768, 4),
+    Shape(1, 8, 131072, 4),
+    Shape(8, 8, 8192, 4),
+    Shape(1, 8, 32768, 4),
+    Shape(1, 8, 4096, 4),
+    Shape(8, 32, 8192, 1),
+)
+EVERY_SHAPE = ("4222-fp16", "4333-minifloat", "4222-r2", "3222-r2")
+
+
+def tier(name: str, head_dim: int = 128) -> TierFormat:
+    bits, radius = CODES[name]
+    return TierFormat.spherical(SphericalCode.analytic(name, head_dim, bits, radius))
+
+
+def single_tier_cases(
+    rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]
+) -> list[CaseReport]:
+    """Codes x shapes."""
+    reports = []
+    for name in CODES:
+        for shape in SHAPES if name in EVERY_SHAPE else SHAPES[:2]:
+            report = run_case(
+                (tier(name),), shape, rates, baselines[shape.name],
+                with_reconstruction=shape in SHAPES[:2] and name in EVERY_SHAPE, seed=SEED,
+            )  # fmt: skip
+            reports.append(report)
+            print(line(report), flush=True)
+    return reports
+
+
+def mixed_cases(rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]) -> list[Any]:
+    """Two tiers, four tiers, and a retention policy; against the byte-weighted single-tier time."""
+    shape = SHAPES[0]
+    names = ("3222-r2", "4222-r2", "4222-fp16")
+    four = (*(tier(name) for name in names), TierFormat.int8())
+    generator = torch.Generator().manual_seed(SEED)
+
+    def shuffled(n_tiers: int) -> torch.Tensor:
+        size = uniform_pages(shape, 32).shape
+        return torch.randint(n_tiers, size, generator=generator)
+
+    plans = {
+        "two tiers": (four[:2], shuffled(2)),
+        "four tiers": (four, shuffled(4)),
+        "retention": (four, retention_pages(shape, 32, 4, SEED)),
+    }
+    rate_of_tier = {}
+    for one in four:
+        report = run_case((one,), shape, rates, baselines[shape.name], seed=SEED)
+        rate_of_tier[one.name] = report.bytes_read["codes"] / report.latency.median_us
+        print(line(report), flush=True)
+    results = []
+    for name, (tiers, pages) in plans.items():
+        report = run_case(tiers, shape, rates, baselines[shape.name], page_tiers=pages, seed=SEED)
+        weighted_us = 0.0
+        for index, one in enumerate(tiers):
+            cache = tiled_cache((one,), uniform_pages(Shape(1, 1, 32, 1), 32), 32, 1, 128)
+            n_bytes = int((pages == index).sum()) * cache.pool.numel()
+            weighted_us += n_bytes / rate_of_tier[one.name]
+        excess = report.latency.median_us / weighted_us - 1
+        results.append({"name": name, "byte_weighted_us": weighted_us, "excess": excess,
+                        "report": report.to_json()})  # fmt: skip
+        print(
+            f"{name}: {line(report)}; byte-weighted {weighted_us:.1f} us, {excess:+.1%}", flush=True
+        )
+    return results
+
+
+def metadata_cases() -> list[dict[str, Any]]:
+    """Bytes and time by page size: what smaller pages cost."""
+    rows = []
+    for shape in (SHAPES[3], SHAPES[1]):
+        for page_size in (16, 32, 64):
+            pages = uniform_pages(shape, page_size)
+            cache = tiled_cache((tier("3222-r2"),), pages, page_size, shape.n_kv_heads, 128)
+            attention_plan = plan(cache, shape.group_size, check=False)
+            query = torch.randn(
+                shape.n_sequences, shape.n_kv_heads * shape.group_size, 128, device="cuda"
+            )
+            latency = measure(lambda: ada_decode(query, cache, 0.09, plan=attention_plan))  # noqa: B023
+            n_norms = 2 * 2 * shape.n_sequences * shape.n_kv_heads * shape.n_tokens
+            row = {
+                "shape": shape.name, "page_size": page_size, "latency": asdict(latency),
+                "bytes": {"codes": attention_plan.work.code_bytes - n_norms, "norms": n_norms,
+                          "plan": attention_plan.work.n_bytes},
+            }  # fmt: skip
+            rows.append(row)
+            print(
+                f"page size {page_size:2d} {shape.name}: {latency.median_us:.1f} us, {row['bytes']}"
+            )
+    return rows
+
+
+def line(report: CaseReport) -> str:
+    again = "" if report.reconstruct is None else f", rebuilt {report.reconstruct.median_us:.0f} us"
+    return (
+        f"{'+'.join(report.tiers):16s} {report.shape.name:15s} {report.latency.median_us:7.1f} us "
+        f"{report.code_gb_per_s:5.0f} GB/s {report.fraction_of_read_rate:5.1%} of read, "
+        f"{report.speed_up:.2f}x {report.best_bf16}{again}; error {report.output_error:.1e}"
+    )
+
+
+def commit() -> str:
+    """The checkout's commit, marked where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    name = git("rev-parse", "HEAD")
+    return name + ("-modified" if name and git("status", "--porcelain", "-uno") else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--commit", default="", help="where the checkout has no git history")
+    arguments = parser.parse_args()
+    started = time.time()
+    rates = memory_rates()
+    print(rates, flush=True)
+    baselines = {}
+    for shape in SHAPES:
+        baselines[shape.name] = sdpa_baselines(
+            shape.n_sequences, shape.n_kv_heads, shape.n_tokens, shape.group_size, shape.head_dim
+        )
+        best = best_of(baselines[shape.name])
+        print(shape.name, best.name, f"{best.latency.median_us:.1f} us" if best.latency else "")
+        torch.cuda.empty_cache()
+    report = {
+        "provenance": {
+            **device_provenance(), "commit": arguments.commit or commit(), "seed": SEED,
+            "command": "python examples/kernel_report.py",
+            "fp8_baseline": "FlashInfer is not installed on this machine: not measured",
+        },
+        "rates": asdict(rates),
+        "baselines": {name: [asdict(b) for b in found] for name, found in baselines.items()},
+        "cases": [case.to_json() for case in single_tier_cases(rates, baselines)],
+        "mixed": mixed_cases(rates, baselines),
+        "metadata": metadata_cases(),
+    }  # fmt: skip
+    report["provenance"]["seconds"] = round(time.time() - started, 1)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
