@@ -3,8 +3,8 @@
     speed-up = best bf16 latency of this run / kernel latency;  fraction = code bytes / time / rate
 
 Everything is measured in one process on one GPU with a cold L2 (`timing`). Bytes are named terms.
-The reconstruction baseline decodes the same codes to dense bf16 in memory and runs torch's attention
-on them: what angle-domain attention avoids. Source: ours.
+The reconstruction baseline decodes the same codes to dense bf16 in memory and runs torch's
+attention on them: what angle-domain attention avoids. Source: ours.
 """
 
 from __future__ import annotations

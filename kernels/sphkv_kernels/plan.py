@@ -112,7 +112,8 @@ def _assign_blocks(rows: Ints, page_bytes: Ints, n_rows: int, n_blocks: int) -> 
     ends = np.cumsum(page_bytes)
     # A page belongs to the block in whose share its middle lies.
     equal = ((ends - page_bytes / 2) * n_blocks / int(ends[-1])).astype(np.int64)
-    row_bytes = np.bincount(rows, weights=page_bytes, minlength=n_rows)
+    row_bytes = np.zeros(n_rows)
+    np.add.at(row_bytes, rows, page_bytes)
     if n_rows <= n_blocks:
         parts = _parts_of_rows(row_bytes, n_blocks)
         before = np.cumsum(row_bytes) - row_bytes

@@ -54,7 +54,7 @@ class Baseline:
 
 def measure(step: Callable[[], object], *, n_samples: int = 50, warm_up: int = 3) -> Latency:
     """Latency of `step`, captured once into a CUDA graph and replayed with a cold L2."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_up):
@@ -66,8 +66,7 @@ def measure(step: Callable[[], object], *, n_samples: int = 50, warm_up: int = 3
         step()
     flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-    starts = [torch.cuda.Event(enable_timing=True) for _ in range(n_samples)]
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(n_samples)]
+    starts, ends = _events(n_samples), _events(n_samples)
     graph.replay()
     for start, end in zip(starts, ends, strict=True):
         read_bytes(flush, sink)
@@ -78,6 +77,10 @@ def measure(step: Callable[[], object], *, n_samples: int = 50, warm_up: int = 3
     times = [1e3 * a.elapsed_time(b) for a, b in zip(starts, ends, strict=True)]
     median, p20, p80 = np.quantile(times, [0.5, 0.2, 0.8]).tolist()
     return Latency(median, p20, p80, n_samples)
+
+
+def _events(n: int) -> list[torch.cuda.Event]:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(n)]  # type: ignore[no-untyped-call]
 
 
 def memory_rates(n_bytes: int = 1 << 30) -> MemoryRates:
