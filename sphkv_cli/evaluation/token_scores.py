@@ -46,22 +46,29 @@ def score_tokens(
         token_ids: (n_tokens) int64.
         chunk: positions whose logits are held at a time.
     """
-    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in coded_hidden]
+    n_scored, n_runs = len(positions), len(coded_hidden)
+    # Made first: small results that outlive the big logits between them would fragment the heap.
+    kl, nll = np.empty((n_runs, n_scored)), np.empty((n_runs, n_scored))
+    agree, nll_dense = np.empty((n_runs, n_scored), dtype=np.bool_), np.empty(n_scored)
     for start in range(positions.start, positions.stop, chunk):
         rows = slice(start, min(start + chunk, positions.stop))
+        place = slice(rows.start - positions.start, rows.stop - positions.start)
         following = token_ids[rows.start + 1 : rows.stop + 1, None]
         dense = torch.log_softmax(head(dense_hidden[rows]).float(), dim=-1)
         probabilities = dense.exp()
-        nll_dense = -dense.gather(1, following)[:, 0]
+        nll_dense[place] = _array(-dense.gather(1, following)[:, 0])
         likeliest = dense.argmax(dim=-1)
-        for hidden, part in zip(coded_hidden, parts, strict=True):
+        for run, hidden in enumerate(coded_hidden):
             coded = torch.log_softmax(head(hidden[rows]).float(), dim=-1)
-            # Each term is a difference of nearly equal logarithms times p; summed in float64.
-            kl = (probabilities * (dense - coded)).sum(dim=-1, dtype=torch.float64)
-            nll = -coded.gather(1, following)[:, 0]
-            part.append((kl, nll_dense.double(), nll.double(), coded.argmax(dim=-1) == likeliest))
+            nll[run, place] = _array(-coded.gather(1, following)[:, 0])
+            agree[run, place] = _array(coded.argmax(dim=-1) == likeliest)
+            # Each term is a difference of nearly equal logarithms times p.
+            terms = torch.sub(dense, coded, out=coded).mul_(probabilities)
+            kl[run, place] = _array(terms.sum(dim=-1, dtype=torch.float64))
     where = np.arange(positions.start, positions.stop, dtype=np.int64)
-    return [
-        TokenScores(where, *(torch.cat(column).cpu().numpy() for column in zip(*part, strict=True)))
-        for part in parts
-    ]
+    return [TokenScores(where, kl[i], nll_dense, nll[i], agree[i]) for i in range(n_runs)]
+
+
+def _array(x: Tensor) -> npt.NDArray[np.generic]:
+    array: npt.NDArray[np.generic] = x.cpu().numpy()
+    return array
