@@ -6,6 +6,8 @@ from sphkv_cli.blocks import Block, Line, Table
 from sphkv_cli.evaluation.intervals import Interval
 from sphkv_cli.evaluation.result import EvaluationResult, Row
 
+_ROUNDING = 1e-6
+
 
 def view(result: EvaluationResult) -> tuple[Block, ...]:
     """Header lines, the table of rows, KL by position, sentences, gates."""
@@ -70,14 +72,14 @@ def _cells(row: Row) -> tuple[object, ...]:
 def _limits(interval: Interval) -> str:
     if math.isnan(interval.low):
         return "-"
-    return f"{_small(interval.low)} .. {_small(interval.high)}"
+    return f"{_small(interval.low)}..{_small(interval.high)}"
 
 
 def _small(value: float) -> str:
-    """Five decimals; what is rounding says so."""
-    return (
-        "0 (rounding)" if abs(value) < 1e-6 else f"{value:.2g}" if value < 1e-4 else f"{value:.4f}"
-    )
+    """Four decimals, or two digits where that is nothing; below 1e-6 it is rounding, a 0."""
+    if abs(value) < _ROUNDING:
+        return "0"
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
 
 
 def _positions(result: EvaluationResult) -> Table:
