@@ -7,7 +7,6 @@ methods' sources are theirs (`sphkv_codebooks.comparators`); centring them is ou
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sphkv_cli.errors import UsageError
@@ -67,8 +66,3 @@ class ComparatorCoding(KeyValueCoding):
         heads = self.shape.n_layers * self.shape.n_kv_heads
         fitted = heads * (self.keys.table_bytes + self.values.table_bytes)
         return fitted + (0 if self.key_mean is None else 4 * self.key_mean.numel())
-
-
-def as_float32(mean: object) -> Tensor:
-    """A mean per (layer, KV head) as a tensor of its own."""
-    return torch.as_tensor(mean, dtype=torch.float32).clone()

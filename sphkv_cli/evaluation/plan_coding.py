@@ -5,7 +5,6 @@
 Source: frames and plans, ours; retention, Spherical KV (arXiv 2605.18856).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,8 +110,3 @@ def uniform_plan(
         tier_of_token=np.repeat(tier_of_page, layout.page_size, axis=2)[:, :, :n_context],
         laid_out_bytes=layout.measure(options, n_context).total,
     )
-
-
-def largest_first(plans: Sequence[PlanCoding]) -> list[PlanCoding]:
-    """Plans by falling bytes."""
-    return sorted(plans, key=lambda plan: -plan.laid_out_bytes)
