@@ -78,8 +78,10 @@ def fit_tables(scores: Sequence[Float], futures: Sequence[dict[str, Float]]) -> 
     values: list[Float] = []
     n_knots = 0
     for layer, kv_head in np.ndindex(n_layers, n_kv_heads):
-        x = np.concatenate([_log(score[layer, kv_head]) for score in scores])
-        order = np.argsort(x, kind="stable")
+        raw = np.concatenate([score[layer, kv_head] for score in scores])
+        # A score of zero is out of every later query's reach, not a small need.
+        order = np.argsort(raw, kind="stable")[np.count_nonzero(raw == 0) :]
+        x = _log(raw)
         for index, quantity in enumerate(QUANTITIES):
             y = np.concatenate([future[quantity][layer, kv_head] for future in futures])
             table = _monotone_table(x[order], y[order])
@@ -92,13 +94,15 @@ def fit_tables(scores: Sequence[Float], futures: Sequence[dict[str, Float]]) -> 
 
 def _monotone_table(log_scores: Float, damage: Float) -> tuple[Float, Float]:
     """Knots (mean log-score, log of smoothed mean damage) of one table; scores sorted."""
+    if not log_scores.size:
+        return np.zeros(1), np.full(1, _LEAST_LOG)
     unique, first, counts = np.unique(log_scores, return_index=True, return_counts=True)
     means = np.add.reduceat(damage, first) / counts
     fitted = isotonic_regression(means, weights=counts.astype(np.float64))
     edges = fitted.blocks[:-1]
     tokens = np.add.reduceat(counts, edges)
     centres = np.add.reduceat(unique * counts, edges) / tokens
-    pseudo = np.exp(_log(damage).mean())
+    pseudo = np.exp(_log(damage[damage > 0]).mean()) if damage.any() else 0.0
     smoothed = (fitted.x[edges] * tokens + pseudo) / (tokens + 1)
     # One pseudo token weighs more in a small block: the order could turn where blocks are close.
     values = np.maximum.accumulate(_log(smoothed))

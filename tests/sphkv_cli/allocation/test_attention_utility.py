@@ -104,8 +104,8 @@ def test_key_utility_predicts_small_isotropic_errors(geometry: LayerGeometry) ->
             change = case.outputs(h, keys=keys) - case.outputs(h)
             lost += float(case.weights[h] * (change**2).sum(-1).mean()) / HEAD_DIM
     # First order: the next one is smaller by the size of the error.
-    predicted = float(case.utility().key[kv_head, token]) * size**2
-    assert lost == pytest.approx(predicted, rel=1e-4)
+    predicted = float(case.utility().key[kv_head, token])
+    assert lost / size**2 == pytest.approx(predicted, rel=1e-4)
 
 
 def test_value_utility_is_exact() -> None:

@@ -44,14 +44,26 @@ def test_a_violation_of_the_order_is_pooled() -> None:
 
 def test_unseen_tokens_are_not_free() -> None:
     rng = np.random.default_rng(3)
-    scores = np.concatenate([np.zeros(500), rng.uniform(1, 2, 500)])
+    scores = np.concatenate([np.full(500, 1e-20), rng.uniform(1, 2, 500)])
     damage = np.concatenate([np.zeros(500), rng.uniform(1, 2, 500)])
-    damage[7] = 5.0  # one unseen token that the future did need
-    found = expected(tables(scores, damage), np.array([0.0]))[0]
+    damage[7] = 5.0  # one token that nobody had asked for and the future did need
+    found = expected(tables(scores, damage), np.array([1e-20]))[0]
     assert found >= 5.0 / 501
-    # Even where no unseen token was ever needed.
+    # Even where none of them was ever needed: as if one had been, like an average token.
     damage[7] = 0.0
-    assert expected(tables(scores, damage), np.array([0.0]))[0] > 0
+    assert expected(tables(scores, damage), np.array([1e-20]))[0] == pytest.approx(
+        1.5 / 501, rel=0.1
+    )
+
+
+def test_tokens_out_of_reach_do_not_dilute_the_table() -> None:
+    scores, damage = np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])
+    bare = tables(scores, damage)
+    padded = tables(np.concatenate([np.zeros(99), scores]), np.concatenate([np.zeros(99), damage]))
+    np.testing.assert_array_equal(bare.log_scores, padded.log_scores)
+    np.testing.assert_array_equal(bare.log_values, padded.log_values)
+    nothing = tables(np.zeros(5), np.zeros(5))
+    assert expected(nothing, np.array([0.5]))[0] < 1e-100
 
 
 def test_damage_beyond_the_table_grows_with_the_score() -> None:
