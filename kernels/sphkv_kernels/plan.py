@@ -23,10 +23,13 @@ from torch import Tensor
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.tier import PageError
 
-FIRST, LAST, TAIL = 1, 2, 4
+FIRST, LAST, TAIL, FOLLOWED = 1, 2, 4, 8
+RECORD_PADDING = 64
 SEGMENT_INTS, HEAD_INTS = 8, 12
 PART_BYTES = 150_000
 """What a block could read while it starts and ends one part (6 to 7 us at 23 GB/s, measured)."""
+SEGMENT_BYTES = 50_000
+"""Likewise for one more tier: its first loads have nothing to hide behind."""
 MAX_OFFSET = 16 * (1 << 32)
 Ints = npt.NDArray[np.int64]
 
@@ -82,8 +85,9 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     segments, block_starts, n_parts = _cut(rows[order], tiers[order], page_bytes, n_rows, n_blocks)
     heads, others = _split_heads(segments, block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
-    if not records.shape[0]:
-        records = np.zeros((1, 2), dtype=np.uint32)  # never read; a null pointer would be
+    # What a warp reads one tile too far.
+    last = records[-1:] if records.shape[0] else np.zeros((1, 2), dtype=np.uint32)
+    records = np.concatenate([records, np.repeat(last, RECORD_PADDING, axis=0)])
 
     def on_device(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(cache.device)
@@ -100,34 +104,42 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     )
 
 
-def _assign_blocks(rows: Ints, page_bytes: Ints, n_rows: int, n_blocks: int) -> Ints:
+def _assign_blocks(rows: Ints, tiers: Ints, page_bytes: Ints, n_rows: int, n_blocks: int) -> Ints:
     """(n_pages): the block of every page, non-decreasing.
 
     The best of two cuts by the time of the slowest block, where a part of a row costs as much as
-    PART_BYTES: equal shares whatever row they belong to, and shares that never mix rows (or, with
-    more rows than blocks, never split one).
+    PART_BYTES and a segment as SEGMENT_BYTES: equal shares whatever row they belong to, and shares
+    that never mix rows (or, with more rows than blocks, never split one).
     """
     if not rows.size:
         return np.zeros(0, dtype=np.int64)
-    ends = np.cumsum(page_bytes)
+    new_row = np.r_[True, np.diff(rows) != 0]
+    new_tier = new_row | np.r_[True, np.diff(tiers) != 0]
+    cost = page_bytes + PART_BYTES * new_row + SEGMENT_BYTES * new_tier
     # A page belongs to the block in whose share its middle lies.
-    equal = ((ends - page_bytes / 2) * n_blocks / int(ends[-1])).astype(np.int64)
-    row_bytes = np.zeros(n_rows)
-    np.add.at(row_bytes, rows, page_bytes)
-    if n_rows <= n_blocks:
+    middle = np.cumsum(cost) - page_bytes / 2
+    equal = (middle * n_blocks / int(cost.sum())).astype(np.int64)
+    if n_rows <= n_blocks:  # every part costs the same beside its bytes
+        row_bytes = np.zeros(n_rows)
+        np.add.at(row_bytes, rows, page_bytes)
         parts = _parts_of_rows(row_bytes, n_blocks)
         before = np.cumsum(row_bytes) - row_bytes
-        inside = (ends - page_bytes / 2 - before[rows]) * parts[rows] / row_bytes[rows]
-        aligned = (np.cumsum(parts) - parts)[rows] + inside.astype(np.int64)
+        inside = np.cumsum(page_bytes) - page_bytes / 2 - before[rows]
+        share = (inside * parts[rows] / row_bytes[rows]).astype(np.int64)
+        aligned = (np.cumsum(parts) - parts)[rows] + share
     else:
-        aligned = _pack_rows(row_bytes, n_blocks)[rows]
-    return min((aligned, equal), key=lambda block: _slowest(block, rows, page_bytes))
+        row_cost = np.zeros(n_rows)
+        np.add.at(row_cost, rows, cost)
+        aligned = _pack_rows(row_cost, n_blocks)[rows]
+    return min((aligned, equal), key=lambda block: _slowest(block, rows, tiers, page_bytes))
 
 
-def _slowest(block: Ints, rows: Ints, page_bytes: Ints) -> float:
-    """Bytes of the slowest block, PART_BYTES for each of its parts included."""
+def _slowest(block: Ints, rows: Ints, tiers: Ints, page_bytes: Ints) -> float:
+    """Bytes of the slowest block, its parts and segments included."""
     new_part = np.r_[True, (np.diff(block) != 0) | (np.diff(rows) != 0)]
-    return float(np.bincount(block, weights=page_bytes + PART_BYTES * new_part).max())
+    new_segment = new_part | np.r_[True, np.diff(tiers) != 0]
+    cost = page_bytes + PART_BYTES * new_part + SEGMENT_BYTES * new_segment
+    return float(np.bincount(block, weights=cost).max())
 
 
 def _parts_of_rows(row_bytes: npt.NDArray[np.float64], n_blocks: int) -> Ints:
@@ -144,7 +156,7 @@ def _parts_of_rows(row_bytes: npt.NDArray[np.float64], n_blocks: int) -> Ints:
 
 def _pack_rows(row_bytes: npt.NDArray[np.float64], n_blocks: int) -> Ints:
     """Block of every row, rows in order and whole, the fullest block as small as can be."""
-    ends = np.cumsum(row_bytes + PART_BYTES)
+    ends = np.cumsum(row_bytes)
 
     def starts_of(share: float) -> list[int]:
         starts = [0]
@@ -170,7 +182,7 @@ def _cut(
     Rows without a page still get a segment: its tail, or an empty result, has to be written.
     """
     n_pages = rows.size
-    block = _assign_blocks(rows, page_bytes, n_rows, n_blocks)
+    block = _assign_blocks(rows, tiers, page_bytes, n_rows, n_blocks)
     key = np.stack([block, rows, tiers]) if n_pages else np.zeros((3, 0), dtype=np.int64)
     starts = (
         np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])
@@ -203,13 +215,15 @@ def _cut(
     base = np.cumsum(stored) - stored
     part_of_segment = np.cumsum(new_part) - 1
     final = last_of_part & (part_in_row[part_of_segment] == parts_of_row[seg_row] - 1)
+    # Its first pages can be fetched while the segment before it ends: they follow in the records.
+    followed = np.r_[(np.diff(seg_block) == 0) & (seg_count[1:] > 0), False]
     segments = np.stack(
         [
             seg_row,
             seg_tier,
             seg_first,
             seg_count,
-            FIRST * new_part + LAST * last_of_part + TAIL * final,
+            FIRST * new_part + LAST * last_of_part + TAIL * final + FOLLOWED * followed,
             part_in_row[part_of_segment],
             parts_of_row[seg_row],
             base[seg_row],
