@@ -22,6 +22,7 @@ import torch
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.benchmark import CaseReport, Shape, retention_pages, run_case, uniform_pages
 from sphkv_kernels.decode import ada_decode, plan
+from sphkv_kernels.encode import encode
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.timing import (
@@ -140,6 +141,30 @@ def metadata_cases() -> list[dict[str, Any]]:
     return rows
 
 
+def encode_cases() -> list[dict[str, Any]]:
+    """A prefill of 32768 tokens of 8 KV heads into pages: dense bytes read per second."""
+    rows = []
+    keys, values = torch.randn((2, 8192, 32, 128), device="cuda")
+    for name in EVERY_SHAPE:
+        one = tier(name)
+        times = []
+        for _ in range(6):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            encode(one, keys, values)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        milliseconds = sorted(times[1:])[2]
+        rate = (keys.numel() + values.numel()) * 2 / milliseconds / 1e6
+        rows.append({"code": name, "n_vectors": 2 * 8192 * 32, "milliseconds": milliseconds,
+                     "bf16_gb_per_s": rate})  # fmt: skip
+        print(
+            f"encode {name}: {milliseconds:.1f} ms for 8 x 32768 keys and values, {rate:.1f} GB/s"
+        )
+    return rows
+
+
 def line(report: CaseReport) -> str:
     again = "" if report.reconstruct is None else f", rebuilt {report.reconstruct.median_us:.0f} us"
     return (
@@ -187,6 +212,7 @@ def main() -> None:
         "cases": [case.to_json() for case in single_tier_cases(rates, baselines)],
         "mixed": mixed_cases(rates, baselines),
         "metadata": metadata_cases(),
+        "encode": encode_cases(),
     }  # fmt: skip
     report["provenance"]["seconds"] = round(time.time() - started, 1)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

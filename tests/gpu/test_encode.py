@@ -1,0 +1,31 @@
+"""Encoding on the GPU gives the bytes of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sphkv_kernels.encode import encode
+from sphkv_kernels.tier import PageError
+from tests.gpu.cases import needs_cuda, tier_set
+
+pytestmark = [pytest.mark.gpu, needs_cuda]
+
+
+@pytest.mark.parametrize("tier", range(10))
+def test_pages_are_those_of_the_cpu(tier: int) -> None:
+    (one,) = tier_set(128, tier)
+    generator = torch.Generator().manual_seed(tier)
+    keys, values = torch.randn((2, 200, 32, 128), generator=generator)
+    on_cpu = encode(one, keys, values)
+    on_gpu = encode(one, keys.cuda(), values.cuda()).cpu()
+    assert torch.equal(on_cpu, on_gpu)
+
+
+def test_shapes_are_checked() -> None:
+    (one,) = tier_set(128, 3)
+    keys = torch.zeros((4, 32, 128), device="cuda")
+    with pytest.raises(PageError, match="must both be"):
+        encode(one, keys, keys[:2])
+    with pytest.raises(PageError, match="page_size"):
+        encode(one, keys[:, :20], keys[:, :20])
