@@ -14,8 +14,8 @@ from pathlib import Path
 class LoopStatistics:
     """The innermost loop that holds matrix products and table lookups.
 
-    instructions: opcode -> count over the whole loop, rare branches (partial pages, a raised softmax
-    level) included; local_memory: loads and stores of spilled registers in it.
+    instructions: opcode -> count over the whole loop, rare branches (partial pages, a raised
+    softmax level) included; local_memory: loads and stores of spilled registers in it.
     """
 
     instructions: Counter[str]

@@ -1,7 +1,7 @@
 """The decode loop keeps its instruction budget on a machine without a GPU.
 
-A budget is what the recorded kernel needs per 32 tokens of K and V and one warp (head_dim 128), with
-a few per cent of room: a change that costs more shows here before it shows in a benchmark.
+A budget is what the recorded kernel needs per 32 tokens of K and V and one warp (head_dim 128),
+with a few per cent of room: a change that costs more shows here before it shows in a benchmark.
 """
 
 from __future__ import annotations
