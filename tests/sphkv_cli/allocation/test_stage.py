@@ -230,6 +230,29 @@ def test_a_capture_without_select_documents_checks_on_fit(chain: Chain, tmp_path
     assert {check.split for check in result.summary.checks} == {"fit"}
 
 
+def test_a_sliding_window_frees_what_nobody_can_see(chain: Chain, tmp_path: Path) -> None:
+    changed = Chain(tmp_path / "capture.h5", tmp_path / "codebooks.h5")
+    shutil.copy(chain.capture, changed.capture)
+    shutil.copy(chain.codebooks, changed.codebooks)
+    with h5py.File(changed.capture, "r+") as file:
+        table = file["layers"][()]
+        table["window"][1] = 40
+        file["layers"][...] = table
+        relink(file, changed.codebooks)
+    output = tmp_path / "a.h5"
+    result = allocate(OPTIONS, changed.capture, changed.codebooks, output)
+    # Positions are laid out where a window needs them, and paid for.
+    assert all(plan.laid_out.positions > 0 for plan in result.summary.plans)
+    assert all(plan.laid_out.total <= plan.budget_bytes for plan in result.summary.plans)
+    with AllocationReader(output) as reader:
+        (document,) = reader.documents
+        tiers, pages = reader.tier_of_token(document), reader.page_of_token(document)
+    # The first query after the context, at 145, sees tokens 106 and later: 39 of them, on the
+    # first three pages by score. What lies on later pages nobody will ask for.
+    assert np.all(pages[1][:, 106:] < 3)
+    assert np.all(tiers[1][pages[1] >= 3] == -1)
+
+
 def test_view_shows_verdicts_bytes_and_every_layer(allocation) -> None:
     result, _ = allocation
     blocks = view(result)
