@@ -1,7 +1,9 @@
 """The candidate codes and tiers of a fit, in the order in which they are stored.
 
-A tier is a pair (key code, value code). Without a choice every code is paired with itself; keys
-need about a bit more than values at equal damage, so pairs with a finer key code are worth trying.
+A tier is a pair (key code, value code). Without a choice every code is paired with itself, and of
+the default codes only those that the CUDA kernel reads become tiers: a plan must run where it is
+proved. Keys need about a bit more than values at equal damage, so pairs with a finer key code are
+worth trying.
 """
 
 from sphkv_cli.errors import UsageError
@@ -9,6 +11,7 @@ from sphkv_cli.fit.code_spec import CodeSpec, default_code_texts, parse_code_spe
 from sphkv_cli.fit.options import FitOptions
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.pages import region_bytes
 from sphkv_kernels.tier import TierFormat
 
@@ -40,7 +43,8 @@ def candidate_tiers(
         UsageError: a tier of a code that is not among `codes`, or named twice.
     """
     by_name = {code.name: code for code in codes}
-    pairs = [_pair(text, by_name) for text in options.tiers or tuple(by_name)]
+    texts = options.tiers or _default_tiers(options, codes)
+    pairs = [_pair(text, by_name) for text in texts]
     if len(set(pairs)) < len(pairs):
         raise UsageError(f"a tier is named twice in {', '.join(options.tiers)}", "name each once")
     page_size, order = options.page_sizes[0], list(by_name)
@@ -53,6 +57,15 @@ def candidate_tiers(
         TierFormat.spherical(by_name[key], by_name[value])
         for key, value in sorted(pairs, key=place)
     )
+
+
+def _default_tiers(options: FitOptions, codes: tuple[SphericalCode, ...]) -> tuple[str, ...]:
+    names = tuple(code.name for code in codes)
+    if options.codes:
+        return names
+    native = tuple(code.name for code in codes if native_layout_of(code) is not None)
+    # Of the small head dimensions that the kernel does not read, every code serves the reference.
+    return native or names
 
 
 def _build(spec: CodeSpec, head_dim: int) -> SphericalCode:

@@ -31,6 +31,18 @@ def read_tables(
     return tuple(sentences)
 
 
+def read_tiers(code_names: Sequence[str], tier_names: Sequence[str]) -> tuple[str, ...]:
+    """A sentence where some codes are measured and are in no tier ("KEY/VALUE" or one name)."""
+    used = {name for tier in tier_names for name in tier.split("/")}
+    unused = [name for name in code_names if name not in used]
+    if not unused:
+        return ()
+    return (
+        f"{', '.join(unused)}: measured for comparison and in no tier, as the CUDA kernel does not "
+        "read it or no --tier names it; name it with --tier to allocate it all the same.",
+    )
+
+
 def _goodness(rows: Sequence[GoodnessRow]) -> list[str]:
     sentences = []
     for vectors in dict.fromkeys(row.vectors for row in rows):

@@ -36,7 +36,7 @@ from sphkv_cli.fit.measured_rows import (
     level_rows,
 )
 from sphkv_cli.fit.options import FitOptions
-from sphkv_cli.fit.reading import read_tables
+from sphkv_cli.fit.reading import read_tables, read_tiers
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.frame import FrameSet
@@ -136,7 +136,10 @@ def fit_codebooks(
         tables=tables,
         n_vectors=n_vectors,
         elapsed_s=time.perf_counter() - started,
-        reading=read_tables(tables, frames, measured.kept_key_energy, options.page_sizes),
+        reading=(
+            *read_tables(tables, frames, measured.kept_key_energy, options.page_sizes),
+            *read_tiers([code.name for code in codes], [tier.name for tier in tiers]),
+        ),
     )
 
 
