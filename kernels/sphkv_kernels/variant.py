@@ -179,7 +179,7 @@ def _place_tiers(variant: Variant, replicas: int) -> tuple[_TableSpace, list[str
             else:
                 run = (
                     f"run_spherical<{key}, {value}>(state, segment, p, lane, warp,"
-                    f" __ldg({rows}), offset, turn);"
+                    f" __ldg({rows}), offset);"
                 )
             cases.append(run)
     return space, cases
@@ -263,7 +263,7 @@ def _dispatch(cases: list[str], register_row: int, reconstruct: bool) -> str:
         )
     else:
         signature = """run_tier(State& state, const Segment& segment, const Params& p,
-    const Lane& lane, u32 warp, const float (&offset)[GROUP_TILES][2], int& turn)"""
+    const Lane& lane, u32 warp, const float (&offset)[GROUP_TILES][2])"""
     return f"""
 // Warp-uniform: a segment has one tier.
 constexpr int REGISTER_ROW = {register_row};

@@ -20,8 +20,8 @@ def test_pages_are_those_of_the_cpu(tier: int) -> None:
     on_cpu = encode(one, keys, values)
     on_gpu = encode(one, keys.cuda(), values.cuda()).cpu()
     differing = int((on_cpu != on_gpu).sum())
-    # A norm is a sum that the two devices round in different orders: a tie there moves its fp16 or a
-    # radius code. Angles have no such freedom.
+    # A norm is a sum that the two devices round in different orders: a tie there moves its fp16 or
+    # a radius code. Angles have no such freedom.
     assert differing <= 1e-4 * on_cpu.numel(), f"{differing} of {on_cpu.numel()} bytes differ"
 
 

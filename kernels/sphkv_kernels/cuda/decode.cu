@@ -244,12 +244,10 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   convert_query(state, query, p, lane);
   load_offset(offset, p, segment.row, lane);
   __syncthreads();
-  int next = rest.x, turn = 0;
-  if (warp == 0 && next < rest.y)  // descriptors of the segments to come
-    prefetch_line(reinterpret_cast<const u8*>(p.segments + next * SEGMENT_INTS) + lane.index * 128);
+  int next = rest.x;
 #pragma unroll 1
   while (true) {
-    run_tier(state, segment, p, lane, warp, offset, turn);
+    run_tier(state, segment, p, lane, warp, offset);
     if ((segment.flags & TAIL) && p.tail_keys) run_tail(state, segment, p, lane, warp, offset);
 #if !LOGITS
     if (segment.flags & LAST) emit(state, p, segment, lane, warp);

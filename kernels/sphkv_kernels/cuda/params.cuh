@@ -40,9 +40,9 @@ struct Segment {
   int tier;
   int first_page;   // into records
   int n_pages;
-  int flags;        // FIRST: load q, reset; LAST: emit; TAIL: attend the tail; FOLLOWED: by another
+  int flags;        // FIRST: load q, reset; LAST: emit; TAIL: attend the tail too
   int part;         // this block's part of the row
   int n_parts;      // parts of the row
   int part_base;    // first part of the row among all partial results
 };
-constexpr int FIRST = 1, LAST = 2, TAIL = 4, FOLLOWED = 8;
+constexpr int FIRST = 1, LAST = 2, TAIL = 4;

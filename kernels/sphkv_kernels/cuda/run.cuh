@@ -103,7 +103,7 @@ template <class K, class V>
 static __device__ __forceinline__ void run_spherical(State& state, const Segment& segment,
                                                      const Params& p, const Lane& lane, u32 warp,
                                                      uint2 key_radii, uint2 value_radii,
-                                                     const float (&offset)[GROUP_TILES][2], int& turn) {
+                                                     const float (&offset)[GROUP_TILES][2]) {
   static_assert(K::UNIT_BYTES % 16 == 0 && V::UNIT_BYTES % 16 == 0, "units start at 16 bytes");
   const int shift = p.page_units_log2, mask = (1 << shift) - 1;
   const int n_units = segment.n_pages << shift, n_tiles = (n_units + TILE_UNITS - 1) / TILE_UNITS;
@@ -151,27 +151,14 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   };
 #endif
 
-  // Warps take turns across segments, so that none gets the odd tile every time. `start` is this
-  // warp's first tile; the next segment's pages follow this one's in the records.
-  const int start = (int(warp) + N_WARPS - turn) % N_WARPS;
-  turn = (turn + n_tiles) % N_WARPS;
-  const int following = segment.n_pages + ((TILE_UNITS * ((int(warp) + N_WARPS - turn) % N_WARPS)) >> shift);
-  int tile = start;
+  int tile = int(warp);
   if (tile >= n_tiles) return;
   Place place = place_of(tile, records_of(tile));
   typename K::Raw key[TILE_UNITS];
 #pragma unroll
   for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
   int next = tile + N_WARPS;
-  // Beyond the last tile of this warp: the page it begins the next segment with.
-  auto records_ahead = [&](int tile) {
-    if (tile < n_tiles) return records_of(tile);
-    Records found;
-#pragma unroll
-    for (int u = 0; u < TILE_PAGES; ++u) found.of[u] = __ldg(records + following);
-    return found;
-  };
-  Records ahead = records_ahead(next);
+  Records ahead = records_of(min(next, n_tiles - 1));
 
   while (true) {
     const bool more = next < n_tiles;
@@ -180,7 +167,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       place = place_of(next, ahead);
 #pragma unroll
       for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
-      ahead = records_ahead(next + N_WARPS);
+      ahead = records_of(min(next + N_WARPS, n_tiles - 1));
     };
 #if !LOGITS
     // The values of this tile arrive while its keys are decoded; the keys of the next tile, asked for
@@ -275,10 +262,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #else
     load_next();
 #endif
-    if (!more) {
-      if (segment.flags & FOLLOWED) prefetch_line(p.pool + u64(ahead.of[0].x) * 16 + lane.index * 128);
-      break;
-    }
+    if (!more) break;
 #if PREFETCH
     if (next + N_WARPS < n_tiles) prefetch(next + N_WARPS, ahead);
 #endif
