@@ -30,7 +30,7 @@ echo "== fit every layer, head and level of a capture"
 	--text-file examples/text/persuasion.txt --text-file examples/text/pride_and_prejudice.txt \
 	--document-tokens 640 --max-tokens 5120 --output "$work/capture.h5" >/dev/null
 for density in analytic empirical; do
-	printf '%s: ' "$density"
-	"$bin/sphkv" fit-codebooks "$work/capture.h5" --density $density --force \
-		--output "$work/codebooks.h5" | head -n 1
+	said=$("$bin/sphkv" fit-codebooks "$work/capture.h5" --density $density --force \
+		--output "$work/codebooks.h5")
+	printf '%s: %s\n' "$density" "${said%%$'\n'*}"
 done
