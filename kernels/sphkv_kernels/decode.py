@@ -23,7 +23,7 @@ from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel
 from sphkv_kernels.plan import DecodePlan, make_plan
 from sphkv_kernels.reference import DecodeResult, LogitResult
-from sphkv_kernels.tier import PageError
+from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant
 
 MAX_GROUP = 16
@@ -54,8 +54,9 @@ class AttentionPlan:
         """The kernel of one mode, compiled at its first use."""
         mode = (logits, window, softcap)
         if mode not in self.kernels:
+            tiers = tuple(self.cache.tiers[index] for index in self.work.used_tiers)
             variant = Variant(
-                tiers=self.cache.tiers,
+                tiers=tiers or (TierFormat.dense(),),
                 head_dim=self.cache.head_dim,
                 group_tiles=_group_tiles(self.group_size),
                 logits=logits,

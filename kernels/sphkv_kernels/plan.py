@@ -43,7 +43,8 @@ class DecodePlan:
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
     (n_pages) int32: the page-table entry of each record; heads (n_blocks, 12) int32: the first
     segment of every block and the range of its others in segments (n, 8) int32; n_parts: partial
-    results of rows cut into several; code_bytes: bytes of all pages.
+    results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers
+    that occur, which segments number from 0 (a kernel is built for these alone).
     """
 
     records: Tensor
@@ -54,6 +55,7 @@ class DecodePlan:
     n_parts: int
     n_rows: int
     code_bytes: int
+    used_tiers: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -83,8 +85,11 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     kept = np.flatnonzero(live > 0)  # dead slots hold anything: they never reach the device
     order = kept[np.lexsort((tiers[kept], rows[kept]))]
     offsets = table.offsets.cpu().numpy()[order] // 16
+    used = np.unique(tiers[kept])
     page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
-    segments, block_starts, n_parts = _cut(rows[order], tiers[order], page_bytes, n_rows, n_blocks)
+    segments, block_starts, n_parts = _cut(
+        rows[order], np.searchsorted(used, tiers[order]), page_bytes, n_rows, n_blocks
+    )
     heads, others = _split_heads(segments, block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
     if not records.shape[0]:
@@ -102,6 +107,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
         n_parts=n_parts,
         n_rows=n_rows,
         code_bytes=int(page_bytes.sum()),
+        used_tiers=tuple(used.tolist()),
     )
 
 
