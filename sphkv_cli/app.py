@@ -141,6 +141,15 @@ def capture_command(
     if synthetic is not None:
         from sphkv_cli.capture.synthetic import capture_synthetic
 
+        for option, is_given in (
+            ("--text-file", bool(text_file)),
+            ("--jsonl", bool(jsonl)),
+            ("--max-tokens", max_tokens is not None),
+            ("--pre-rope", pre_rope),
+            ("--resume", resume),
+        ):
+            if is_given:
+                raise UsageError(f"{option} has no meaning with --synthetic", "leave it out")
         n_layers, n_q_heads, n_kv_heads, head_dim = _numbers("--synthetic", synthetic, 4)
         options = SyntheticOptions(
             n_layers,
@@ -234,7 +243,8 @@ def fit_codebooks_command(
         density=density,
         seed=seed,
     )
-    result = fit_codebooks(options, capture, output, progress=TerminalProgress(), force=force)
+    with TerminalProgress() as progress:
+        result = fit_codebooks(options, capture, output, progress=progress, force=force)
     Output(json_output).show(result, view(result))
 
 
@@ -299,7 +309,8 @@ def allocate_command(
         plan_select=plan_select,
         seed=seed,
     )
-    result = allocate(options, capture, codebooks, output, progress=TerminalProgress(), force=force)
+    with TerminalProgress() as progress:
+        result = allocate(options, capture, codebooks, output, progress=progress, force=force)
     Output(json_output).show(result, view(result))
 
 
@@ -356,7 +367,8 @@ def profile_command(
         from sphkv_cli.profile.html import check_html, write_html
 
         check_html(html, force=force)
-    report = profile(options, capture, allocation, output, progress=TerminalProgress(), force=force)
+    with TerminalProgress() as progress:
+        report = profile(options, capture, allocation, output, progress=progress, force=force)
     if html is not None:
         write_html(report, html, force=force)
     Output(json_output).show(report, view(report))
@@ -445,15 +457,10 @@ def evaluate_command(
         gguf_file=gguf_file,
         seed=seed,
     )
-    result = evaluate(
-        options,
-        capture,
-        codebooks,
-        allocation,
-        output,
-        progress=TerminalProgress(),
-        force=force,
-    )
+    with TerminalProgress() as progress:
+        result = evaluate(
+            options, capture, codebooks, allocation, output, progress=progress, force=force
+        )
     Output(json_output).show(result, view(result))
     require_gates(result)
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich import box
 from rich.console import Console
@@ -27,11 +27,20 @@ from sphkv_cli.blocks import Block, Line, Table, cell_text
 
 
 class TerminalProgress:
-    """Rate and time left on stderr, only where stderr is a terminal."""
+    """Rate and time left on stderr, only where stderr is a terminal.
+
+    A `with` block removes the bar and gives the cursor back when a stage fails or is interrupted.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
 
     def start(self, description: str, total: float | None, unit: str) -> None:
         """Show a bar for one phase."""

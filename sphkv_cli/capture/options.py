@@ -110,20 +110,22 @@ class SyntheticOptions:
     store_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _at_least("--layers", self.n_layers, 1)
-        _at_least("--kv-heads", self.n_kv_heads, 1)
-        _at_least("--documents", self.n_documents, len(SPLITS))
+        _at_least("--synthetic: number of layers", self.n_layers, 1)
+        _at_least("--synthetic: number of KV heads", self.n_kv_heads, 1)
+        _at_least("number of documents", self.n_documents, len(SPLITS))
         _at_least("--document-tokens", self.document_tokens, 2)
         _at_least("--query-stride", self.query_stride, 1)
         _at_least("--query-tail", self.query_tail, 1)
         if self.n_q_heads < 1 or self.n_q_heads % self.n_kv_heads:
             raise UsageError(
-                f"--q-heads {self.n_q_heads} is not a multiple of --kv-heads {self.n_kv_heads}",
+                f"--synthetic: {self.n_q_heads} query heads are not a multiple of "
+                f"{self.n_kv_heads} KV heads",
                 "every KV head serves the same number of query heads",
             )
         if self.head_dim < 2 or self.head_dim & (self.head_dim - 1):
             raise UsageError(
-                f"--head-dim {self.head_dim} is not a power of two", "for example 64 or 128"
+                f"--synthetic: head_dim {self.head_dim} is not a power of two",
+                "for example 64 or 128",
             )
         if not 0 <= self.n_heavy_tokens < self.document_tokens:
             raise UsageError(

@@ -1,15 +1,18 @@
 """The shell: one clear line and the right exit code for every failure, JSON when asked."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sphkv_cli.app import app
 from sphkv_cli.artifacts.header import ArtifactRef
 from sphkv_cli.artifacts.store import create_artifact
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable, GateFailed, SphkvError, UsageError
+from sphkv_cli.render import TerminalProgress
 
 RUNNER = CliRunner()
 
@@ -107,6 +110,18 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch: pytest.MonkeyPatch) -
     assert "interrupted" in stderr
 
 
+def test_a_stage_that_stops_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    terminal = Console(file=stream, force_terminal=True, width=100)
+    monkeypatch.setattr("sphkv_cli.render.Console", lambda **_: terminal)
+    with pytest.raises(KeyboardInterrupt), TerminalProgress() as progress:
+        progress.start("measuring", 3, "layers")
+        raise KeyboardInterrupt
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    assert hide in stream.getvalue()
+    assert stream.getvalue().rindex(show) > stream.getvalue().rindex(hide)
+
+
 def test_an_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a defect")
@@ -125,6 +140,8 @@ def test_an_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         ("capture", "--synthetic", "2x4x3x64"),
         ("capture", "--synthetic", "2x4x2x48"),
         ("capture", "--synthetic", "2x4x2x64", "--query-stride", "0"),
+        ("capture", "--synthetic", "2x4x2x64", "--text-file", "text.txt"),
+        ("capture", "--synthetic", "2x4x2x64", "--resume"),
         ("fit-codebooks",),
         ("fit-codebooks", "capture.h5", "--rotation", "random"),
         ("fit-codebooks", "capture.h5", "--seed", "-1"),
