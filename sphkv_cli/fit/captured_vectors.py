@@ -65,7 +65,7 @@ def read_vectors(
     read = {"keys": capture.keys, "values": capture.values, "queries": capture.queries}[vectors]
     array = torch.from_numpy(read(document, layer, rows))
     low, high = torch.aminmax(array)  # NaN passes through; one pass, no mask of the whole array
-    if not bool(torch.isfinite(high - low)):
+    if not bool(torch.isfinite(low) and torch.isfinite(high)):
         head = int(torch.nonzero(~torch.isfinite(array).all(dim=2).all(dim=0))[0, 0])
         what = "NaN" if bool(torch.isnan(array[:, head]).any()) else "Inf"
         raise SphkvError(

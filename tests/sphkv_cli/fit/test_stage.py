@@ -249,13 +249,14 @@ def test_values_that_are_no_numbers_are_named_with_layer_and_head(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "capture.h5"]
 
 
+@pytest.mark.parametrize("scale", [1e6, 5e37])
 def test_vectors_beyond_float16_radii_are_an_error_not_a_saturation(
-    make_capture: Callable[..., Path], tmp_path: Path
+    make_capture: Callable[..., Path], tmp_path: Path, scale: float
 ) -> None:
     def huge(
         rng: np.random.Generator, kind: str, document: int, layer: int, shape: tuple[int, ...]
     ) -> np.ndarray:
-        return rng.standard_normal(shape) * (1e6 if layer == 1 else 1.0)
+        return rng.standard_normal(shape) * (scale if layer == 1 else 1.0)
 
     with pytest.raises(SphkvError, match="layer 1"):
         fit_codebooks(FitOptions(codes=FEW), make_capture(draw=huge), tmp_path / "c.h5")
