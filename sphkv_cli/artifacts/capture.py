@@ -226,7 +226,10 @@ class CaptureReader:
     @property
     def output_weight(self) -> Float32:
         """||W_o of the head||_F^2 / head_dim: (n_layers, n_q_heads)."""
-        return self._float32("output_weight", slice(None))
+        weight = self._float32("output_weight", slice(None))
+        if not (np.isfinite(weight).all() and (weight >= 0).all()):
+            raise self._damaged("output_weight is not finite and non-negative")
+        return weight
 
     @property
     def _file(self) -> h5py.File:

@@ -100,7 +100,7 @@ def open_artifact(path: Path, kind: str) -> Iterator[h5py.File]:
 
 def read_header(path: Path) -> Header:
     """Read the header of any HDF5 artifact; raises ArtifactError as `open_artifact` does."""
-    with _opened(path, "sphkv") as file:
+    with _opened(path) as file:
         return _read_header(file, path)
 
 
@@ -111,7 +111,7 @@ def artifact_ref(path: Path, header: Header) -> ArtifactRef:
 
 def verify_digest(path: Path) -> bool:
     """Recompute the content digest of an artifact and compare it with the recorded one."""
-    with _opened(path, "sphkv") as file:
+    with _opened(path) as file:
         return content_digest(file) == _read_header(file, path).digest
 
 
@@ -195,6 +195,8 @@ def _read_header(file: h5py.File, path: Path) -> Header:
         )
     try:
         version = int(attrs["version"])
+        if version < 1:
+            raise ValueError(f"version {version}")
         if version > VERSIONS[kind]:
             raise ArtifactError(
                 f"{path} has {kind} format version {version}, this sphkv reads up to "
@@ -215,9 +217,11 @@ def _read_header(file: h5py.File, path: Path) -> Header:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, maker: str) -> Iterator[h5py.File]:
+def _opened(path: Path, maker: str | None = None) -> Iterator[h5py.File]:
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist", f"make it with `{maker}`")
+        raise ArtifactError(
+            f"{path} does not exist", f"make it with `{maker}`" if maker else "check the path"
+        )
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder", "name the file in it")
     try:
@@ -228,7 +232,10 @@ def _opened(path: Path, maker: str) -> Iterator[h5py.File]:
         ) from error
     except OSError as error:
         why = "truncated or damaged" if _is_hdf5(path) else "not an HDF5 file"
-        raise ArtifactError(f"{path} is {why}", f"make it again with `{maker}`") from error
+        raise ArtifactError(
+            f"{path} is {why}",
+            f"make it again with `{maker}`" if maker else "make it again, or check the path",
+        ) from error
     with file:
         yield file
 

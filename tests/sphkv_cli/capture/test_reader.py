@@ -65,6 +65,19 @@ def test_a_truncated_capture_is_refused(kept: float, tmp_path: Path) -> None:
                 reader.keys(document, layer)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_weights_that_cannot_be_are_refused(value: float, tmp_path: Path) -> None:
+    path = tmp_path / "capture.h5"
+    shutil.copy(ARCHIVED, path)
+    with h5py.File(path, "a") as file:
+        file["output_weight"][1, 0] = value
+    with (
+        pytest.raises(ArtifactError, match=r"output_weight .*sphkv capture"),
+        CaptureReader(path) as reader,
+    ):
+        _ = reader.output_weight
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("layers", "layers"), ("documents", "documents"), ("documents/001/layers/01/keys", "keys")],
@@ -101,6 +114,10 @@ def test_a_capture_of_a_newer_version_or_another_kind_is_refused(tmp_path: Path)
     with h5py.File(path, "a") as file:
         file.attrs["version"] = 2
     with pytest.raises(ArtifactError, match="version 2"), CaptureReader(path):
+        pass
+    with h5py.File(path, "a") as file:
+        file.attrs["version"] = 0
+    with pytest.raises(ArtifactError, match=r"damaged header .version 0"), CaptureReader(path):
         pass
     with h5py.File(path, "a") as file:
         file.attrs["version"] = 1
