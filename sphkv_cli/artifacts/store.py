@@ -119,11 +119,14 @@ def check_output(path: Path, *, force: bool) -> None:
     """Refuse early what `create_artifact` would refuse late.
 
     Raises:
-        ArtifactError: `path` exists and `force` is false, is a folder, or its folder is missing or
-            read-only.
+        ArtifactError: `path` exists and `force` is false, is a folder, a device or a pipe, or its
+            folder is missing or read-only.
     """
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder", "name a file with --output")
+    if path.exists() and not path.is_file():
+        # The rename would put a file in the place of a device, a pipe or a socket.
+        raise ArtifactError(f"{path} is not a regular file", "name another --output")
     if path.exists() and not force:
         raise ArtifactError(f"{path} exists", "pass --force to overwrite it, or another --output")
     if not path.parent.is_dir():

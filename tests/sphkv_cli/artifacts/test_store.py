@@ -1,6 +1,7 @@
 """An artifact is whole or absent, names what it is, and has the digest of its content."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     write(path, values=(9.0,), force=True)
     with open_artifact(path, "capture") as file:
         assert file["group/keys"][()].tolist() == [9.0]
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        write(path, force=True)
+    assert path.is_fifo()
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
