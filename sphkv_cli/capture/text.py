@@ -61,7 +61,8 @@ def _read(path: Path) -> str:
 
 def _rows(source: TextSource, field: str) -> Iterator[Text]:
     any_row = False
-    for number, line in enumerate(_read(source.path).splitlines(), start=1):
+    # Not splitlines: JSON strings may hold other line separators (U+2028, U+0085) as they are.
+    for number, line in enumerate(_read(source.path).split("\n"), start=1):
         if not line.strip():
             continue
         any_row = True

@@ -11,6 +11,7 @@ from sphkv_cli.capture import plan as plan_module
 from sphkv_cli.capture.options import CaptureOptions, SyntheticOptions, TextSource
 from sphkv_cli.capture.plan import CapturePlan
 from sphkv_cli.capture.stage import capture
+from sphkv_cli.capture.text import read_texts
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable, SphkvError, UsageError
 from sphkv_cli.models.load import LoadOptions
 from sphkv_cli.models.packaged import PACKAGED, packaged_gguf
@@ -259,6 +260,15 @@ def test_a_bad_json_line_is_named(line: str, message: str, llama: Path, tmp_path
     path.write_text(json.dumps({"text": "fine " * 50}) + "\n" + line + "\n")
     with pytest.raises(SphkvError, match=message):
         capture(options(llama, (path,), "jsonl"), tmp_path / "capture.h5")
+
+
+def test_a_json_line_may_hold_other_line_separators(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    contents = ["one\u2028two\u0085three\x0c", "four"]
+    lines = (json.dumps({"text": content}, ensure_ascii=False) for content in contents)
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    texts = read_texts((TextSource(path, "jsonl"),), jsonl_field="text")
+    assert [text.content for text in texts] == contents
 
 
 @pytest.mark.parametrize(
