@@ -1,0 +1,68 @@
+"""Prints the README's kernel table from recorded reports.
+
+python examples/kernel_table.py examples/results/kernel-h100.json examples/results/kernel-h200.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+CODES = {
+    "4222-fp16": "4/2/2/2 fp16 (the paper's)",
+    "4333-minifloat": "4/3/3/3 minifloat",
+    "4222-r2": "4/2/2/2 r2",
+    "3222-r2": "3/2/2/2 r2",
+}
+
+
+def name_of(case: dict[str, Any]) -> str:
+    """batch x KV heads x context x group size."""
+    shape = case["shape"]
+    return "x".join(
+        str(shape[key]) for key in ("n_sequences", "n_kv_heads", "n_tokens", "group_size")
+    )
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Markdown lines: one row per shape, one column per code, then the mixed caches."""
+    provenance, rates = report["provenance"], report["rates"]
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for case in report["cases"]:
+        (tier,) = case["tiers"]
+        if tier in CODES and case["shape"]["head_dim"] == 128 and case["page_size"] == 32:
+            cases.setdefault(name_of(case), {})[tier] = case
+    lines = [
+        f"{provenance['gpu']}, reads {rates['read_gb_per_s']:.0f} GB/s, "
+        f"commit {provenance['commit'][:7]}:",
+        "",
+        "| batch x KV heads x context x group | best bf16, us | "
+        + " | ".join(CODES.values())
+        + " |",
+        "|---|---|" + "---|" * len(CODES),
+    ]
+    for shape, row in cases.items():
+        best = next(iter(row.values()))
+        cells = [
+            f"{case['speed_up']:.2f}x, {100 * case['fraction_of_read_rate']:.0f} %"
+            if (case := row.get(tier))
+            else "-"
+            for tier in CODES
+        ]
+        bf16 = f"{best['best_bf16_us']:.0f} ({best['best_bf16']})"
+        lines.append(f"| {shape} | {bf16} | " + " | ".join(cells) + " |")
+    excess = ", ".join(f"{row['name']} {100 * row['excess']:+.0f} %" for row in report["mixed"])
+    lines += ["", f"Mixed caches against the byte-weighted time of their tiers: {excess}."]
+    return lines
+
+
+def main() -> None:
+    """Print the tables of the reports named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reports", type=Path, nargs="+")
+    for path in parser.parse_args().reports:
+        print("\n".join([*table(json.loads(path.read_text())), ""]))
+
+
+if __name__ == "__main__":
+    main()
