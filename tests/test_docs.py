@@ -22,7 +22,7 @@ DOCUMENTS = [
 def sphkv_lines(text: str) -> list[list[str]]:
     """Every `sphkv ...` of a text as words; continuation lines are joined first."""
     joined = text.replace("\\\n", " ")
-    lines = re.findall(r"(?:\$ sphkv|`sphkv|\bstep|/sphkv\")[ ]+([a-z][^`\n]*)", joined)
+    lines = re.findall(r"(?:\$ sphkv|`sphkv|^step|/sphkv\")[ ]+([a-z][^`\n]*)", joined, re.M)
     return [shlex.split(line.split(" >")[0], comments=True) for line in lines]
 
 
