@@ -93,7 +93,7 @@ def open_artifact(path: Path, kind: str) -> Iterator[h5py.File]:
         header = _read_header(file, path)
         if header.kind != kind:
             raise ArtifactError(
-                f"{path} is a {header.kind}, not a {kind}", f"make one with `{MADE_BY[kind]}`"
+                f"{path} holds {header.kind}, not {kind}", f"make it with `{MADE_BY[kind]}`"
             )
         yield file
 

@@ -11,6 +11,8 @@ import h5py
 from sphkv_cli.artifacts.header import Header
 from sphkv_cli.artifacts.report import Report
 from sphkv_cli.artifacts.store import open_artifact, read_header, verify_digest
+from sphkv_cli.blocks import Block
+from sphkv_cli.inspection.main_tables import main_tables
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The header, the plain attributes and the datasets of an artifact.
+    """The header, the main tables, the plain attributes and the datasets of an artifact.
 
     `digest_ok` is None unless the digest was recomputed.
     """
 
     path: str
     header: Header
+    tables: tuple[Block, ...]
     attributes: Mapping[str, Any]
     datasets: tuple[DatasetInfo, ...]
     file_bytes: int
@@ -59,6 +62,7 @@ def inspect_artifact(path: Path, *, verify: bool = False) -> Inspection:
     return Inspection(
         path=str(path),
         header=header,
+        tables=main_tables(path, header.kind),
         attributes=attributes,
         datasets=datasets,
         file_bytes=path.stat().st_size,
@@ -80,7 +84,8 @@ def _inspect_report(path: Path) -> Inspection:
     return Inspection(
         path=str(path),
         header=report.header,
-        attributes=report.content,
+        tables=main_tables(path, "report"),
+        attributes={},
         datasets=(),
         file_bytes=path.stat().st_size,
         digest_ok=True,

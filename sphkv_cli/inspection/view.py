@@ -8,7 +8,7 @@ from sphkv_cli.inspection.stage import Inspection
 
 
 def view(result: Inspection) -> tuple[Block, ...]:
-    """Header, attributes and datasets."""
+    """Header, main tables, attributes and datasets."""
     header = result.header
     lines = [f"{result.path}: {header.kind}, format version {header.version}"]
     lines.append(f"digest      {header.digest}{_digest_note(result.digest_ok)}")
@@ -17,17 +17,17 @@ def view(result: Inspection) -> tuple[Block, ...]:
         for role, ref in header.inputs.items()
     ]
     lines += [f"{key:<11} {_compact(value)}" for key, value in header.provenance.items()]
-    attributes = Table(
-        "Content" if header.kind == "report" else "Attributes",
-        ("name", "value"),
-        [(key, _compact(value)) for key, value in result.attributes.items()],
-        text_columns=2,
-    )
+    head = (*(Line(text) for text in lines), *result.tables)
     if not result.datasets:
-        return (*(Line(text) for text in lines), attributes)
+        return head
     return (
-        *(Line(text) for text in lines),
-        attributes,
+        *head,
+        Table(
+            "Attributes",
+            ("name", "value"),
+            [(key, _compact(value)) for key, value in result.attributes.items()],
+            text_columns=2,
+        ),
         Table(
             f"Datasets ({bytes_text(result.file_bytes)} on disk)",
             ("name", "axes", "type", "shape", "count", "bytes"),

@@ -9,8 +9,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sphkv_cli.app import app
-from sphkv_cli.artifacts.header import ArtifactRef
-from sphkv_cli.artifacts.store import create_artifact
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable, GateFailed, SphkvError, UsageError
 from sphkv_cli.render import TerminalProgress
 
@@ -24,15 +22,14 @@ def run(*arguments: object, code: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    path = tmp_path / "codes.h5"
-    inputs = {"capture": ArtifactRef("capture", "ab" * 32, "the_capture.h5")}
-    with create_artifact(path, "codebooks", inputs=inputs, provenance={"seed": 5}) as file:
-        file.attrs["model"] = "tiny"
-        for layer in range(3):
-            file.create_dataset(f"layers/{layer:02d}/keys", data=[0.0]).attrs["axes"] = "n_tokens"
-    return path
+HERE = Path(__file__).parent
+ARCHIVED = {
+    "capture": HERE / "capture/archive/capture-v1.h5",
+    "codebooks": HERE / "fit/archive/codebooks-v1.h5",
+    "allocation": HERE / "allocation/archive/allocation-v1.h5",
+    "report": HERE / "profile/archive/report-v1.json",
+}
+"""One artifact of each kind as version 1 wrote it."""
 
 
 def test_help_names_every_command_and_the_exit_codes() -> None:
@@ -51,30 +48,42 @@ def test_doctor_says_what_can_run_as_text_and_as_json() -> None:
     assert by_command["capture --synthetic"] is True
 
 
-def test_inspect_names_kind_inputs_provenance_and_datasets(artifact: Path) -> None:
-    stdout, _ = run("inspect", artifact, "--verify")
-    for text in ("codebooks, format version 1", "the_capture.h5", "tiny", "(verified)"):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("capture", ("Documents", "judge", "Layers")),
+        ("codebooks", ("frames: rotation", "tiers: ", "D predicted")),
+        ("allocation", ("Plans", "gap", "drop", "dense")),
+        ("report", ("Report of profile", "plan", "output error")),
+    ],
+)
+def test_inspect_shows_what_an_artifact_is_and_its_main_tables(
+    kind: str, said: tuple[str, ...]
+) -> None:
+    stdout, _ = run("inspect", ARCHIVED[kind], "--verify")
+    for text in (f"{kind}, format version 1", "(verified)", *said):
         assert text in stdout
-    found = json.loads(run("inspect", artifact, "--json")[0])
-    assert found["datasets"] == [
-        {
-            "name": "layers/*/keys",
-            "count": 3,
-            "shape": [1],
-            "dtype": "float64",
-            "axes": "n_tokens",
-            "n_bytes": 24,
-        }
-    ]
+    found = json.loads(run("inspect", ARCHIVED[kind], "--json")[0])
+    assert found["header"]["kind"] == kind
+    assert found["tables"]
+
+
+def test_inspect_joins_datasets_that_differ_in_a_number() -> None:
+    found = json.loads(run("inspect", ARCHIVED["capture"], "--json")[0])
+    names = [dataset["name"] for dataset in found["datasets"]]
+    assert "documents/*/layers/*/keys" in names
+    assert len(names) == len(set(names))
     assert found["digest_ok"] is None
 
 
-def test_inspect_fails_on_a_changed_artifact(artifact: Path) -> None:
+def test_inspect_fails_on_a_changed_artifact(tmp_path: Path) -> None:
     import h5py
 
-    with h5py.File(artifact, "r+") as file:
-        file["layers/00/keys"][0] = 1.0
-    stdout, _ = run("inspect", artifact, "--verify", code=1)
+    path = tmp_path / "codebooks.h5"
+    path.write_bytes(ARCHIVED["codebooks"].read_bytes())
+    with h5py.File(path, "r+") as file:
+        file["frames/key_mean"][0, 0, 0] += 1.0
+    stdout, _ = run("inspect", path, "--verify", code=1)
     assert "DOES NOT MATCH" in stdout
 
 

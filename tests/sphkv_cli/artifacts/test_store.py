@@ -146,7 +146,7 @@ def test_a_newer_version_and_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     write(path)
     with (
-        pytest.raises(ArtifactError, match="is a capture, not a codebooks"),
+        pytest.raises(ArtifactError, match="holds capture, not codebooks"),
         open_artifact(path, "codebooks"),
     ):
         pass

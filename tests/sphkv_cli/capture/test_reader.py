@@ -122,5 +122,5 @@ def test_a_capture_of_a_newer_version_or_another_kind_is_refused(tmp_path: Path)
     with h5py.File(path, "a") as file:
         file.attrs["version"] = 1
         file.attrs["kind"] = "codebooks"
-    with pytest.raises(ArtifactError, match="is a codebooks, not a capture"), CaptureReader(path):
+    with pytest.raises(ArtifactError, match="holds codebooks, not capture"), CaptureReader(path):
         pass

@@ -128,7 +128,7 @@ def test_missing_foreign_and_newer_files_are_refused(
 ) -> None:
     with pytest.raises(ArtifactError, match="does not exist"):
         CodebooksReader.open(tmp_path / "nothing.h5")
-    with pytest.raises(ArtifactError, match="is a capture, not a codebooks"):
+    with pytest.raises(ArtifactError, match="holds capture, not codebooks"):
         CodebooksReader.open(tiny_capture)
     text = tmp_path / "text.h5"
     text.write_text("not an HDF5 file")

@@ -42,8 +42,8 @@ def test_a_broken_chain_says_what_to_remake(run: Run, other_run: Run, tmp_path: 
 
 def test_wrong_files_are_named(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "r.json"
-    assert_refused(run.capture, run.codebooks, output, "is a codebooks, not a", ArtifactError)
-    assert_refused(run.allocation, run.allocation, output, "is a allocation, not", ArtifactError)
+    assert_refused(run.capture, run.codebooks, output, "holds codebooks, not ", ArtifactError)
+    assert_refused(run.allocation, run.allocation, output, "holds allocation, not", ArtifactError)
     assert_refused(run.capture, tmp_path / "no.h5", output, "does not exist", ArtifactError)
     truncated = tmp_path / "cut.h5"
     truncated.write_bytes(run.allocation.read_bytes()[:3000])
