@@ -59,11 +59,11 @@ def _uniform(rows: Sequence[Row]) -> list[str]:
             continue
         best = min(smaller, key=lambda code: code.kl_geometric.mean)
         times = best.kl_geometric.mean / max(row.kl_geometric.mean, 1e-12)
-        verdict = "less" if times < 1 else "more: no reason to prefer it for quality"
+        verdict = "less KL" if times < 1 else "more KL: no reason to prefer it for quality"
         factor = 1 / times if times < 1 else times
         sentences.append(
             f"At no more bytes than {row.name} ({row.laid_out_rate:.2f} b whole cache), "
-            f"{best.name} ({best.laid_out_rate:.2f} b) has {factor:.2g} times {verdict} KL."
+            f"{best.name} ({best.laid_out_rate:.2f} b) has {factor:.2g} times {verdict}."
         )
     return sentences
 
