@@ -32,7 +32,7 @@ from sphkv_cli.artifacts.allocation import save_allocation
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import collect_provenance
-from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.artifacts.store import check_output, require_unchanged
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_codebooks.frame import FrameSet
@@ -61,6 +61,7 @@ def allocate(
     progress = progress or NullProgress()
     check_output(output, force=force)
     books = CodebooksReader.open(codebooks)
+    require_unchanged(codebooks)
     with CaptureReader(capture) as reader:
         books.require_capture(reader)
         run = _Run.prepare(options, reader, books, progress)

@@ -109,6 +109,23 @@ def artifact_ref(path: Path, header: Header) -> ArtifactRef:
     return ArtifactRef(header.kind, header.digest, path.name)
 
 
+def require_unchanged(path: Path) -> None:
+    """Refuse an artifact whose content no longer has the digest that it was written with.
+
+    The stages do so for codebooks and allocations, which are small. A capture can be as large as
+    the disk and is left to `sphkv inspect --verify`.
+
+    Raises:
+        ArtifactError: the content was changed, or the file cannot be read.
+    """
+    if not verify_digest(path):
+        kind = read_header(path).kind
+        raise ArtifactError(
+            f"{path} was changed after it was written: its content does not have its digest",
+            f"make it again with `{MADE_BY[kind]}`",
+        )
+
+
 def verify_digest(path: Path) -> bool:
     """Recompute the content digest of an artifact and compare it with the recorded one."""
     with _opened(path) as file:

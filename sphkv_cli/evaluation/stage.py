@@ -21,7 +21,7 @@ from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.artifacts.store import check_output, require_unchanged
 from sphkv_cli.errors import GateFailed, SphkvError, UsageError
 from sphkv_cli.evaluation.candidates import WorkOf, retention_work, uniform_work
 from sphkv_cli.evaluation.judged_model import JudgedModel
@@ -77,6 +77,8 @@ def evaluate(
             )
         if protocol == "uniform":
             books = None if codebooks is None else CodebooksReader.open(codebooks)
+            if codebooks is not None:
+                require_unchanged(codebooks)
             if books is not None:
                 books.require_capture(reader)
                 inputs["codebooks"] = books.ref
@@ -92,6 +94,7 @@ def evaluate(
             )
         else:
             assert allocation is not None
+            require_unchanged(allocation)
             with AllocationReader(allocation) as plans:
                 plans.require_capture(reader.ref)
                 inputs["allocation"] = plans.ref

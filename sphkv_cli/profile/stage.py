@@ -16,7 +16,7 @@ from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.header import collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.artifacts.store import check_output, require_unchanged
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable
 from sphkv_cli.profile.candidates import (
     Candidate,
@@ -62,6 +62,7 @@ def profile(
     progress = progress or NullProgress()
     check_output(output, force=force)
     with CaptureReader(capture) as reader, AllocationReader(allocation) as planned:
+        require_unchanged(allocation)
         planned.require_capture(reader.ref)
         _require_model(reader, planned)
         decoder, note = choose_decoder(options.backend, planned.tiers)

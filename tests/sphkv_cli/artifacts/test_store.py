@@ -17,6 +17,7 @@ from sphkv_cli.artifacts.store import (
     create_artifact,
     open_artifact,
     read_header,
+    require_unchanged,
     verify_digest,
 )
 from sphkv_cli.errors import ArtifactError
@@ -76,6 +77,8 @@ def test_changed_bytes_are_found(tmp_path: Path) -> None:
         file["group/keys"][0] = 3.0
         assert content_digest(file) != file.attrs["digest"]
     assert not verify_digest(tmp_path / "a.h5")
+    with pytest.raises(ArtifactError, match=r"was changed after .* `sphkv capture`"):
+        require_unchanged(tmp_path / "a.h5")
 
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:

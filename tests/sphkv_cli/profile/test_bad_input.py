@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sphkv_cli.artifacts.report import Report, as_json, save_report
+from sphkv_cli.artifacts.store import content_digest
 from sphkv_cli.errors import ArtifactError, SphkvError
 from sphkv_cli.profile.html import write_html
 from sphkv_cli.profile.options import ProfileOptions
@@ -80,6 +81,9 @@ def test_a_foreign_allocation_of_the_same_capture_is_refused(run: Run, tmp_path:
     shutil.copy(run.allocation, other)
     with h5py.File(other, "r+") as file:
         file.attrs["model_digest"] = "f" * 64
+    assert_refused(run.capture, other, tmp_path / "r.json", "was changed after", ArtifactError)
+    with h5py.File(other, "r+") as file:
+        file.attrs["digest"] = content_digest(file)
     assert_refused(run.capture, other, tmp_path / "r.json", "is for the model", ArtifactError)
 
 
