@@ -339,7 +339,7 @@ def test_an_existing_output_is_kept_without_force(
     [
         ({"head_dim": 48}, "not a power of two"),
         ({"n_q_heads": 3}, "not a multiple of"),
-        ({"n_documents": 2}, "--documents 2 is too small"),
+        ({"n_documents": 2}, "number of documents 2 is too small"),
         ({"n_heavy_tokens": 256}, "heavy tokens do not fit"),
         ({"seed": -1}, "--seed -1 is negative"),
     ],
