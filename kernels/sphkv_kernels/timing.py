@@ -11,7 +11,7 @@ Source: ours; flush and graphs after FlashInfer's and Triton's benchmarks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -207,8 +207,3 @@ def device_provenance() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "smi": smi,
     }
-
-
-def latency_dict(latency: Latency | None) -> dict[str, float | int] | None:
-    """For JSON."""
-    return None if latency is None else asdict(latency)

@@ -59,11 +59,6 @@ def map_tensors(stored: StoredVectors, change: Callable[[Tensor], Tensor]) -> St
     )
 
 
-def rows_of(stored: StoredVectors, index: Tensor) -> StoredVectors:
-    """The vectors at ``index`` along the first axis."""
-    return map_tensors(stored, lambda t: t[index])
-
-
 def placed_rows(stored: StoredVectors, slots: Tensor, n_slots: int) -> StoredVectors:
     """Rows of ``stored`` at ``slots (n_rows)`` of ``n_slots`` otherwise zero rows."""
 

@@ -11,8 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from sphkv_cli.artifacts.header import (
     decode_inputs,
     encode_inputs,
 )
-from sphkv_cli.artifacts.store import artifact_ref, check_output, os_errors_name
+from sphkv_cli.artifacts.store import artifact_ref, check_output, replaced_when_whole
 from sphkv_cli.errors import ArtifactError
 
 KIND = "report"
@@ -122,20 +120,8 @@ def save_report(
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; raises ArtifactError."""
-    with os_errors_name(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replaced_when_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def as_json(value: Any) -> Any:

@@ -56,29 +56,36 @@ def create_artifact(
         ArtifactError: the file exists and `force` is false, or the folder cannot be written.
     """
     check_output(path, force=force)
-    try:
+    with replaced_when_whole(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["format"] = FORMAT_NAME
+        file.attrs["kind"] = kind
+        file.attrs["version"] = VERSIONS[kind]
+        file.attrs["inputs"] = encode_inputs(inputs)
+        file.attrs["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+        yield file
+        file.attrs["digest"] = content_digest(file)
+
+
+@contextlib.contextmanager
+def replaced_when_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path` that takes its place when the block ends well.
+
+    Raises:
+        ArtifactError: it cannot be written; `path` is as it was and nothing else is left.
+    """
+    with os_errors_name(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        with os_errors_name(path):
-            with h5py.File(temporary, "w", track_order=False) as file:
-                file.attrs["format"] = FORMAT_NAME
-                file.attrs["kind"] = kind
-                file.attrs["version"] = VERSIONS[kind]
-                file.attrs["inputs"] = encode_inputs(inputs)
-                file.attrs["provenance"] = json.dumps(dict(provenance), sort_keys=True)
-                yield file
-                file.attrs["digest"] = content_digest(file)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             # mkstemp makes private files; an artifact gets the permissions of any new file.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sphkv_cli.artifacts.capture_info import SPLITS, DocumentInfo
+from sphkv_cli.artifacts.capture_info import DocumentInfo
 from sphkv_cli.artifacts.capture_writer import storage_dtype
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.models.geometry import ModelGeometry
@@ -52,12 +52,6 @@ class CapturePlan:
     def tensor_bytes(self) -> int:
         """Keys, values, queries and keys before RoPE."""
         return self.key_bytes + self.value_bytes + self.query_bytes + self.pre_rope_bytes
-
-    def tokens_of(self) -> dict[str, int]:
-        """Tokens by split."""
-        return {
-            split: sum(d.n_tokens for d in self.documents if d.split == split) for split in SPLITS
-        }
 
 
 def make_plan(

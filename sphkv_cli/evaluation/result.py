@@ -101,8 +101,3 @@ class EvaluationResult:
     gates: tuple[GateOutcome, ...]
     reading: tuple[str, ...]
     seconds: float
-
-    @property
-    def gates_hold(self) -> bool:
-        """Whether every limit is kept."""
-        return all(gate.holds for gate in self.gates)
