@@ -1,0 +1,74 @@
+"""`sphkv allocate`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
+
+
+@command("allocate")
+def allocate_command(
+    capture: CaptureArgument,
+    codebooks: Annotated[Path, typer.Argument(help="The codebooks: codebooks.h5.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Of one context: bits per coordinate (3b), bytes (12MiB) or a fraction (20%)."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The allocation to write.")] = Path("allocation.h5"),
+    page_size: Annotated[int, typer.Option(help="Tokens per page: 16, 32 or 64.")] = 32,
+    horizon: Annotated[
+        int, typer.Option(help="Last tokens of a document: not cached, their queries judge.")
+    ] = 128,
+    window: Annotated[
+        int, typer.Option(help="Last positions of the context whose queries score its tokens.")
+    ] = 64,
+    utility: Annotated[
+        Literal["window", "recency", "oracle"],
+        typer.Option(help="What scores a token; oracle sees the future: a ceiling, no method."),
+    ] = "window",
+    calibrate: Annotated[
+        bool, typer.Option(help="Turn scores into expected damage on the fit documents.")
+    ] = True,
+    drop_coefficient: Annotated[
+        float, typer.Option(help="How much more a set of drops hurts than its sum.")
+    ] = 8.0,
+    head_weights: Annotated[
+        Literal["output", "none"],
+        typer.Option(help="Weigh query heads by their output projection, or not."),
+    ] = "output",
+    tier: Annotated[
+        list[str] | None, typer.Option(help="Choose only among these tiers, repeatable.")
+    ] = None,
+    plan_select: Annotated[
+        bool, typer.Option("--plan-select", help="Plan the select documents too.")
+    ] = False,
+    seed: Seed = 42,
+    force: ForceFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Choose keep, drop and tier of every page of tokens under one byte budget."""
+    from sphkv_cli.allocation.options import AllocateOptions
+    from sphkv_cli.allocation.stage import allocate
+    from sphkv_cli.allocation.view import view
+    from sphkv_cli.render import Output, TerminalProgress
+
+    options = AllocateOptions(
+        budget=budget,
+        page_size=page_size,
+        horizon=horizon,
+        window=window,
+        utility=utility,
+        calibrate=calibrate,
+        drop_coefficient=drop_coefficient,
+        head_weights=head_weights,
+        tiers=tuple(tier or ()),
+        plan_select=plan_select,
+        seed=seed,
+    )
+    with TerminalProgress() as progress:
+        result = allocate(options, capture, codebooks, output, progress=progress, force=force)
+    Output(json_output).show(result, view(result))

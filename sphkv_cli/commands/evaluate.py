@@ -1,0 +1,98 @@
+"""`sphkv evaluate`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
+
+
+@command("evaluate")
+def evaluate_command(
+    capture: CaptureArgument,
+    codebooks: Annotated[
+        Path | None, typer.Option(help="Evaluate its codes: every query reads the coded past.")
+    ] = None,
+    allocation: Annotated[
+        Path | None, typer.Option(help="Evaluate its plans: a context coded once, then new tokens.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The report to write.")] = Path("evaluation.json"),
+    protocol: Annotated[
+        Literal["auto", "uniform", "retention"],
+        typer.Option(help="auto is retention where an allocation is given, else uniform."),
+    ] = "auto",
+    code: Annotated[
+        list[str] | None, typer.Option(help="Codes by name, repeatable; all without it.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Published methods beside them, repeatable: turboquant:3, kivi:4 ..."),
+    ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="Tiers run for every page beside the plan, repeatable; best fits it."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Last tokens kept dense (uniform).")] = 32,
+    first_tokens: Annotated[int, typer.Option(help="First tokens kept dense (uniform).")] = 4,
+    first_scored: Annotated[int, typer.Option(help="First position compared (uniform).")] = 64,
+    seeds: Annotated[int, typer.Option(help="Rotation seeds to average over (uniform).")] = 1,
+    split: Annotated[
+        Literal["select", "judge"], typer.Option(help="select only while developing.")
+    ] = "judge",
+    max_documents: Annotated[int | None, typer.Option(help="At most so many documents.")] = None,
+    gate_kl: Annotated[float | None, typer.Option(help="Gate: largest KL, nats.")] = None,
+    gate_top1: Annotated[float | None, typer.Option(help="Gate: least top-1 agreement.")] = None,
+    gate_perplexity: Annotated[
+        float | None, typer.Option(help="Gate: largest perplexity ratio.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the captured model is, if not under its name.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="As for capture.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="The file in a folder or repo.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    seed: Seed = 42,
+    force: ForceFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Run the model with the coded cache beside the dense one: KL, top-1 and perplexity."""
+    from sphkv_cli.evaluation.options import DEFAULT_METHODS, EvaluateOptions
+    from sphkv_cli.evaluation.stage import evaluate, require_gates
+    from sphkv_cli.evaluation.view import view
+    from sphkv_cli.models.load import LoadOptions
+    from sphkv_cli.render import Output, TerminalProgress
+
+    options = EvaluateOptions(
+        protocol=protocol,
+        codes=tuple(code or ()),
+        methods=tuple(method) if method else DEFAULT_METHODS,
+        tiers=tuple(tier) if tier else ("best",),
+        window=window,
+        first_tokens=first_tokens,
+        first_scored=first_scored,
+        seeds=seeds,
+        split=split,
+        max_documents=max_documents,
+        gate_kl=gate_kl,
+        gate_top1=gate_top1,
+        gate_perplexity=gate_perplexity,
+        model=model,
+        load=LoadOptions(dtype=dtype, device=device),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
+        seed=seed,
+    )
+    with TerminalProgress() as progress:
+        result = evaluate(
+            options, capture, codebooks, allocation, output, progress=progress, force=force
+        )
+    Output(json_output).show(result, view(result))
+    require_gates(result)

@@ -1,0 +1,52 @@
+"""The Typer application, how a command is registered, and the options that commands share.
+
+A command opens, calls one function and renders its result. Heavy imports stand inside the
+commands, so that `sphkv --help` never loads torch.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+from sphkv_cli.errors import SphkvError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="sphkv",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Design KV-cache codes offline and prove them on the GPU they will run on.\n\n"
+    "capture -> fit-codebooks -> allocate -> profile; each stage writes one artifact. "
+    "Exit codes: 0 ok, 1 failed, 2 usage, 3 a gate failed, 4 this environment cannot run it.",
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+CaptureArgument = Annotated[Path, typer.Argument(help="The capture: capture.h5.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def command(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a command whose `SphkvError` becomes one line on stderr and its exit code."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except SphkvError as error:
+                typer.echo(f"sphkv {name}: {error}", err=True)
+                raise typer.Exit(error.exit_code) from error
+            except KeyboardInterrupt as error:
+                typer.echo(f"sphkv {name}: interrupted, no half-written artifact left", err=True)
+                raise typer.Exit(130) from error
+
+        return app.command(name)(guarded)
+
+    return register
