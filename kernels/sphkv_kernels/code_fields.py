@@ -1,7 +1,8 @@
 """The integer fields of a coded vector: what any layout has to store, and how wide each is.
 
-``b_l = ceil(log2 n_cells_l)`` bits for an angle of level l; a radius is 16 bits (fp16) or the bits
-of its coding; the norm is 16 bits where the coding has one.  Source: ours.
+``b_l = ceil(log2 n_cells_l)`` bits for an angle of level l that is stored on its own (levels whose
+number of cells is no power of two share words: `mixed_radix`); a radius is 16 bits (fp16) or the
+bits of its coding; the norm is 16 bits where the coding has one.  Source: ours.
 """
 
 import torch
@@ -14,7 +15,7 @@ from sphkv_kernels.bit_fields import float16_bits, float16_from_bits
 
 
 def level_bits(code: SphericalCode) -> tuple[int, ...]:
-    """Stored bits of one angle code of each level: whole bits, whatever the number of cells."""
+    """Whole bits that hold one angle code of each level."""
     return tuple((n_cells - 1).bit_length() for n_cells in code.n_cells)
 
 

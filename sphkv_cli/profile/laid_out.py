@@ -16,9 +16,10 @@ from torch import Tensor
 from sphkv_cli.allocation.layout import ENTRY_BYTES, POSITION_BYTES, START_BYTES
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.code_fields import has_norm, level_bits, radius_bits
+from sphkv_kernels.code_fields import has_norm, radius_bits
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.tier import RegionFormat, TierFormat
+from sphkv_kernels.token_stream import angle_bits
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,8 @@ def page_terms(
 
 def _vector_bytes(kind: RegionFormat, head_dim: int) -> LaidOutTerms:
     if isinstance(kind, SphericalCode):
-        bits = sum(
-            count * width for count, width in zip(kind.n_angles, level_bits(kind), strict=True)
-        )
         return LaidOutTerms(
-            codes=bits / 8,
+            codes=angle_bits(kind) / 8,
             radii=kind.n_radii * radius_bits(kind) / 8,
             norms=2.0 if has_norm(kind) else 0.0,
         )

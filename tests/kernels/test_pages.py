@@ -1,5 +1,7 @@
 """Laws of the page layout: exact round trips, the byte formula, no byte written twice."""
 
+from math import log2
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from sphkv_codebooks.encoded import EncodedVectors
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.layout import Operand
+from sphkv_kernels.mixed_radix import word_bits
 from sphkv_kernels.pages import (
     pack_keys,
     pack_region,
@@ -73,14 +76,22 @@ def test_int8_and_dense_survive_a_page(kind: RegionFormat, head_dim: int) -> Non
 @settings(max_examples=60, deadline=None)
 @given(code=even_codes(), page_size=st.sampled_from(PAGE_SIZES))
 def test_region_bytes_are_the_formula(code: SphericalCode, page_size: int) -> None:
-    bits = sum(
-        (cells - 1).bit_length() * count
-        for cells, count in zip(code.n_cells, code.n_angles, strict=True)
-    )
+    if native_layout_of(code) is not None:
+        return
+    # Whole bits for powers of two, one positional number per word for all other levels.
+    whole = [cells & (cells - 1) == 0 for cells in code.n_cells]
+    levels = list(zip(code.n_cells, code.n_angles, whole, strict=True))
+    bits = sum(count * (cells - 1).bit_length() for cells, count, is_whole in levels if is_whole)
     bits += code.n_radii * code.radius_coding.bits_per_radius + code.radius_coding.norm_bits
-    if native_layout_of(code) is None:
-        expected = page_size * -(-bits // 8)
-        assert region_bytes(code, code.head_dim, page_size) == -(-expected // 16) * 16
+    radices = tuple(
+        cells for cells, count, is_whole in levels for _ in range(count) if not is_whole
+    )
+    bits += word_bits(radices)
+    expected = page_size * -(-bits // 8)
+    assert region_bytes(code, code.head_dim, page_size) == -(-expected // 16) * 16
+    # No more than a bit a word over the rate, and words are long: 56 bits or more but the last.
+    n_words = -(-sum(map(log2, radices)) // 56) + 1 if radices else 0
+    assert bits <= code.bits_per_vector + n_words
 
 
 @pytest.mark.parametrize(
