@@ -3,8 +3,9 @@
 ``page(entry) = pool[offsets[entry] : offsets[entry] + page_bytes(tiers[entry])]``; the entries of
 sequence s and KV head h are ``starts[s * n_kv_heads + h] : starts[s * n_kv_heads + h + 1]``.
 A page holds up to ``page_size`` tokens of ONE KV head in ONE tier.  Attention does not depend on
-the order of tokens, so a page may hold any tokens; where order matters (a sliding window) their
-positions are stored.  Source: ours; paging after vLLM (arXiv 2309.06180).
+the order of tokens, so a page may hold any tokens; where position matters (a sliding window,
+centring before RoPE) their positions are stored.  Source: ours; paging after vLLM
+(arXiv 2309.06180).
 """
 
 from collections.abc import Sequence
@@ -14,23 +15,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sphkv_kernels.cache_builder import SequenceTokens, pack_pages, place_tokens, table_of
+from sphkv_kernels.cache_builder import (
+    PageSlots,
+    SequenceTokens,
+    pack_pages,
+    place_tokens,
+    table_of,
+)
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import PAGE_SIZES, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
 
 __all__ = ["PageTable", "PagedCache", "SequenceTokens", "build_cache"]
 
+POSITION_DTYPES = (torch.int32, torch.uint16)
+
 
 @dataclass(frozen=True)
 class PagedCache:
     """The coded keys and values of one layer, for any number of sequences.
 
-    pool: ``(n_bytes) uint8``.  positions: ``(n_entries, page_size) int32`` (dead rows -1) or None.
+    pool: ``(n_bytes) uint8``.  positions: ``(n_entries, page_size)`` int32, or uint16 where every
+    position is below 65536 (dead rows hold all bits set), or None.
     tail_keys, tail_values: the write-hot tail, ``(n_sequences, n_kv_heads, tail_size, head_dim)
     bfloat16`` in the frame, with ``tail_tokens (n_sequences) int32`` rows in use (dead rows may
     hold anything), or None.  ``tail_positions (n_sequences) int32``: position of the first tail
-    token (the rest follow it), needed only with a sliding window.
+    token (the rest follow it), needed only where positions matter.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -63,7 +73,9 @@ class PagedCache:
             ),
         }
         if self.positions is not None:
-            expected["positions"] = (self.positions, (n, self.page_size), torch.int32)
+            dtype = self.positions.dtype
+            allowed = dtype if dtype in POSITION_DTYPES else torch.int32
+            expected["positions"] = (self.positions, (n, self.page_size), allowed)
         tail = (self.tail_keys, self.tail_values, self.tail_tokens)
         if any(t is None for t in tail) and any(t is not None for t in tail):
             raise PageError("tail_keys, tail_values and tail_tokens come together or not at all")
@@ -181,13 +193,15 @@ def build_cache(
     sequences: Sequence[SequenceTokens],
     *,
     dead_rows: Literal["zero", "poison"] = "zero",
+    position_dtype: torch.dtype = torch.int32,
 ) -> PagedCache:
     """Encode and lay out tokens whose tier and page are decided.
 
     dead_rows: what the unused rows of partial pages hold: zeros, or "poison" (NaN wherever the
     format has a floating-point field), for tests that such rows are never read.  Positions are
-    stored when every sequence has them.  Raises PageError on shapes that do not fit, a page of two
-    tiers or with more tokens than page_size, and on NaN or Inf in a kept token.
+    stored as position_dtype (one of POSITION_DTYPES) when every sequence has them.  Raises
+    PageError on shapes that do not fit, a position that does not fit its dtype, a page of two tiers
+    or with more tokens than page_size, and on NaN or Inf in a kept token.
     """
     if not sequences:
         raise PageError("a cache needs at least one sequence (it may have no tokens)")
@@ -198,13 +212,7 @@ def build_cache(
     pool, offsets = pack_pages(tiers, page_size, sequences, slots, dead_rows)
     positions: Tensor | None = None
     if all(tokens.positions is not None for tokens in sequences):
-        n_entries = slots.entry_tiers.shape[0]
-        positions = torch.full((n_entries, page_size), -1, dtype=torch.int32, device=pool.device)
-        flat = torch.cat([t.positions for t in sequences if t.positions is not None])
-        n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=pool.device)
-        first = torch.cumsum(n_tokens, 0) - n_tokens
-        kept = flat[first[slots.sequence] + slots.token]
-        positions[slots.entry, slots.row] = kept.to(torch.int32)
+        positions = _stored_positions(sequences, slots, page_size, position_dtype)
     return PagedCache(
         tiers=tuple(tiers),
         page_size=page_size,
@@ -215,6 +223,24 @@ def build_cache(
         page_table=table_of(slots, offsets, len(sequences) * n_kv_heads),
         positions=positions,
     )
+
+
+def _stored_positions(
+    sequences: Sequence[SequenceTokens], slots: PageSlots, page_size: int, dtype: torch.dtype
+) -> Tensor:
+    """``(n_entries, page_size)`` in dtype, all bits set where no token is."""
+    if dtype not in POSITION_DTYPES:
+        raise PageError(f"positions cannot be stored as {dtype}: choose int32 or uint16")
+    flat = torch.cat([t.positions for t in sequences if t.positions is not None]).to(torch.int64)
+    limit = 1 << (16 if dtype == torch.uint16 else 31)
+    if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < limit):
+        raise PageError(f"a position lies outside 0..{limit - 1}, it cannot be stored as {dtype}")
+    n_entries = slots.entry_tiers.shape[0]
+    positions = torch.full((n_entries, page_size), -1, dtype=torch.int64, device=flat.device)
+    n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=flat.device)
+    first = torch.cumsum(n_tokens, 0) - n_tokens
+    positions[slots.entry, slots.row] = flat[first[slots.sequence] + slots.token]
+    return (positions & 0xFFFF if dtype == torch.uint16 else positions).to(dtype)
 
 
 def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim: int) -> None:

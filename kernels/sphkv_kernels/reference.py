@@ -4,7 +4,7 @@ For a query q and a coded key with angles psi^l_j and radii r_j (PolarQuant's re
 arXiv 2502.02617; attention in it after Spherical KV, arXiv 2605.18856):
 
     t^0 = q,   t^l_j = cos(psi^l_j) t^{l-1}_{2j-1} + sin(psi^l_j) t^{l-1}_{2j},
-    logit = q.khat + offset = sum_j r_j t^L_j + offset,
+    logit = q.khat + offset + position term = sum_j r_j t^L_j + offset + position term,
     s = softmax_scale softcap(logit),   p = exp(s - log_sum_exp(s)),   output = sum p vhat.
 
 The keys of spherical tiers are never rebuilt: their codes meet the query one level at a time.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.page_logits import page_logits, page_values
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.tier import PageError
 
 
@@ -32,7 +33,7 @@ class DecodeResult:
 
 @dataclass(frozen=True)
 class LogitResult:
-    """Logits q.khat + offset, before the soft-cap, the scale and the softmax.
+    """Logits q.khat + offset + position term, before the soft-cap, the scale and the softmax.
 
     pages: ``(n_entries, group_size, page_size)``, one row of tokens per page-table entry and query
     head of its group; -inf in dead rows and in rows outside the window.
@@ -50,6 +51,7 @@ def ada_logits_reference(
     logit_offset: Tensor | None = None,
     window: int = 0,
     query_positions: Tensor | None = None,
+    position_term: PositionTerm | None = None,
 ) -> LogitResult:
     """The logits of every query head with every live token of its KV head, in float64.
 
@@ -57,7 +59,9 @@ def ada_logits_reference(
     reads KV head ``i // group_size``.  logit_offset: ``(n_sequences, n_q_heads)``, added to every
     logit of that head (a post-RoPE key mean's q.mu).  window: 0 for full attention, else a token
     at position t is seen only if ``query_position - t < window``; it needs query_positions
-    ``(n_sequences)`` and the cache's positions.  Raises PageError on shapes that do not fit.
+    ``(n_sequences)`` and the cache's positions.  position_term: added to the logit of a token at
+    its position (a pre-RoPE key mean's q.(R_t mu)); it needs the cache's positions.  Raises
+    PageError on shapes that do not fit.
     """
     grouped = _grouped_query(query, cache)
     pages = page_logits(grouped, cache)
@@ -74,6 +78,8 @@ def ada_logits_reference(
         pages = pages + offset[cache.page_table.head_of_entry()][..., None]
         if tail is not None:
             tail = tail + offset.reshape(*grouped.shape[:3], 1)
+    if position_term is not None:
+        pages, tail = _with_position_term(position_term, query, cache, pages, tail)
     page_seen, tail_seen = _seen(cache, window, query_positions)
     pages = torch.where(page_seen[:, None, :], pages, -torch.inf)
     if tail is not None:
@@ -93,15 +99,21 @@ def ada_decode_reference(
     logit_softcap: float = 0.0,
     window: int = 0,
     query_positions: Tensor | None = None,
+    position_term: PositionTerm | None = None,
 ) -> DecodeResult:
     """One decode step over the cache, in float64.
 
     Arguments as `ada_logits_reference`; logit_softcap c > 0 replaces the scaled logit s by
     ``c tanh(s / c)`` (Gemma 2).  The log-sum-exp is that of the scaled, capped logits, offset
-    included.
+    and position term included.
     """
     logits = ada_logits_reference(
-        query, cache, logit_offset=logit_offset, window=window, query_positions=query_positions
+        query,
+        cache,
+        logit_offset=logit_offset,
+        window=window,
+        query_positions=query_positions,
+        position_term=position_term,
     )
     return decode_from_logits(logits, cache, softmax_scale, logit_softcap=logit_softcap)
 
@@ -175,6 +187,35 @@ def _grouped_query(query: Tensor, cache: PagedCache) -> Tensor:
     return query.to(torch.float64).reshape(shape)
 
 
+def _with_position_term(
+    term: PositionTerm, query: Tensor, cache: PagedCache, pages: Tensor, tail: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Page and tail logits with the term of every token added."""
+    shape = (*term.coefficients.shape[:2], term.frequencies.shape[0])
+    if shape != (*query.shape[:2], cache.n_kv_heads):
+        raise PageError(
+            f"position_term is for {shape[0]} sequences, {shape[1]} query and {shape[2]} KV heads, "
+            f"expected {query.shape[0]}, {query.shape[1]} and {cache.n_kv_heads}"
+        )
+    if cache.positions is None:
+        raise PageError("a position term needs a cache built with positions")
+    positions = cache.positions.to(torch.int64)
+    pages = pages + term.logits(cache.page_table.head_of_entry(), positions)
+    if tail is not None:
+        heads = torch.arange(cache.n_sequences * cache.n_kv_heads, device=cache.device)
+        of_head = _tail_positions(cache).repeat_interleave(cache.n_kv_heads, dim=0)
+        tail = tail + term.logits(heads, of_head).reshape(tail.shape)
+    return pages, tail
+
+
+def _tail_positions(cache: PagedCache) -> Tensor:
+    """``(n_sequences, tail_size)``."""
+    if cache.tail_positions is None or cache.tail_keys is None:
+        raise PageError("a sliding window or a position term over a tail needs tail_positions")
+    rows = torch.arange(cache.tail_keys.shape[2], device=cache.device)
+    return cache.tail_positions.to(torch.int64)[:, None] + rows
+
+
 def _scores(logits: Tensor, softmax_scale: float, logit_softcap: float) -> Tensor:
     scores = logits * softmax_scale
     if logit_softcap > 0.0:
@@ -201,11 +242,7 @@ def _seen(
         raise PageError("a sliding window needs query_positions and a cache built with positions")
     sequence = cache.page_table.head_of_entry() // cache.n_kv_heads
     now = query_positions.to(device=device, dtype=torch.int64)
-    pages = pages & (now[sequence][:, None] - cache.positions < window)
-    if tail is not None and cache.tail_keys is not None:
-        if cache.tail_positions is None:
-            raise PageError("a sliding window over a tail needs tail_positions")
-        tail_rows = torch.arange(cache.tail_keys.shape[2], device=device)
-        positions = cache.tail_positions.to(torch.int64)[:, None] + tail_rows
-        tail = tail & (now[:, None] - positions < window)
+    pages = pages & (now[sequence][:, None] - cache.positions.to(torch.int64) < window)
+    if tail is not None:
+        tail = tail & (now[:, None] - _tail_positions(cache) < window)
     return pages, tail

@@ -151,6 +151,6 @@ def read_context(
         keys=keys,
         values=values,
         queries_framed=frames.queries_to_frame(layer, queries),
-        keys_framed=frames.keys_to_frame(layer, keys),
+        keys_framed=frames.keys_to_frame(layer, keys, torch.arange(keys.shape[0])),
         values_framed=frames.values_to_frame(values),
     )

@@ -48,8 +48,9 @@ class FrameCoding(KeyValueCoding):
     def code(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> CodedTokens:
         offset = self.centring.offset(layer, positions, keys)
         centred = keys if offset is None else keys - offset
-        framed = self.frames.keys_to_frame(layer, centred)
-        coded = self.frames.keys_from_frame(layer, through(self.tier.key_format, framed))
+        framed = self.frames.keys_to_frame(layer, centred, positions)
+        decoded = through(self.tier.key_format, framed)
+        coded = self.frames.keys_from_frame(layer, decoded, positions)
         if offset is not None:
             coded = coded + offset
         coded_values = through(self.tier.value_format, self.frames.values_to_frame(values))

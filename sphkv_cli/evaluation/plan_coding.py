@@ -55,7 +55,7 @@ class PlanCoding(KeyValueCoding):
         tier_of = torch.from_numpy(self.tier_of_token[layer].astype(np.int64).T).to(keys.device)
         if tier_of.shape[0] != keys.shape[0]:
             raise ValueError(f"a plan of {tier_of.shape[0]} tokens for {keys.shape[0]}")
-        framed_keys = self.frames.keys_to_frame(layer, keys)
+        framed_keys = self.frames.keys_to_frame(layer, keys, positions)
         framed_values = self.frames.values_to_frame(values)
         # What is dropped is masked; NaN there would show at once if it were read.
         coded_keys = torch.full_like(keys, torch.nan)
@@ -66,7 +66,7 @@ class PlanCoding(KeyValueCoding):
                 coded_keys[chosen] = through(tier.key_format, framed_keys[chosen])
                 coded_values[chosen] = through(tier.value_format, framed_values[chosen])
         kept = tier_of != DROPPED
-        coded_keys = self.frames.keys_from_frame(layer, coded_keys)
+        coded_keys = self.frames.keys_from_frame(layer, coded_keys, positions)
         coded_values = self.frames.output_from_frame(coded_values)
         # sdpa multiplies a masked value by an exact zero, which NaN would survive.
         gone = ~kept[..., None]

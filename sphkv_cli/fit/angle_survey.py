@@ -45,11 +45,11 @@ def count_layer(
     for kind in VECTOR_KINDS:
         for pairing in pairings:
             chunks = (
-                frames.keys_to_frame(layer, chunk)
+                frames.keys_to_frame(layer, chunk, positions)
                 if kind == "keys"
                 else frames.values_to_frame(chunk)
                 for document in documents
-                for chunk in token_chunks(capture, document, layer, kind)
+                for chunk, positions in token_chunks(capture, document, layer, kind)
             )
             histograms[kind, pairing] = count_angles(chunks, pairing)
     return histograms

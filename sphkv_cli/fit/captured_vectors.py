@@ -34,6 +34,11 @@ class LayerChunk:
     queries: Tensor
     query_positions: Tensor
 
+    @property
+    def positions(self) -> Tensor:
+        """Of its tokens in the document, (n_tokens,) int64."""
+        return torch.arange(self.first_token, self.first_token + self.keys.shape[0])
+
 
 def documents_of(capture: CaptureReader, split: Split) -> tuple[DocumentInfo, ...]:
     """The documents of one split.
@@ -78,11 +83,12 @@ def read_vectors(
 
 def token_chunks(
     capture: CaptureReader, document: DocumentInfo, layer: int, vectors: Vectors
-) -> Iterator[Tensor]:
-    """Keys or values of one document in one layer, a chunk of tokens at a time."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys or values of one document in one layer, a chunk of tokens at a time, and positions."""
     for first in range(0, document.n_tokens, TOKENS_PER_CHUNK):
         rows = slice(first, first + TOKENS_PER_CHUNK)
-        yield read_vectors(capture, document, layer, vectors, rows)
+        chunk = read_vectors(capture, document, layer, vectors, rows)
+        yield chunk, torch.arange(first, first + chunk.shape[0])
 
 
 def layer_chunks(

@@ -82,7 +82,7 @@ def measure_layer(
     energy, raw_energy = torch.zeros(2, n_heads, dtype=torch.float64)
     n_tokens = n_pairs = 0
     for chunk in chunks:
-        keys = frames.keys_to_frame(layer, chunk.keys)
+        keys = frames.keys_to_frame(layer, chunk.keys, chunk.positions)
         values = frames.values_to_frame(chunk.values)
         key_norm2, raw_norm2, value_norm2 = (
             x.square().sum(dim=-1).clamp_min(_TINY) for x in (keys, chunk.keys, values)

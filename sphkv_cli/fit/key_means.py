@@ -25,7 +25,7 @@ def post_rope_key_means(capture: CaptureReader, progress: Progress) -> npt.NDArr
     progress.start("Averaging keys", capture.n_layers, "layers")
     for layer in range(capture.n_layers):
         for document in documents:
-            for keys in token_chunks(capture, document, layer, "keys"):
+            for keys, _ in token_chunks(capture, document, layer, "keys"):
                 total[layer] += keys.sum(dim=0, dtype=torch.float64)
         progress.advance()
     progress.finish()

@@ -130,7 +130,7 @@ def fit_codebooks(
         model=content.shape.model,
         rotation=frames.rotation.kind,
         rotation_digest=frames.rotation.digest,
-        centring=frames.centring,
+        centring=frames.centring_summary,
         tiers=tuple(tier.name for tier in content.tiers),
         page_sizes=options.page_sizes,
         tables=tables,

@@ -70,7 +70,7 @@ def _codebooks(path: Path) -> tuple[Block, ...]:
     return (
         Line(
             f"frames: rotation {frames.rotation.kind} (digest {frames.rotation.digest[:12]}), "
-            f"centring {frames.centring}"
+            f"centring {frames.centring_summary}"
         ),
         Line("tiers: " + ", ".join(tier.name for tier in codebooks.tiers)),
         Table(

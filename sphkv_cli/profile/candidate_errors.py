@@ -42,7 +42,7 @@ class ExactHead:
     def of(inputs: LayerInputs, kv_head: int) -> "ExactHead":
         """Attention to dense keys and values in float64."""
         keys, values = inputs.keys[:, kv_head], inputs.values[:, kv_head]
-        logits = scaled_logits(inputs, kv_head, keys)
+        logits = scaled_logits(inputs, kv_head, keys, torch.arange(keys.shape[0]))
         scores = masked_scores(logits, inputs, inputs.seen)
         rest = inputs.n_context
         whole = attend(scores, values)
@@ -52,11 +52,11 @@ class ExactHead:
         )
 
 
-def scaled_logits(inputs: LayerInputs, kv_head: int, keys: Tensor) -> Tensor:
-    """softmax_scale (q.k + offset), ``(group_size, n_queries, n_tokens)``."""
+def scaled_logits(inputs: LayerInputs, kv_head: int, keys: Tensor, tokens: Tensor) -> Tensor:
+    """softmax_scale (q.k' + q.c_t), ``(group_size, n_queries, n_tokens)``; tokens: positions."""
     scale = inputs.softmax_scale
     logits = (inputs.head_queries(kv_head) * scale) @ keys.T
-    return logits.add_(inputs.head_offset(kv_head) * scale)
+    return logits.add_(inputs.head_offset(kv_head, tokens) * scale)
 
 
 def masked_scores(logits: Tensor, inputs: LayerInputs, visible: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class CandidateErrors:
             exact_logits, seen = exact_logits[..., tokens], seen[:, tokens]
             errors = (errors[0][tokens], errors[1][tokens], errors[2][tokens])
         all_seen = bool(seen.all())
-        logits = scaled_logits(inputs, kv_head, keys)
+        logits = scaled_logits(inputs, kv_head, keys, tokens)
         scores = masked_scores(logits, inputs, seen)
         context = attend(scores, values)
         lse = torch.logaddexp(context.log_sum_exp, exact.rest_log_sum_exp)

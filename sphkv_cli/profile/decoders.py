@@ -64,12 +64,14 @@ class ReferenceDecoder:
         shared = cache.select_sequences([0] * rows.numel())
         query, offset = inputs.queries[rows], inputs.logit_offset[rows]
         positions = inputs.positions[rows]
+        term = inputs.position_term
         logits = ada_logits_reference(
             query,
             shared,
             logit_offset=offset,
             window=inputs.window,
             query_positions=positions,
+            position_term=None if term is None else term.select(rows),
         )
         result = decode_from_logits(
             logits, shared, inputs.softmax_scale, logit_softcap=inputs.logit_softcap

@@ -4,8 +4,8 @@
     tokens [n_context, n_tokens)  the horizon: dense; its captured queries read the coded context
                                   and the dense rest, causally
 
-With k' = S A (k - c), q' = S A^-T q, v' = S v the logit is q.k = q'.k' + q.c exactly, and an output
-error has the same length in the frame as outside: S is orthogonal.
+With k' = S A (k_t - c_t), q' = S A^-T q, v' = S v the logit is q.k_t = q'.k' + q.c_t exactly, and
+an output error has the same length in the frame as outside: S is orthogonal.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,16 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.fit.captured_vectors import read_vectors
 from sphkv_codebooks.frame import FrameSet
+from sphkv_kernels.position_term import PositionTerm
 
 
 @dataclass(frozen=True)
 class LayerInputs:
     """queries: ``(n_queries, n_q_heads, head_dim)`` at positions ``(n_queries)``; logit_offset:
-    ``(n_queries, n_q_heads)`` q.c; keys, values: ``(n_tokens, n_kv_heads, head_dim)``; all of them
-    float64 in the frame.  code_keys, code_values: the context's, ``(n_context, ...) float32``, as
-    an encoder is given them.  seen: ``(n_queries, n_tokens) bool``, causal and inside the window.
+    ``(n_queries, n_q_heads)`` q.c, of a c that every position shares; position_term: q.c_t of one
+    that depends on it, a row per query, or None; keys, values: ``(n_tokens, n_kv_heads,
+    head_dim)``; all of them float64 in the frame.  code_keys, code_values: the context's,
+    ``(n_context, ...) float32``, as an encoder is given them.  seen: ``(n_queries, n_tokens) bool``, causal and inside the window.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class LayerInputs:
     code_keys: Tensor
     code_values: Tensor
     seen: Tensor
+    position_term: PositionTerm | None = None
 
     @property
     def n_kv_heads(self) -> int:
@@ -55,10 +58,16 @@ class LayerInputs:
         heads = slice(kv_head * self.group_size, (kv_head + 1) * self.group_size)
         return self.queries[:, heads].transpose(0, 1)
 
-    def head_offset(self, kv_head: int) -> Tensor:
-        """``(group_size, n_queries, 1)``."""
+    def head_offset(self, kv_head: int, tokens: Tensor) -> Tensor:
+        """q.c_t at the positions ``(n_tokens)``: ``(group_size, n_queries, n_tokens or 1)``."""
         heads = slice(kv_head * self.group_size, (kv_head + 1) * self.group_size)
-        return self.logit_offset[:, heads].T[..., None]
+        offset = self.logit_offset[:, heads].T[..., None]
+        if self.position_term is None:
+            return offset
+        n_queries = self.queries.shape[0]
+        rows = torch.arange(n_queries) * self.n_kv_heads + kv_head
+        term = self.position_term.logits(rows, tokens.expand(n_queries, -1))
+        return offset + term.transpose(0, 1)
 
 
 def horizon_rows(capture: CaptureReader, document: PlanInfo, max_queries: int) -> Tensor:
@@ -97,6 +106,7 @@ def read_layer(
     if info.window > 0:
         seen &= distance < info.window
     exact_queries = queries.to(torch.float64)
+    every = torch.arange(keys.shape[0])
     n_context = document.n_context
     return LayerInputs(
         layer=layer,
@@ -107,9 +117,10 @@ def read_layer(
         queries=frames.queries_to_frame(layer, exact_queries),
         positions=positions,
         logit_offset=frames.logit_offset(layer, exact_queries),
-        keys=frames.keys_to_frame(layer, keys.to(torch.float64)),
+        keys=frames.keys_to_frame(layer, keys.to(torch.float64), every),
         values=frames.values_to_frame(values.to(torch.float64)),
-        code_keys=frames.keys_to_frame(layer, keys[:n_context]),
+        code_keys=frames.keys_to_frame(layer, keys[:n_context], every[:n_context]),
         code_values=frames.values_to_frame(values[:n_context]),
         seen=seen,
+        position_term=PositionTerm.of(frames, layer, exact_queries),
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotary import keep_strongest_pairs, kept_pairs, rotate
 from sphkv_codebooks.rotation import Rotation, RotationKind
 
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 3, 2, 16
@@ -26,6 +27,110 @@ def frames(kind: RotationKind, is_centred: bool, is_balanced: bool, seed: int = 
         mean if is_centred else None,
         balancing if is_balanced else None,
     )
+
+
+def turned(n_pairs: int, seed: int = 0, is_balanced: bool = False) -> FrameSet:
+    """Layer 0 centred before RoPE, layer 1 after, layer 2 not."""
+    rng = np.random.default_rng(seed)
+    mean = 5 * rng.standard_normal((N_LAYERS, N_KV_HEADS, HEAD_DIM)).astype(np.float32)
+    mean[0] = keep_strongest_pairs(mean[0], n_pairs)
+    mean[2] = 0
+    inv_freq = 1e4 ** -np.linspace(0, 1, HEAD_DIM // 2)
+    balancing = rng.standard_normal((*mean.shape, HEAD_DIM)) + 6 * np.eye(HEAD_DIM)
+    return FrameSet(
+        Rotation("haar", HEAD_DIM, seed),
+        ("pre_rope", "post_rope", "none"),
+        mean,
+        balancing if is_balanced else None,
+        np.tile(inv_freq, (N_LAYERS, 1)).astype(np.float32),
+    )
+
+
+def all_logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """(n_queries, n_q_heads, n_tokens)."""
+    return torch.einsum("qhd,thd->qht", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+
+
+def term(
+    frame: FrameSet, layer: int, queries: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """q . c_t from the coefficients, (n_queries, n_q_heads, n_tokens); 0 where there are none."""
+    found = frame.position_coefficients(layer, queries)
+    if found is None:
+        return torch.zeros(*queries.shape[:2], len(positions), dtype=queries.dtype)
+    coefficients, frequencies = found
+    group_size = queries.shape[1] // frequencies.shape[0]
+    angles = frequencies.double().repeat_interleave(group_size, dim=0)[..., None] * positions
+    return (
+        coefficients[..., 0, :, None] * angles.cos() + coefficients[..., 1, :, None] * angles.sin()
+    ).sum(dim=2)
+
+
+@given(
+    st.integers(1, HEAD_DIM // 2),
+    st.booleans(),
+    st.sampled_from([1, 4]),
+    st.integers(0, 100),
+    st.integers(0, N_LAYERS - 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_number_of_pairs_leaves_logits_exact_at_any_positions(
+    n_pairs: int, is_balanced: bool, group_size: int, seed: int, layer: int
+) -> None:
+    """q . k_t = q' . k' + offset + position term, whatever is truncated from the mean."""
+    frame = turned(n_pairs, seed, is_balanced)
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 100_000, (9,), generator=generator)
+    keys = torch.randn(9, N_KV_HEADS, HEAD_DIM, dtype=torch.float64, generator=generator)
+    queries = torch.randn(
+        5, group_size * N_KV_HEADS, HEAD_DIM, dtype=torch.float64, generator=generator
+    )
+    framed = frame.keys_to_frame(layer, keys, positions)
+    logits = all_logits(frame.queries_to_frame(layer, queries), framed)
+    logits = logits + frame.logit_offset(layer, queries)[..., None]
+    logits = logits + term(frame, layer, queries, positions)
+    torch.testing.assert_close(logits, all_logits(queries, keys), rtol=1e-10, atol=1e-10)
+    back = frame.keys_from_frame(layer, framed, positions)
+    torch.testing.assert_close(back, keys, rtol=1e-10, atol=1e-10)
+    assert frame.rope_pairs(layer) == (n_pairs if layer == 0 else 0)
+
+
+def test_wrong_uses_of_a_turned_mean_break_the_logits() -> None:
+    """No term, positions off by one, and only some keys centred: each far from the logits."""
+    frame = turned(3)
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.arange(64)
+    keys = torch.randn(64, N_KV_HEADS, HEAD_DIM, dtype=torch.float64, generator=generator)
+    queries = torch.randn(3, N_KV_HEADS, HEAD_DIM, dtype=torch.float64, generator=generator)
+    exact = all_logits(queries, keys)
+    inside = frame.queries_to_frame(0, queries)
+    framed = frame.keys_to_frame(0, keys, positions)
+    right = all_logits(inside, framed) + term(frame, 0, queries, positions)
+    some = torch.where((positions < 32)[:, None, None], framed, frame.rotation.apply(keys))
+    wrong = {
+        "no term": all_logits(inside, framed),
+        "positions off by one": all_logits(inside, framed) + term(frame, 0, queries, positions + 1),
+        "half of the keys centred": all_logits(inside, some) + term(frame, 0, queries, positions),
+    }
+    assert float((right - exact).abs().max()) < 1e-12
+    for name, logits in wrong.items():
+        # As large as the logits themselves, not a rounding.
+        assert float((logits - exact).square().mean().sqrt()) > 1.0, name
+
+
+def test_a_turned_mean_is_removed_and_a_truncated_one_keeps_its_strongest_pairs() -> None:
+    frame = turned(2)
+    assert frame.key_mean is not None and frame.inv_freq is not None
+    positions = torch.tensor([0, 1, 7, 5000])
+    mean = torch.from_numpy(frame.key_mean[0].copy())[None]
+    keys = rotate(mean, positions, torch.from_numpy(frame.inv_freq[0].copy()))
+    assert frame.keys_to_frame(0, keys, positions).abs().max() < 1e-5
+    # R_t keeps lengths, and is the identity at 0.
+    torch.testing.assert_close(keys[0], mean[0])
+    torch.testing.assert_close(keys.norm(dim=-1), mean.norm(dim=-1).expand(4, -1))
+    full = np.array([[3.0, 1.0, 0.0, 0.1, 4.0, 1.0, 0.5, 0.0]], dtype=np.float32)
+    assert keep_strongest_pairs(full, 2).tolist() == [[3, 1, 0, 0, 4, 1, 0, 0]]
+    assert kept_pairs(full).tolist() == [4]
 
 
 @given(
@@ -87,9 +192,32 @@ def test_centring_removes_the_mean_and_dtype_stays() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FrameSet(Rotation("haar", 16), "pre_rope"), "not available yet"),
+        (lambda: FrameSet(Rotation("haar", 16), "pre_rope"), "pre_rope need key means"),
+        (lambda: FrameSet(Rotation("haar", 16), "pre_rope", np.ones((1, 1, 16))), "needs inv_freq"),
+        (
+            lambda: FrameSet(Rotation("haar", 16), ("none", "post_rope"), np.ones((1, 1, 16))),
+            "2 centrings and key means of 1 layers",
+        ),
+        (
+            lambda: FrameSet(Rotation("haar", 16), ("none", "post_rope"), np.ones((2, 1, 16))),
+            "layer 0 is not centred, its key_mean must be 0",
+        ),
+        (
+            lambda: FrameSet(
+                Rotation("haar", 16),
+                "pre_rope",
+                np.ones((1, 1, 16)),
+                inv_freq=np.ones((1, 4), dtype=np.float32),
+            ),
+            "every RoPE pair of every layer",
+        ),
+        (lambda: turned(4).keys_to_frame(0, torch.zeros(3, 2, 16)), "need the position"),
+        (
+            lambda: turned(4).keys_to_frame(0, torch.zeros(3, 2, 16), torch.arange(4)),
+            r"got \(4,\)",
+        ),
         (lambda: FrameSet(Rotation("haar", 16), "sometimes"), "centring must be one of"),
-        (lambda: FrameSet(Rotation("haar", 16), "post_rope"), "post_rope needs key means"),
+        (lambda: FrameSet(Rotation("haar", 16), "post_rope"), "pre_rope need key means"),
         (lambda: FrameSet(Rotation("haar", 16), "none", np.zeros((1, 1, 16))), "none has none"),
         (lambda: FrameSet(Rotation("haar", 16), "post_rope", np.zeros((1, 16))), "n_kv_heads, 16"),
         (

@@ -2,15 +2,20 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphkv_codebooks.encoded import EncodedVectors
+from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotary import keep_strongest_pairs
+from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels import page_logits
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import (
     DecodeResult,
     ada_decode_reference,
@@ -299,6 +304,104 @@ def test_tail_window_offset_and_softcap_match_plain_attention(window: int) -> No
         query_positions=now,
     )
     assert_close(actual, stacked(parts))
+
+
+@pytest.mark.parametrize("position_dtype", [torch.int32, torch.uint16])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (40, 2.0)])
+def test_the_position_term_gives_back_the_logits_of_keys_centred_before_rope(
+    position_dtype: torch.dtype, window: int, softcap: float
+) -> None:
+    """Dense pages and tail hold k - R_t mu in the frame; the decode must see the logits of k."""
+    generator = torch.Generator().manual_seed(3)
+    frames = turned_frames(64, n_pairs=5)
+    n_tokens, n_tail = 50, 7
+    positions = torch.arange(n_tokens + n_tail) + 300
+    keys = torch.randn((n_tokens + n_tail, 2, 64), generator=generator, dtype=torch.float64)
+    values = torch.randn((n_tokens + n_tail, 2, 64), generator=generator, dtype=torch.float64)
+    framed = frames.keys_to_frame(0, keys, positions)
+    tail_keys = framed[n_tokens:].to(torch.bfloat16)
+    in_frame = frames.values_to_frame(values)
+    tail_values = in_frame[n_tokens:].to(torch.bfloat16)
+    tokens = SequenceTokens(
+        framed[:n_tokens],
+        in_frame[:n_tokens],
+        torch.zeros((n_tokens, 2), dtype=torch.int8),
+        (torch.randperm(n_tokens, generator=generator) // 16)[:, None].expand(-1, 2),
+        positions[:n_tokens],
+    )
+    dense = (TierFormat.dense(),)
+    cache = build_cache(dense, 16, [tokens], position_dtype=position_dtype)
+    cache = replace(
+        cache,
+        tail_keys=tail_keys.transpose(0, 1)[None].contiguous(),
+        tail_values=tail_values.transpose(0, 1)[None].contiguous(),
+        tail_tokens=torch.tensor([n_tail], dtype=torch.int32),
+        tail_positions=torch.tensor([300 + n_tokens], dtype=torch.int32),
+    )
+    query = torch.randn((1, 4, 64), generator=generator, dtype=torch.float64)
+    # What bf16 pages hold, back in the model's space: there the logits must be plain ones.
+    held = frames.keys_from_frame(0, framed.to(torch.bfloat16).double(), positions)
+    now = torch.tensor([300 + n_tokens + n_tail - 1])
+    seen = (now[0] - positions < window) if window else torch.ones_like(positions).bool()
+    joined = SequenceTokens(
+        held,
+        in_frame.to(torch.bfloat16).double(),
+        torch.zeros((n_tokens + n_tail, 2), dtype=torch.int8),
+        torch.zeros((n_tokens + n_tail, 2)),
+    )
+    expected = plain_attention(query[0], joined, SCALE, seen=seen, softcap=softcap)
+    inside = frames.queries_to_frame(0, query)
+
+    def decode(term: PositionTerm | None) -> DecodeResult:
+        return ada_decode_reference(
+            inside,
+            cache,
+            SCALE,
+            logit_softcap=softcap,
+            window=window,
+            query_positions=now,
+            position_term=term,
+        )
+
+    actual = decode(PositionTerm.of(frames, 0, query))
+    assert_close(actual, stacked([expected]), 1e-10)
+    forgotten = decode(None)
+    assert float((forgotten.output - actual.output).norm() / actual.output.norm()) > 0.1
+    assert PositionTerm.of(frames, 1, query) is None
+
+
+def test_a_position_term_that_cannot_be_is_refused_in_words() -> None:
+    frames = turned_frames(64, n_pairs=2)
+    tokens = random_tokens(20, 2, 64, len(TIERS), 16, seed=0)
+    without = build_cache(TIERS, 16, [replace(tokens, positions=None)])
+    query = torch.zeros(1, 4, 64)
+    term = PositionTerm.of(frames, 0, query)
+    assert term is not None and term.n_pairs == 2
+    with pytest.raises(PageError, match="needs a cache built with positions"):
+        ada_decode_reference(query, without, SCALE, position_term=term)
+    cache = build_cache(TIERS, 16, [replace(tokens, positions=torch.arange(20))])
+    with pytest.raises(PageError, match="position_term is for 1 sequences, 4 query and 2 KV heads"):
+        ada_decode_reference(torch.zeros(1, 2, 64), cache, SCALE, position_term=term)
+    with pytest.raises(PageError, match="do not fit, expected"):
+        PositionTerm(torch.zeros(1, 4, 2, 3), torch.zeros(2, 4))
+    with pytest.raises(PageError, match=r"cannot be stored as torch\.uint16"):
+        late = replace(tokens, positions=torch.arange(20) + 65530)
+        build_cache(TIERS, 16, [late], position_dtype=torch.uint16)
+
+
+def turned_frames(head_dim: int, n_pairs: int) -> FrameSet:
+    """Layer 0 is centred before RoPE by a large mean of n_pairs pairs, layer 1 is not centred."""
+    rng = np.random.default_rng(5)
+    mean = 4 * rng.standard_normal((2, 2, head_dim)).astype(np.float32)
+    mean[0] = keep_strongest_pairs(mean[0], n_pairs)
+    mean[1] = 0
+    inv_freq = 1e4 ** -np.linspace(0, 1, head_dim // 2)
+    return FrameSet(
+        Rotation("hadamard", head_dim, 1),
+        ("pre_rope", "none"),
+        mean,
+        inv_freq=np.tile(inv_freq, (2, 1)).astype(np.float32),
+    )
 
 
 def test_many_queries_share_the_pages_of_one_context() -> None:
