@@ -27,7 +27,8 @@ class LayerInputs:
     ``(n_queries, n_q_heads)`` q.c, of a c that every position shares; position_term: q.c_t of one
     that depends on it, a row per query, or None; keys, values: ``(n_tokens, n_kv_heads,
     head_dim)``; all of them float64 in the frame.  code_keys, code_values: the context's,
-    ``(n_context, ...) float32``, as an encoder is given them.  seen: ``(n_queries, n_tokens) bool``, causal and inside the window.
+    ``(n_context, ...) float32``, as an encoder is given them.  seen: ``(n_queries, n_tokens)
+    bool``, causal and inside the window.
     """
 
     layer: int
