@@ -16,7 +16,8 @@ def fit_codebooks_command(
         list[str] | None,
         typer.Option(
             help="A candidate, repeatable: BITS PER LEVEL:RADIUS, as 4/2/2/2:fp16 or "
-            "4/3/3/3:lloyd_max:3. Without it: the paper's code and better ones from 2 to 4 bits."
+            "n12/n5/n5/2:r2 (n: number of cells). Without it: the paper's code and better ones "
+            "from 2 to 4 bits."
         ),
     ] = None,
     tier: Annotated[

@@ -71,7 +71,12 @@ def _default_tiers(options: FitOptions, codes: tuple[SphericalCode, ...]) -> tup
 def _build(spec: CodeSpec, head_dim: int) -> SphericalCode:
     try:
         return SphericalCode.analytic(
-            spec.name, head_dim, spec.bits, spec.radius, pairing=spec.pairing, gain=spec.gain
+            spec.name,
+            head_dim,
+            radius=spec.radius,
+            n_cells=spec.n_cells,
+            pairing=spec.pairing,
+            gain=spec.gain,
         )
     except CodeError as error:
         raise UsageError(str(error), "choose another --code") from error

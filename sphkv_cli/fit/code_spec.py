@@ -1,9 +1,10 @@
 """How a user names a spherical code, and the candidates that are tried when nobody names any.
 
-A specification is ``[NAME=]BITS[:RADIUS][+OPTION...]``:
+A specification is ``[NAME=]LEVELS[:RADIUS][+OPTION...]``:
 
-- BITS: one integer per level, outermost pairs first, joined by ``/``: ``4/2/2/2``. A level of 0
-  bits keeps one cell. Its length is the depth.
+- LEVELS: one word per level, outermost pairs first, joined by ``/``: bits of an angle, or ``n`` and
+  any number of cells: ``4/2/2/2``, ``n12/n5/2``. A level of 0 bits keeps one cell. Its length is
+  the depth. Levels whose number of cells is no power of two are packed in mixed radix.
 - RADIUS: ``fp16`` (one per block), ``rB`` or ``lloyd_max:B`` (B-bit Lloyd-Max radii against one
   fp16 norm), ``eEmM`` or ``minifloat:E,M``, ``norm`` (full depth: the radius is the norm, fp16).
   Left out it is ``norm`` at full depth and ``fp16`` otherwise.
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sphkv_cli.errors import UsageError
+from sphkv_codebooks.codebook import MAX_CELLS
 from sphkv_codebooks.polar import Pairing
 from sphkv_codebooks.spherical_code import Gain
 
@@ -27,7 +29,7 @@ MAX_BITS = 8
 PAIRINGS: tuple[Pairing, ...] = ("adjacent", "rope")
 GAINS: tuple[Gain, ...] = ("none", "least_squares", "unbiased")
 
-_FORM = "[NAME=]BITS[:RADIUS][+OPTION...], for example 4/2/2/2:fp16 or small=3/2/2/2:r2"
+_FORM = "[NAME=]LEVELS[:RADIUS][+OPTION...], for example 4/2/2/2:fp16 or small=n12/n5/2/2:r2"
 _SHORT_RADIUS = (
     (re.compile(r"r(\d+)"), "lloyd_max:{}"),
     (re.compile(r"e(\d+)m(\d+)"), "minifloat:{},{}"),
@@ -41,11 +43,11 @@ _RESERVED_NAMES = frozenset({"drop", "int8", "dense"})
 class CodeSpec:
     """What a specification says, before any codebook is computed.
 
-    bits: per level; radius: as `SphericalCode.analytic` takes it; name: unique in its list.
+    n_cells: per level; radius: as `SphericalCode.analytic` takes it; name: unique in its list.
     """
 
     name: str
-    bits: tuple[int, ...]
+    n_cells: tuple[int, ...]
     radius: str
     pairing: Pairing = "adjacent"
     gain: Gain = "none"
@@ -53,41 +55,37 @@ class CodeSpec:
     @property
     def depth(self) -> int:
         """Recursion levels applied."""
-        return len(self.bits)
+        return len(self.n_cells)
 
 
 def parse_code_spec(text: str, head_dim: int) -> CodeSpec:
     """Read one specification for vectors of `head_dim` coordinates (a power of two).
 
     Raises:
-        UsageError: not of the form above, bits or depth out of range, or a radius that contradicts
-            the depth; says which part and what is allowed.
+        UsageError: not of the form above, bits, cells or depth out of range, or a radius that
+            contradicts the depth; says which part and what is allowed.
     """
     max_depth = head_dim.bit_length() - 1
     name, has_name, rest = text.rpartition("=")
     body, *options = rest.split("+")
-    bits_text, has_radius, radius_text = body.partition(":")
-    if not re.fullmatch(r"-?\d+(/-?\d+)*", bits_text):
-        raise UsageError(f"the code {text!r} is not of the form BITS[:RADIUS]", f"write {_FORM}")
-    bits = tuple(int(word) for word in bits_text.split("/"))
-    if len(bits) > max_depth:
+    levels_text, has_radius, radius_text = body.partition(":")
+    if not re.fullmatch(r"(n|-)?\d+(/(n|-)?\d+)*", levels_text):
+        raise UsageError(f"the code {text!r} is not of the form LEVELS[:RADIUS]", f"write {_FORM}")
+    words = levels_text.split("/")
+    if len(words) > max_depth:
         raise UsageError(
-            f"the code {text!r} has {len(bits)} levels, but head_dim {head_dim} allows {max_depth}",
-            f"name 1 to {max_depth} levels of bits",
+            f"the code {text!r} has {len(words)} levels, but head_dim {head_dim} allows "
+            f"{max_depth}",
+            f"name 1 to {max_depth} levels",
         )
-    for level, level_bits in enumerate(bits, start=1):
-        if not 0 <= level_bits <= MAX_BITS:
-            raise UsageError(
-                f"the code {text!r} has {level_bits} bits at level {level}",
-                f"give each level 0 to {MAX_BITS} bits",
-            )
-    is_full_depth = len(bits) == max_depth
+    n_cells = tuple(_cells(word, level, text) for level, word in enumerate(words, start=1))
+    is_full_depth = len(n_cells) == max_depth
     radius = _parse_radius(radius_text, text) if has_radius else ""
     radius = radius or ("norm" if is_full_depth else "fp16")
     if radius == "norm" and not is_full_depth:
         raise UsageError(
-            f"the code {text!r} stores one norm, but its depth {len(bits)} leaves "
-            f"{head_dim >> len(bits)} radii for head_dim {head_dim}",
+            f"the code {text!r} stores one norm, but its depth {len(n_cells)} leaves "
+            f"{head_dim >> len(n_cells)} radii for head_dim {head_dim}",
             f"give it {max_depth} levels, or a radius per block: fp16, r2, e5m6",
         )
     pairing, gain = _parse_options(options, text)
@@ -98,8 +96,8 @@ def parse_code_spec(text: str, head_dim: int) -> CodeSpec:
             f"write {_FORM}",
         )
     return CodeSpec(
-        name if has_name else _default_name(bits, radius, pairing, gain),
-        bits,
+        name if has_name else default_name(n_cells, radius, pairing, gain),
+        n_cells,
         radius,
         pairing,
         gain,
@@ -116,7 +114,7 @@ def parse_code_specs(texts: Sequence[str], head_dim: int) -> tuple[CodeSpec, ...
         if spec.name in seen:
             raise UsageError(
                 f"the codes {seen[spec.name]!r} and {text!r} are both called {spec.name}",
-                "leave one out, or give it another name: NAME=BITS[:RADIUS]",
+                "leave one out, or give it another name: NAME=LEVELS[:RADIUS]",
             )
         seen[spec.name] = text
     return specs
@@ -150,6 +148,49 @@ def default_code_texts(head_dim: int) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def spec_text(
+    n_cells: Sequence[int], radius: str, pairing: Pairing = "adjacent", gain: Gain = "none"
+) -> str:
+    """The specification of a code, without a name; `parse_code_spec` reads it back."""
+    levels = "/".join(
+        f"n{cells}" if cells & (cells - 1) else str(cells.bit_length() - 1) for cells in n_cells
+    )
+    options = [pairing] * (pairing != PAIRINGS[0]) + [gain] * (gain != GAINS[0])
+    return "+".join([f"{levels}:{_short(radius)}", *options])
+
+
+def default_name(n_cells: Sequence[int], radius: str, pairing: Pairing, gain: Gain) -> str:
+    """polar-4222-r2 (bits per level), or polar-n12.5.3-fp16 (cells) where bits are not whole."""
+    if any(cells & (cells - 1) for cells in n_cells):
+        levels = "n" + ".".join(str(cells) for cells in n_cells)
+    else:
+        levels = "".join(str(cells.bit_length() - 1) for cells in n_cells)
+    words = [f"polar-{levels}", _short(radius)]
+    if pairing != PAIRINGS[0]:
+        words.append(pairing)
+    if gain != GAINS[0]:
+        words.append(gain.replace("_", "-"))
+    return "-".join(words)
+
+
+def _cells(word: str, level: int, spec: str) -> int:
+    if word.startswith("n"):
+        n_cells = int(word[1:])
+        if not 1 <= n_cells <= MAX_CELLS:
+            raise UsageError(
+                f"the code {spec!r} has {n_cells} cells at level {level}",
+                f"give each level 1 to {MAX_CELLS} cells",
+            )
+        return n_cells
+    bits = int(word)
+    if not 0 <= bits <= MAX_BITS:
+        raise UsageError(
+            f"the code {spec!r} has {bits} bits at level {level}",
+            f"give each level 0 to {MAX_BITS} bits",
+        )
+    return int(1 << bits)
+
+
 def _parse_radius(text: str, spec: str) -> str:
     for pattern, form in _SHORT_RADIUS:
         if match := pattern.fullmatch(text):
@@ -177,12 +218,6 @@ def _parse_options(options: Sequence[str], spec: str) -> tuple[Pairing, Gain]:
     return pairing, gain
 
 
-def _default_name(bits: tuple[int, ...], radius: str, pairing: str, gain: str) -> str:
+def _short(radius: str) -> str:
     short = re.sub(r"lloyd_max:(\d+)", r"r\1", radius)
-    short = re.sub(r"minifloat:(\d+),(\d+)", r"e\1m\2", short)
-    words = [f"polar-{''.join(str(b) for b in bits)}", short]
-    if pairing != PAIRINGS[0]:
-        words.append(pairing)
-    if gain != GAINS[0]:
-        words.append(gain.replace("_", "-"))
-    return "-".join(words)
+    return re.sub(r"minifloat:(\d+),(\d+)", r"e\1m\2", short)

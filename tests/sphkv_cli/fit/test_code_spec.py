@@ -10,24 +10,32 @@ from sphkv_cli.fit.code_spec import (
     default_code_texts,
     parse_code_spec,
     parse_code_specs,
+    spec_text,
 )
-from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_codebooks.polar import Pairing
+from sphkv_codebooks.spherical_code import Gain, SphericalCode
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("4/2/2/2:fp16", CodeSpec("polar-4222-fp16", (4, 2, 2, 2), "fp16")),
-        ("4/2/2/2", CodeSpec("polar-4222-fp16", (4, 2, 2, 2), "fp16")),
-        ("mine=3/0/1:r2", CodeSpec("mine", (3, 0, 1), "lloyd_max:2")),
-        ("3/2:lloyd_max:5", CodeSpec("polar-32-r5", (3, 2), "lloyd_max:5")),
-        ("4/3/3/3:e5m6", CodeSpec("polar-4333-e5m6", (4, 3, 3, 3), "minifloat:5,6")),
-        ("4/3:minifloat:4,3", CodeSpec("polar-43-e4m3", (4, 3), "minifloat:4,3")),
-        ("4/2/2/2/2/3", CodeSpec("polar-422223-norm", (4, 2, 2, 2, 2, 3), "norm")),
+        ("4/2/2/2:fp16", CodeSpec("polar-4222-fp16", (16, 4, 4, 4), "fp16")),
+        ("4/2/2/2", CodeSpec("polar-4222-fp16", (16, 4, 4, 4), "fp16")),
+        ("mine=3/0/1:r2", CodeSpec("mine", (8, 1, 2), "lloyd_max:2")),
+        ("3/2:lloyd_max:5", CodeSpec("polar-32-r5", (8, 4), "lloyd_max:5")),
+        ("4/3/3/3:e5m6", CodeSpec("polar-4333-e5m6", (16, 8, 8, 8), "minifloat:5,6")),
+        ("4/3:minifloat:4,3", CodeSpec("polar-43-e4m3", (16, 8), "minifloat:4,3")),
+        ("4/2/2/2/2/3", CodeSpec("polar-422223-norm", (16, 4, 4, 4, 4, 8), "norm")),
+        ("n12/n5/2:r2", CodeSpec("polar-n12.5.4-r2", (12, 5, 4), "lloyd_max:2")),
+        ("n16/n4", CodeSpec("polar-42-fp16", (16, 4), "fp16")),
+        (
+            "n13/n5/n5/n5/n5/n1:e5m3",
+            CodeSpec("polar-n13.5.5.5.5.1-e5m3", (13, 5, 5, 5, 5, 1), "minifloat:5,3"),
+        ),
         (
             "4/2:r2+rope+least_squares",
             CodeSpec(
-                "polar-42-r2-rope-least-squares", (4, 2), "lloyd_max:2", "rope", "least_squares"
+                "polar-42-r2-rope-least-squares", (16, 4), "lloyd_max:2", "rope", "least_squares"
             ),
         ),
     ],
@@ -47,7 +55,8 @@ def test_every_part_survives_the_round_trip(
 ) -> None:
     text = f"x={'/'.join(map(str, bits))}:{radius}+{pairing}+{gain}"
     spec = parse_code_spec(text, 64)
-    assert (spec.name, spec.bits, spec.pairing, spec.gain) == ("x", bits, pairing, gain)
+    n_cells = tuple(2**b for b in bits)
+    assert (spec.name, spec.n_cells, spec.pairing, spec.gain) == ("x", n_cells, pairing, gain)
     assert spec.depth == len(bits)
 
 
@@ -61,6 +70,10 @@ def test_every_part_survives_the_round_trip(
         ("fp16", "form"),
         ("9/2", "9 bits at level 1"),
         ("4/-1", "-1 bits at level 2"),
+        ("4/n0", "0 cells at level 2"),
+        ("n257/2", "257 cells at level 1"),
+        ("n/2", "form"),
+        ("m5/2", "form"),
         ("4/2/2/2/2/2/2", "7 levels"),
         ("4/2/2:norm", "8 radii"),
         ("4/2:", "radius coding ''"),
@@ -80,6 +93,19 @@ def test_what_cannot_be_meant_is_named(text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@given(
+    n_cells=st.lists(st.integers(1, 256), min_size=1, max_size=5).map(tuple),
+    radius=st.sampled_from(["fp16", "lloyd_max:3", "minifloat:5,6"]),
+    pairing=st.sampled_from(["adjacent", "rope"]),
+    gain=st.sampled_from(["none", "least_squares", "unbiased"]),
+)
+def test_the_text_of_a_code_is_read_back(
+    n_cells: tuple[int, ...], radius: str, pairing: Pairing, gain: Gain
+) -> None:
+    spec = parse_code_spec(spec_text(n_cells, radius, pairing, gain), 64)
+    assert spec == CodeSpec(spec.name, n_cells, radius, pairing, gain)
+
+
 def test_two_codes_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="both called polar-42-fp16"):
         parse_code_specs(("4/2", "4/2:fp16"), 64)
@@ -90,7 +116,9 @@ def test_two_codes_of_one_name_are_refused() -> None:
 def test_default_candidates_can_be_built_for_every_head_dim(head_dim: int) -> None:
     specs = parse_code_specs(default_code_texts(head_dim), head_dim)
     codes = [
-        SphericalCode.analytic(s.name, head_dim, s.bits, s.radius, pairing=s.pairing, gain=s.gain)
+        SphericalCode.analytic(
+            s.name, head_dim, radius=s.radius, n_cells=s.n_cells, pairing=s.pairing, gain=s.gain
+        )
         for s in specs
     ]
     assert len({code.digest for code in codes}) == len(codes)
@@ -99,7 +127,10 @@ def test_default_candidates_can_be_built_for_every_head_dim(head_dim: int) -> No
 
 def test_default_candidates_have_the_rates_they_promise() -> None:
     specs = parse_code_specs(default_code_texts(128), 128)
-    codes = {s.name: SphericalCode.analytic(s.name, 128, s.bits, s.radius) for s in specs}
+    codes = {
+        s.name: SphericalCode.analytic(s.name, 128, radius=s.radius, n_cells=s.n_cells)
+        for s in specs
+    }
     per_block = {
         name: sum(16 / 2**level * code.codebooks[level - 1].bits for level in range(1, 5))
         + code.radius_coding.bits_per_radius
