@@ -14,7 +14,7 @@ def capture_command(
     output: Annotated[Path, typer.Option(help="The capture to write.")] = Path("capture.h5"),
     model: Annotated[
         str | None,
-        typer.Option(help="Hugging Face id, folder, .gguf file, or smollm2 (the packaged model)."),
+        typer.Option(help="Hugging Face id, folder, .gguf file, or a packaged model (smollm2)."),
     ] = None,
     text_file: Annotated[
         list[str] | None,

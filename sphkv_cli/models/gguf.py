@@ -26,6 +26,11 @@ def default_cache_dir() -> Path:
     return Path(base).expanduser() / "sphkv"
 
 
+def converted_folder(sha256: str, cache_dir: Path | None = None) -> Path:
+    """Where the conversion of the GGUF file with that SHA-256 lies, or will."""
+    return (cache_dir or default_cache_dir()) / "models" / f"{sha256}-{_CONVERSION}"
+
+
 def is_gguf(path: Path) -> bool:
     """Whether the file starts with the GGUF magic."""
     with path.open("rb") as file:
@@ -45,7 +50,7 @@ def safetensors_of(
             cache cannot be written or is full.
     """
     progress = progress or NullProgress()
-    folder = (cache_dir or default_cache_dir()) / "models" / f"{file_sha256(gguf)}-{_CONVERSION}"
+    folder = converted_folder(file_sha256(gguf), cache_dir)
     if (folder / "config.json").is_file():
         return folder
     try:

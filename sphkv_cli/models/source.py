@@ -10,6 +10,7 @@ from pathlib import Path
 from sphkv_cli.errors import EnvironmentUnable, SphkvError, UsageError
 from sphkv_cli.models.gguf import is_gguf, safetensors_of
 from sphkv_cli.models.packaged import PACKAGED, packaged_gguf
+from sphkv_cli.models.split_model import SPLIT, split_model_folder
 from sphkv_cli.progress import NullProgress, Progress
 
 _HUB_TIMEOUT_S = 15.0
@@ -51,7 +52,8 @@ def resolve_model(
     """Find `model`; GGUF files are converted to safetensors once, in the user's cache.
 
     Args:
-        model: a name of `PACKAGED` ("smollm2"), a .gguf file, a folder, or a hub id "owner/name".
+        model: a name of `PACKAGED` or `SPLIT` ("smollm2", "qwen2.5-coder-0.5b"), a .gguf file, a
+            folder, or a hub id "owner/name".
         revision: branch, tag or commit of a hub model.
         trust_remote_code: let the model's own Python run.
         gguf_file: the name of a GGUF file inside the folder or hub repository `model`.
@@ -69,6 +71,12 @@ def resolve_model(
         _refuse(revision, model, "--revision")
         folder = safetensors_of(packaged_gguf(model), cache_dir=cache_dir, progress=progress)
         return ModelSource(model, str(folder), local_only=True)
+    if model in SPLIT:
+        _refuse(gguf_file, model, "--gguf-file")
+        _refuse(revision, model, "--revision")
+        return ModelSource(
+            model, str(split_model_folder(model, cache_dir=cache_dir)), local_only=True
+        )
     path = Path(model).expanduser()
     if path.exists():
         _refuse(revision, model, "--revision")
@@ -134,7 +142,7 @@ def _ask_hub(model: str, revision: str | None) -> bool:
     except HFValidationError as error:
         raise SphkvError(
             f"{model!r} is neither a folder, a .gguf file nor a hub id",
-            f"a packaged model is called {' or '.join(PACKAGED)}",
+            f"a packaged model is called {' or '.join([*PACKAGED, *SPLIT])}",
         ) from error
     except GatedRepoError as error:
         raise SphkvError(
