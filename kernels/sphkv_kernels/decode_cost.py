@@ -1,0 +1,43 @@
+"""What decoding a code costs the CUDA kernel, in instructions: an estimate without a GPU.
+
+    instructions per coordinate = 32 lanes * loop / (32 tokens * 2 operands * head_dim)
+
+`loop` counts the SASS instructions of one warp's innermost loop (32 tokens of K and V: decoding,
+both matrix products, softmax; rare branches included) of the kernel built for sm_90 with one tier
+of the code, groups of up to 8 query heads. Counted in disassemblies of the committed kernel; a test
+compares them anew. Codes without a native layout are read by the reference alone and have no such
+number. Fewer instructions are faster only where memory does not bind: see NOTES.md. Ours.
+"""
+
+from __future__ import annotations
+
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.layout import Scheme
+
+LOOP_TOKENS = 32
+
+LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
+    "pair_half": {64: 659, 128: 802, 256: 1432},
+    "pair_swap": {64: 789, 128: 996, 256: 1708},
+    "pair_nine": {64: 801, 128: 998, 256: 1692},
+    "pair_nine_float": {64: 712, 128: 913, 256: 1667},
+    "single": {64: 808, 128: 989, 256: 2003},
+    "quad": {64: 683, 128: 786, 256: 1247},
+    "quad_spread": {64: 681, 128: 791, 256: 1272},
+}
+"""By scheme and head_dim, NVRTC 13 for sm_90."""
+
+
+def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:
+    """Of a tier; None where the kernel does not read one of its codes.
+
+    A tier of two codes decodes half of each code's loop.
+    """
+    loops = []
+    for code in (key_code, value_code):
+        layout = native_layout_of(code)
+        if layout is None or code.pairing != "adjacent":
+            return None
+        loops.append(LOOP_INSTRUCTIONS[layout.scheme][code.head_dim])
+    return 32.0 * sum(loops) / 2.0 / (LOOP_TOKENS * 2 * key_code.head_dim)

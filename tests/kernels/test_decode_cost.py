@@ -1,0 +1,48 @@
+"""The instruction estimate is that of the kernel as it is, not of one that once was."""
+
+from pathlib import Path
+
+import pytest
+
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.build import compile_cubin
+from sphkv_kernels.decode_cost import LOOP_TOKENS, instructions_per_coordinate
+from sphkv_kernels.tier import TierFormat
+from sphkv_kernels.variant import Variant, kernel_source
+from tests.kernels.cases import NATIVE_CODES
+from tests.kernels.sass import decode_loop, disassemble, disassembler
+
+
+def code_of(bits: tuple[int, ...], radius: str, head_dim: int = 128) -> SphericalCode:
+    return SphericalCode.analytic("code", head_dim, bits, radius)
+
+
+@pytest.mark.skipif(
+    disassembler("nvdisasm") is None,
+    reason="the nvidia-cuda-nvdisasm wheel (extra `test`) is not installed",
+)
+@pytest.mark.parametrize("bits_radius", [NATIVE_CODES[1], NATIVE_CODES[3]], ids=str)
+def test_the_estimate_is_what_the_disassembly_says(
+    bits_radius: tuple[tuple[int, ...], str], tmp_path: Path
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core (extra `cuda`) is not installed")
+    code = code_of(*bits_radius)
+    source = kernel_source(Variant((TierFormat.spherical(code),), 128, 1), 90)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
+    loop = decode_loop(disassemble(cubin))
+    estimate = instructions_per_coordinate(code, code)
+    assert estimate is not None
+    # Another NVRTC or a small change of the kernel moves the loop by some per cent.
+    assert estimate == pytest.approx(32 * loop.total / (LOOP_TOKENS * 2 * 128), rel=0.1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_native_code_has_an_estimate_and_no_other(head_dim: int) -> None:
+    codes = [code_of(bits, radius, head_dim) for bits, radius in NATIVE_CODES]
+    costs = [instructions_per_coordinate(code, code) for code in codes]
+    assert all(cost is not None and 1.0 < cost < 8.0 for cost in costs)
+    mixed = instructions_per_coordinate(codes[0], codes[5])
+    assert mixed == pytest.approx((costs[0] + costs[5]) / 2)  # type: ignore[operator]
+    other = SphericalCode.analytic("x", head_dim, radius="fp16", n_cells=(12, 4, 4, 4))
+    assert instructions_per_coordinate(other, codes[0]) is None
