@@ -72,7 +72,7 @@ class CodedRun:
         described = self.geometry.layers[layer]
         positions = torch.arange(key.shape[2], device=key.device)
         coded = self._code(layer, key, value, positions)
-        columns = _Columns.of(key, value, coded, query.shape[1])
+        columns = CacheColumns.of(key, value, coded, query.shape[1])
         blocks = [
             columns.attend(
                 query[0, :, start : start + QUERY_BLOCK],
@@ -102,7 +102,7 @@ class CodedRun:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class CacheColumns:
     """Coded and dense keys and values of one layer, (n_kv_heads, n_tokens, head_dim) each."""
 
     dense_keys: Tensor
@@ -113,9 +113,9 @@ class _Columns:
     group_size: int
 
     @staticmethod
-    def of(key: Tensor, value: Tensor, coded: CodedTokens, n_q_heads: int) -> "_Columns":
+    def of(key: Tensor, value: Tensor, coded: CodedTokens, n_q_heads: int) -> "CacheColumns":
         kept = None if coded.kept is None else coded.kept.transpose(0, 1)
-        return _Columns(
+        return CacheColumns(
             dense_keys=key[0],
             dense_values=value[0],
             coded_keys=coded.keys.transpose(0, 1).to(key.dtype),
