@@ -232,6 +232,24 @@ class CaptureReader:
         return weight
 
     @property
+    def fisher(self) -> npt.NDArray[np.float64] | None:
+        """F, squared gradient of log p(sampled label) per coordinate of a head's output:
+        (n_layers, n_q_heads), None where it was not captured."""
+        if "fisher" not in self._file:
+            return None
+        weight = np.asarray(self._file["fisher"][()], dtype=np.float64)
+        if weight.shape != (self.n_layers, self.n_q_heads):
+            raise self._damaged(f"fisher has shape {weight.shape}")
+        if not (np.isfinite(weight).all() and (weight >= 0).all()):
+            raise self._damaged("fisher is not finite and non-negative")
+        return weight
+
+    @property
+    def fisher_standard_error(self) -> npt.NDArray[np.float64]:
+        """Standard error of `fisher` over its passes, NaN where there was one pass."""
+        return np.asarray(self._dataset("fisher_standard_error")[()], dtype=np.float64)
+
+    @property
     def _file(self) -> h5py.File:
         if self._open is None:
             raise RuntimeError("CaptureReader is used outside its `with` block")

@@ -101,6 +101,20 @@ def write_statistics(
         _create(file, key, values.shape, np.dtype("<f4"), axes)[...] = values.astype(np.float32)
 
 
+def write_fisher(
+    file: h5py.File,
+    mean: npt.NDArray[np.float64],
+    standard_error: npt.NDArray[np.float64],
+    *,
+    n_passes: int,
+) -> None:
+    """Write F of every query head, (n_layers, n_q_heads), and its standard error."""
+    for key, values in (("fisher", mean), ("fisher_standard_error", standard_error)):
+        dataset = _create(file, key, values.shape, np.dtype("<f8"), "n_layers, n_q_heads")
+        dataset[...] = values
+    file["fisher"].attrs["n_passes"] = n_passes
+
+
 def document_path(index: int) -> str:
     """The HDF5 path of a document: "documents/007"."""
     return f"documents/{index:03d}"

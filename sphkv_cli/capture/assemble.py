@@ -15,9 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from sphkv_cli.artifacts.capture_info import CaptureInfo, DocumentInfo
-from sphkv_cli.artifacts.capture_writer import document_path, write_capture_info, write_statistics
+from sphkv_cli.artifacts.capture_writer import (
+    document_path,
+    write_capture_info,
+    write_fisher,
+    write_statistics,
+)
 from sphkv_cli.artifacts.store import create_artifact
-from sphkv_cli.capture.shard_writer import QUERY_OUTER_SUM, QUERY_SUM
+from sphkv_cli.capture.fisher import HeadFisher
+from sphkv_cli.capture.shard_writer import FISHER_PASSES, QUERY_OUTER_SUM, QUERY_SUM
 from sphkv_cli.capture.work_folder import DOCUMENT, WorkFolder
 from sphkv_cli.errors import ArtifactError
 from sphkv_cli.progress import Progress
@@ -30,11 +36,16 @@ def assemble(
     documents: tuple[DocumentInfo, ...],
     output_weight: npt.NDArray[np.float64],
     *,
+    fisher_tokens: int,
     provenance: Mapping[str, Any],
     force: bool,
     progress: Progress,
 ) -> None:
     """Write the artifact `output` from the shards in `work`.
+
+    Args:
+        output_weight: (n_layers, n_q_heads).
+        fisher_tokens: at most so many positions of a document went into its Fisher passes.
 
     Raises:
         ArtifactError: the output cannot be written, or a shard is damaged.
@@ -43,6 +54,8 @@ def assemble(
     total = np.zeros(shape)
     outer = np.zeros((*shape, info.head_dim))
     n_fit_tokens = 0
+    passes: list[npt.NDArray[np.float64]] = []
+    n_positions: list[int] = []
     progress.start("assembling the capture", len(documents), "documents")
     try:
         with create_artifact(output, "capture", inputs={}, provenance=provenance, force=force) as f:
@@ -55,6 +68,9 @@ def assemble(
                         n_fit_tokens += document.n_tokens
                         total += shard[QUERY_SUM][()]
                         outer += shard[QUERY_OUTER_SUM][()]
+                        if FISHER_PASSES in shard:
+                            passes.append(shard[FISHER_PASSES][()])
+                            n_positions.append(min(document.n_tokens, fisher_tokens))
                 progress.advance()
             write_statistics(
                 f,
@@ -62,6 +78,10 @@ def assemble(
                 query_second_moment=outer / n_fit_tokens,
                 output_weight=output_weight,
             )
+            if passes:
+                fisher = HeadFisher.of_passes(passes, n_positions)
+                n_passes = sum(len(each) for each in passes)
+                write_fisher(f, fisher.mean, fisher.standard_error, n_passes=n_passes)
     finally:
         progress.finish()
 

@@ -51,6 +51,9 @@ class CaptureOptions:
         store_dtype: how activations are stored.
         attention: what computes the model's attention while it is recorded.
         jsonl_field: the field of a JSON line that holds its text.
+        fisher: also measure how much the next token minds an error of each query head, on the
+            first `fisher_tokens` tokens of every fit document, by `fisher_samples` backward passes.
+        seed: of the sampled labels; nothing else is random.
     """
 
     model: str
@@ -65,6 +68,10 @@ class CaptureOptions:
     store_dtype: str = "bfloat16"
     attention: str = "auto"
     jsonl_field: str = "text"
+    fisher: bool = False
+    fisher_samples: int = 2
+    fisher_tokens: int = 2048
+    seed: int = 42
     load: LoadOptions = field(default_factory=LoadOptions)
     revision: str | None = None
     trust_remote_code: bool = False
@@ -79,6 +86,9 @@ class CaptureOptions:
         _at_least("--query-stride", self.query_stride, 1)
         _at_least("--query-tail", self.query_tail, 1)
         _at_least("--prefill-tokens", self.prefill_tokens, 16)
+        _at_least("--fisher-samples", self.fisher_samples, 1)
+        _at_least("--fisher-tokens", self.fisher_tokens, 16)
+        _at_least("--seed", self.seed, 0)
         if self.max_tokens is not None:
             # One document at least for each of fitting, selecting and judging.
             _at_least("--max-tokens", self.max_tokens, len(SPLITS) * self.document_tokens)

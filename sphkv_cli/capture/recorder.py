@@ -206,10 +206,16 @@ def _record_then(attention: str) -> Callable[..., Any]:
         recorder = _ACTIVE.get()
         if recorder is not None:
             recorder.hear(module, query, key, value, options)
-        compute = _sdpa() if attention == "sdpa" else _eager_of(module)
-        return compute(module, query, key, value, attention_mask, **options)
+        return attention_function(attention, module)(
+            module, query, key, value, attention_mask, **options
+        )
 
     return forward
+
+
+def attention_function(attention: str, module: Any) -> Callable[..., Any]:
+    """What computes "sdpa" or "eager" attention in `module`."""
+    return _sdpa() if attention == "sdpa" else _eager_of(module)
 
 
 def _sdpa() -> Callable[..., Any]:

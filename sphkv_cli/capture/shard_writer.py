@@ -24,6 +24,7 @@ from sphkv_cli.progress import Progress
 
 QUERY_SUM = "query_sum"
 QUERY_OUTER_SUM = "query_outer_sum"
+FISHER_PASSES = "fisher_passes"
 
 
 class ShardWriter:

@@ -197,7 +197,8 @@ class _Run:
                 self._info,
                 self._plan.documents,
                 weight,
-                provenance=collect_provenance(seed=None)
+                fisher_tokens=self._options.fisher_tokens,
+                provenance=collect_provenance(seed=self._options.seed if self._fisher else None)
                 | {"attention": self._plan.attention, "device": str(self._model.device)},
                 force=force,
                 progress=self._progress,
@@ -209,7 +210,7 @@ class _Run:
 
     def _capture_document(self, work: Any, document: PlannedDocument) -> None:
         from sphkv_cli.capture.recorder import AttentionRecorder, recording
-        from sphkv_cli.capture.shard_writer import ShardWriter
+        from sphkv_cli.capture.shard_writer import FISHER_PASSES, ShardWriter
 
         with work.new_shard(document.info.index) as file:
             writer = ShardWriter(file, self._info, self._geometry, document, self._progress)
@@ -221,6 +222,30 @@ class _Run:
                 _memory_errors(self._options),
             ):
                 self._prefill(document, recorder)
+            if self._fisher and document.info.split == "fit":
+                with _memory_errors(self._options):
+                    file[FISHER_PASSES] = self._fisher_passes(document)
+
+    def _fisher_passes(self, document: PlannedDocument) -> Any:
+        import torch
+
+        from sphkv_cli.capture.fisher import fisher_passes
+
+        # One stream of labels per document, so that a resumed run draws the same ones.
+        seed = self._options.seed * 1_000_003 + document.info.index
+        return fisher_passes(
+            self._model,
+            self._geometry,
+            self._modules,
+            document.token_ids[: self._options.fisher_tokens],
+            n_samples=self._options.fisher_samples,
+            attention=self._plan.attention,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    @property
+    def _fisher(self) -> bool:
+        return self._options.fisher
 
     def _prefill(self, document: PlannedDocument, recorder: Any) -> None:
         import torch
@@ -271,6 +296,13 @@ class _Run:
             "device": str(self._model.device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+        } | (self._fisher_parameters() if self._fisher else {})
+
+    def _fisher_parameters(self) -> dict[str, int]:
+        return {
+            "fisher_samples": self._options.fisher_samples,
+            "fisher_tokens": self._options.fisher_tokens,
+            "seed": self._options.seed,
         }
 
 

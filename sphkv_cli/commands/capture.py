@@ -65,6 +65,18 @@ def capture_command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    fisher: Annotated[
+        bool,
+        typer.Option(
+            "--fisher", help="Measure how much the next token minds an error of each query head."
+        ),
+    ] = False,
+    fisher_samples: Annotated[
+        int, typer.Option(help="Backward passes per fit document, each with sampled labels.")
+    ] = 2,
+    fisher_tokens: Annotated[
+        int, typer.Option(help="Of longer fit documents, this many tokens serve --fisher.")
+    ] = 2048,
     seed: Seed = 42,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the documents and bytes, write nothing.")
@@ -92,6 +104,7 @@ def capture_command(
             ("--max-tokens", max_tokens is not None),
             ("--pre-rope", pre_rope),
             ("--resume", resume),
+            ("--fisher", fisher),
         ):
             if is_given:
                 raise UsageError(f"{option} has no meaning with --synthetic", "leave it out")
@@ -128,6 +141,10 @@ def capture_command(
                 store_dtype=store_dtype,
                 attention=attention,
                 jsonl_field=jsonl_field,
+                fisher=fisher,
+                fisher_samples=fisher_samples,
+                fisher_tokens=fisher_tokens,
+                seed=seed,
                 load=LoadOptions(dtype=dtype, device=device, device_map=device_map),
                 revision=revision,
                 trust_remote_code=trust_remote_code,

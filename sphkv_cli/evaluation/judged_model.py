@@ -18,6 +18,7 @@ from sphkv_cli.evaluation.masked_attention import CodedRun, reading_coded
 from sphkv_cli.evaluation.protocol import ReadProtocol
 from sphkv_cli.models.digest import model_digest
 from sphkv_cli.models.geometry import ModelGeometry, inspect_model
+from sphkv_cli.models.head import language_head
 
 _CHECKED_TOKENS = 8
 
@@ -115,19 +116,4 @@ class JudgedModel:
 
 
 def _head_of(model: Any) -> Callable[[Tensor], Tensor]:
-    config = model.config.get_text_config(decoder=True)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    linear = model.get_output_embeddings()
-    if linear is None:
-        raise SphkvError(
-            f"{type(model).__name__} has no language-model head", "name a causal language model"
-        )
-
-    def head(hidden: Tensor) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = linear(hidden)
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-        return logits
-
-    return head
+    return torch.inference_mode()(language_head(model))
