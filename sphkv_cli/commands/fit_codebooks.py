@@ -27,6 +27,19 @@ def fit_codebooks_command(
             "it every code serves keys and values alike."
         ),
     ] = None,
+    target_rate: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Design instead: find the best codes of so many bits per coordinate, repeatable, "
+            "rank them by measured attention-output error, keep the best as tiers."
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Design at every rate of LOW:HIGH:STEP, as 2:4.5:0.25.")
+    ] = None,
+    native_only: Annotated[
+        bool, typer.Option("--native-only", help="Design with codes that the CUDA kernel reads.")
+    ] = False,
     rotation: Annotated[
         Literal["hadamard", "haar", "none"], typer.Option(help="Of keys, queries and values.")
     ] = "hadamard",
@@ -42,11 +55,12 @@ def fit_codebooks_command(
     json_output: JsonFlag = False,
 ) -> None:
     """Fit frames and Lloyd-Max codebooks per level, and measure candidate codes."""
-    from sphkv_cli.fit.options import FitOptions
+    from sphkv_cli.fit.options import FitOptions, parse_sweep
     from sphkv_cli.fit.stage import fit_codebooks
     from sphkv_cli.fit.view import view
     from sphkv_cli.render import Output, TerminalProgress
 
+    rates = (*(target_rate or ()), *(parse_sweep(sweep) if sweep else ()))
     options = FitOptions(
         codes=tuple(code or ()),
         tiers=tuple(tier or ()),
@@ -54,6 +68,8 @@ def fit_codebooks_command(
         centring=centring,
         density=density,
         seed=seed,
+        target_rates=tuple(sorted(dict.fromkeys(rates))),
+        native_only=native_only,
     )
     with TerminalProgress() as progress:
         result = fit_codebooks(options, capture, output, progress=progress, force=force)

@@ -26,6 +26,9 @@ from sphkv_cli.fit.angle_survey import (
 from sphkv_cli.fit.candidates import candidate_codes, candidate_tiers
 from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks
 from sphkv_cli.fit.code_measurement import LayerMeasurement, measure_layer
+from sphkv_cli.fit.design import design_codes
+from sphkv_cli.fit.design_rows import DesignTables
+from sphkv_cli.fit.design_view import read_design
 from sphkv_cli.fit.empirical_fit import LayerBooks, codes_of_heads, fit_layer_books, stack_books
 from sphkv_cli.fit.key_means import post_rope_key_means
 from sphkv_cli.fit.layer_pool import each_layer
@@ -43,6 +46,7 @@ from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.polar import Pairing
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.tier import TierFormat
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class FitResult:
     """What a fit made: the artifact, its tables, and sentences that say what they mean.
 
     tiers: names in order; n_vectors: keys (and as many values) measured per code;
-    page_sizes: those of `CodeRow.laid_out_rates`.
+    page_sizes: those of `CodeRow.laid_out_rates`; design: of a fit for target rates.
     """
 
     output: str
@@ -65,6 +69,7 @@ class FitResult:
     n_vectors: int
     elapsed_s: float
     reading: tuple[str, ...]
+    design: DesignTables | None = None
 
 
 def fit_codebooks(
@@ -87,9 +92,8 @@ def fit_codebooks(
     progress = progress or NullProgress()
     check_output(output, force=force)
     with CaptureReader(capture) as reader:
-        codes = candidate_codes(options, reader.head_dim)
-        tiers = candidate_tiers(options, codes)
         frames = _frames(options, reader, progress)
+        codes, tiers, design = _candidates(options, reader, frames, progress)
         survey, measured, empirical, books = _measure(options, reader, frames, codes, progress)
         tables = FitTables(
             codes=code_rows(codes, options.page_sizes, measured),
@@ -139,8 +143,23 @@ def fit_codebooks(
         reading=(
             *read_tables(tables, frames, measured.kept_key_energy, options.page_sizes),
             *read_tiers([code.name for code in codes], [tier.name for tier in tiers]),
+            *(read_design(design) if design else ()),
         ),
+        design=design,
     )
+
+
+def _candidates(
+    options: FitOptions, reader: CaptureReader, frames: FrameSet, progress: Progress
+) -> tuple[tuple[SphericalCode, ...], tuple[TierFormat, ...], DesignTables | None]:
+    """Codes and tiers: those named or the usual ones, or what the designer chooses."""
+    if not options.target_rates:
+        codes = candidate_codes(options, reader.head_dim)
+        return codes, candidate_tiers(options, codes), None
+    design = design_codes(
+        reader, frames, options.target_rates, progress, native_only=options.native_only
+    )
+    return design.codes, design.tiers, design.tables
 
 
 def _frames(options: FitOptions, reader: CaptureReader, progress: Progress) -> FrameSet:

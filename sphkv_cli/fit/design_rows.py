@@ -1,0 +1,112 @@
+"""The tables of the designer: D(R) by the formula, and the measured pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sphkv_cli.fit.code_spec import spec_text
+from sphkv_cli.fit.design_codes import native_designs
+from sphkv_codebooks.search import CodeDesign, SearchSpace, best_codes, gaussian_limit
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """The analytically best codes at one rate; NaN and "-" where there is none.
+
+    limit: 4^-rate; distortion, gap_db, spec: any number of cells; whole_bits_*: powers of two;
+    native_*: the codes that the CUDA kernel reads, at their own rate.
+    """
+
+    rate: float
+    limit: float
+    best: CodeDesign | None
+    whole_bits: CodeDesign | None
+    native: CodeDesign | None
+
+    @staticmethod
+    def spec(design: CodeDesign | None) -> str:
+        """As --code takes it."""
+        return "-" if design is None else spec_text(design.n_cells, design.radius)
+
+
+@dataclass(frozen=True)
+class DesignRow:
+    """One pair of codes at a rate that was asked for, measured on the `select` documents.
+
+    code_rate, laid_out_rate (pages of 32), predicted_distortion, gap_db: means of keys and values.
+    instructions: per coordinate decoded by the CUDA kernel, NaN where only the reference reads it.
+    output_error: mean over layers and heads of the squared relative attention-output error;
+    worst_output_error: relative, of the worst query head; logit_rms: of a scaled logit, nats.
+    """
+
+    target_rate: float
+    key_code: str
+    value_code: str
+    code_rate: float
+    laid_out_rate: float
+    has_kernel_layout: int
+    predicted_distortion: float
+    gap_db: float
+    instructions: float
+    output_error: float
+    logit_rms: float
+    worst_output_error: float
+    worst_layer: int
+    worst_head: int
+    is_vetoed: int
+    is_chosen: int
+
+    @property
+    def name(self) -> str:
+        """KEY/VALUE, or one name for both."""
+        if self.key_code == self.value_code:
+            return self.key_code
+        return f"{self.key_code}/{self.value_code}"
+
+    def marked(self, *, is_chosen: bool) -> "DesignRow":
+        """The same row, chosen or not."""
+        return replace(self, is_chosen=int(is_chosen))
+
+
+@dataclass(frozen=True)
+class DesignTables:
+    """What the designer prints.
+
+    frontier: D(R) around the rates; rows: every measured pair, by the rate asked for, then those
+    that lose a head last, then by error; protocol: what stays dense, in words.
+    """
+
+    frontier: tuple[FrontierRow, ...]
+    rows: tuple[DesignRow, ...]
+    protocol: str
+
+    def of_rate(self, rate: float) -> tuple[DesignRow, ...]:
+        """The rows of one rate, best first."""
+        return tuple(row for row in self.rows if row.target_rate == rate)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rates asked for."""
+        return tuple(dict.fromkeys(row.target_rate for row in self.rows))
+
+
+def frontier_rows(head_dim: int, rates: Sequence[float]) -> tuple[FrontierRow, ...]:
+    """At the rates asked for, and half a bit around a single one."""
+    if len(rates) == 1:
+        rates = [rates[0] + step for step in (-0.5, -0.25, 0.0, 0.25, 0.5)]
+    any_cells = SearchSpace(head_dim)
+    whole = SearchSpace(head_dim, cells="powers_of_two")
+    return tuple(
+        FrontierRow(
+            rate=rate,
+            limit=gaussian_limit(rate),
+            best=_first(best_codes(any_cells, rate, 1)),
+            whole_bits=_first(best_codes(whole, rate, 1)),
+            native=_first(native_designs(head_dim, rate)),
+        )
+        for rate in sorted(rates)
+        if rate > 0
+    )
+
+
+def _first(designs: Sequence[CodeDesign]) -> CodeDesign | None:
+    return designs[0] if designs else None
