@@ -9,7 +9,10 @@ from sphkv_cli.commands.registry import app
 
 __all__ = ["app", "run"]
 
-_COMMANDS = ("capture", "fit_codebooks", "allocate", "profile", "evaluate", "inspect", "doctor")
+_COMMANDS = (
+    *("capture", "fit_codebooks", "allocate", "profile", "evaluate", "study"),
+    *("inspect", "doctor"),
+)
 for _name in _COMMANDS:
     importlib.import_module(f"sphkv_cli.commands.{_name}")
 

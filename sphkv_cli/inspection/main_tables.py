@@ -146,6 +146,9 @@ def _report(path: Path) -> tuple[Block, ...]:
     content: Mapping[str, Any] = Report.open(path).content
     stage = str(content.get("stage", "profile"))
     body = content.get(stage.replace("evaluate", "evaluation"), content)
+    reading = tuple(Line(sentence) for sentence in body.get("reading", ()))
+    if "tables" in body:
+        return (*(Table(**table) for table in body["tables"]), *reading)
     rows = body.get("candidates") or body.get("rows") or []
     columns = [key for key in _REPORT_COLUMNS if rows and all(key in row for row in rows)]
     table = Table(
@@ -153,7 +156,7 @@ def _report(path: Path) -> tuple[Block, ...]:
         ("name", *(key.replace("_", " ") for key in columns)),
         [(row["name"], *(_number(row[key]) for key in columns)) for row in rows],
     )
-    return (table, *(Line(sentence) for sentence in body.get("reading", ())))
+    return (table, *reading)
 
 
 def _number(value: object) -> object:

@@ -1,0 +1,106 @@
+"""Figures drawn by matplotlib, which is imported only here and only when something is drawn."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+from sphkv_cli.errors import EnvironmentUnable
+from sphkv_cli.plots.figures import Figure, GridPanel, PlotPanel
+
+ImageFormat = Literal["png", "svg"]
+
+_PANEL_INCHES = (5.2, 3.7)
+_MOST_INSIDE = 6
+_STYLES = {
+    "line": {"linestyle": "-"},
+    "points": {"linestyle": "", "marker": "o", "markersize": 4},
+    "both": {"linestyle": "-", "marker": "o", "markersize": 4},
+    "steps": {"drawstyle": "steps-post"},
+    "dashed": {"linestyle": "--"},
+}
+
+
+def require_matplotlib(wanted_by: str) -> None:
+    """Refuse early what `draw` could not do.
+
+    Raises:
+        EnvironmentUnable: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EnvironmentUnable(
+            f"{wanted_by} draws its figures with matplotlib, which is missing",
+            "pip install 'sphkv[plot]', or leave --output out",
+        )
+
+
+def draw(figure: Figure, path: Path, image_format: ImageFormat = "png") -> None:
+    """Write `figure` to `path`; raises OSError where it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    n_columns = min(figure.n_columns, len(figure.panels))
+    width, height = _PANEL_INCHES
+    canvas = Canvas(figsize=(width * n_columns, height * figure.n_rows), layout="constrained")
+    axes = canvas.subplots(figure.n_rows, n_columns, squeeze=False).flat
+    for panel in figure.panels:
+        ax = next(axes)
+        if isinstance(panel, GridPanel):
+            _draw_grid(canvas, ax, panel)
+        else:
+            _draw_series(ax, panel)
+    for unused in axes:
+        unused.set_axis_off()
+    if image_format == "png":
+        FigureCanvasAgg(canvas).print_png(path, metadata={"Software": None})
+    else:
+        FigureCanvasSVG(canvas).print_svg(path, metadata={"Date": None})
+
+
+def _draw_series(ax: Any, panel: PlotPanel) -> None:
+    for index, series in enumerate(panel.series):
+        ax.plot(
+            series.x,
+            series.y,
+            label=series.label,
+            color=_color(index, len(panel.series)),
+            linewidth=2.6 if series.emphasis else 1.3,
+            zorder=4 if series.style == "points" else 3 if series.emphasis else 2,
+            **_STYLES[series.style],
+        )
+    _label(ax, panel)
+    ax.set_xscale(panel.x_scale)
+    ax.set_yscale(panel.y_scale)
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    if len(panel.series) > _MOST_INSIDE:  # many names would hide what they name
+        ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    elif any(series.label for series in panel.series):
+        ax.legend(fontsize="x-small", framealpha=0.8)
+
+
+def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    values = np.ma.masked_invalid(np.asarray(panel.values, dtype=np.float64))
+    norm = None
+    if panel.color_scale == "log":
+        values = np.ma.masked_less_equal(values, 0.0)
+        norm = LogNorm()
+    image = ax.imshow(values, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
+    _label(ax, panel)
+    canvas.colorbar(image, ax=ax, label=panel.color_label)
+
+
+def _label(ax: Any, panel: PlotPanel | GridPanel) -> None:
+    ax.set_title(panel.title, fontsize="medium")
+    ax.set_xlabel(panel.x_label)
+    ax.set_ylabel(panel.y_label)
+
+
+def _color(index: int, n_series: int) -> Any:
+    import matplotlib
+
+    map_name = "tab10" if n_series <= 10 else "tab20"
+    colors = matplotlib.colormaps[map_name]
+    return colors(index % colors.N)

@@ -1,0 +1,1 @@
+"""Studies: the questions behind the codes, each one command with tables, figures, a reading."""

@@ -1,0 +1,60 @@
+"""The studies there are. A study is a module with one public function `run(inputs)`.
+
+To add one: write `sphkv_cli/study/<module>.py` with `def run(inputs: StudyInputs) -> StudyResult`
+and a line below. Modules are imported only when their study runs.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sphkv_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sphkv_cli.study.inputs import StudyInputs
+    from sphkv_cli.study.result import StudyResult
+
+Need = Literal["capture", "model"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """name: as typed; question: one line; needs: what must be given; module: with `run(inputs)`."""
+
+    name: str
+    question: str
+    needs: tuple[Need, ...]
+    module: str
+
+    def run(self, inputs: "StudyInputs") -> "StudyResult":
+        """Import the module and run it."""
+        module = importlib.import_module(self.module)
+        found: StudyResult = module.run(inputs)
+        return found
+
+
+STUDIES: tuple[Study, ...] = (
+    Study("depth", "How deep should the polar recursion go?", (), "sphkv_cli.study.depth"),
+)
+
+
+def studies_named(names: Sequence[str], *, every: bool) -> tuple[Study, ...]:
+    """The studies to run, in the order of `STUDIES`.
+
+    Raises:
+        UsageError: an unknown name, names beside --all, or nothing asked for.
+    """
+    known = {study.name: study for study in STUDIES}
+    if every:
+        if names:
+            raise UsageError("--all runs every study", "leave the names out")
+        return STUDIES
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no study is called {name!r}", f"choose among {', '.join(known)}")
+    if not names:
+        raise UsageError(
+            "no study was named", f"name one or more of {', '.join(known)}, or pass --all"
+        )
+    return tuple(study for study in STUDIES if study.name in names)
