@@ -22,6 +22,7 @@ from torch import Tensor
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel
 from sphkv_kernels.plan import DecodePlan, make_plan
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import DecodeResult, LogitResult
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant
@@ -48,11 +49,16 @@ class AttentionPlan:
     partial_state: Tensor
     arrivals: Tensor
     handle: int
-    kernels: dict[tuple[bool, bool, bool], LoadedKernel] = field(default_factory=dict)
+    kernels: dict[tuple[bool, bool, bool, int], LoadedKernel] = field(default_factory=dict)
 
-    def kernel(self, *, logits: bool, window: bool, softcap: bool) -> LoadedKernel:
+    def kernel(
+        self, *, logits: bool, window: bool, softcap: bool, n_position_pairs: int = 0
+    ) -> LoadedKernel:
         """The kernel of one mode, compiled at its first use."""
-        mode = (logits, window, softcap)
+        groups = -(-n_position_pairs // 4)
+        # Few distinct kernels: groups rounded up to a power of two (a group of zeros adds zero).
+        groups = 1 << (groups - 1).bit_length() if groups else 0
+        mode = (logits, window, softcap, groups)
         if mode not in self.kernels:
             tiers = tuple(self.cache.tiers[index] for index in self.work.used_tiers)
             variant = Variant(
@@ -64,6 +70,8 @@ class AttentionPlan:
                 softcap=softcap,
                 n_warps=self.n_warps,
                 small_pages=self.cache.page_size == 16,
+                position_groups=groups,
+                position_bytes=_position_bytes(self.cache) if groups or window else 4,
             )
             self.kernels[mode] = load_kernel(variant, self.cache.device)
         return self.kernels[mode]
@@ -125,6 +133,7 @@ def ada_decode(
     logit_softcap: float = 0.0,
     window: int = 0,
     query_positions: Tensor | None = None,
+    position_term: PositionTerm | None = None,
     plan: AttentionPlan | None = None,
 ) -> DecodeResult:
     """One decode step; arguments and result as `ada_decode_reference`, on the GPU and in float32.
@@ -132,12 +141,15 @@ def ada_decode(
     query: ``(n_sequences, n_q_heads, head_dim)`` float32, bfloat16 or float16, contiguous, in the
     frame, on the cache's device. plan: from `plan(cache, group_size)`; without one a plan is made
     for this call alone (a copy of the page table to the host, a millisecond or more), which a CUDA
-    graph cannot capture. Raises PageError before the launch where an argument does not fit.
+    graph cannot capture. position_term: float32, on the cache's device, coefficients times
+    softmax_scale log2 e within fp16's range; it errs by about 10^-6 of its coefficients at any
+    position below 2^31. Raises PageError before the launch where an argument does not fit.
     """
     plan = _checked_plan(query, cache, plan)
     output, log_sum_exp = torch.ops.sphkv.ada_decode(
-        query, plan.handle, softmax_scale, logit_offset, logit_softcap, window, query_positions
-    )
+        query, plan.handle, softmax_scale, logit_offset, logit_softcap, window, query_positions,
+        *_term_tensors(position_term),
+    )  # fmt: skip
     return DecodeResult(output, log_sum_exp)
 
 
@@ -148,13 +160,14 @@ def ada_logits(
     logit_offset: Tensor | None = None,
     window: int = 0,
     query_positions: Tensor | None = None,
+    position_term: PositionTerm | None = None,
     plan: AttentionPlan | None = None,
 ) -> LogitResult:
     """The logits that `ada_decode` works with, by the same decode path; as
     `ada_logits_reference`, in float32."""
     plan = _checked_plan(query, cache, plan)
     pages, tail = torch.ops.sphkv.ada_logits(
-        query, plan.handle, logit_offset, window, query_positions
+        query, plan.handle, logit_offset, window, query_positions, *_term_tensors(position_term)
     )
     return LogitResult(pages, tail if cache.tail_keys is not None else None)
 
@@ -197,6 +210,14 @@ def _default_warps(head_dim: int, group_tiles: int) -> int:
     return 12 if head_dim <= 128 and group_tiles == 1 else 8
 
 
+def _position_bytes(cache: PagedCache) -> int:
+    return 4 if cache.positions is None else cache.positions.element_size()
+
+
+def _term_tensors(term: PositionTerm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if term is None else (term.coefficients, term.frequencies)
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -208,6 +229,8 @@ def launch_params(
     logit_offset: Tensor | None,
     window: int,
     query_positions: Tensor | None,
+    coefficients: Tensor | None = None,
+    frequencies: Tensor | None = None,
 ) -> KernelParams:
     """The struct of a launch, checked; results are filled in by the caller."""
     cache, work = plan.cache, plan.work
@@ -223,6 +246,8 @@ def launch_params(
             raise PageError("a sliding window over a tail needs tail_positions")
         shape = (cache.n_sequences,)
         _check_optional("query_positions", query_positions, shape, torch.int32, query.device)
+    if coefficients is not None and frequencies is not None:
+        _check_position_term(query, cache, coefficients, frequencies)
     params = KernelParams()
     params.pool = _address(cache.pool)
     params.records = _address(work.records)
@@ -238,6 +263,9 @@ def launch_params(
     params.positions = _address(cache.positions)
     params.tail_positions = _address(cache.tail_positions)
     params.query_positions = _address(query_positions)
+    params.position_coefficients = _address(coefficients)
+    params.position_frequencies = _address(frequencies)
+    params.n_position_pairs = _n_pairs(frequencies)
     params.partial_output = _address(plan.partial_output)
     params.partial_state = _address(plan.partial_state)
     params.arrivals = _address(plan.arrivals)
@@ -248,6 +276,24 @@ def launch_params(
     params.query_type = _QUERY_TYPES[query.dtype]
     params.window = window
     return params
+
+
+def _n_pairs(frequencies: Tensor | None) -> int:
+    return 0 if frequencies is None else frequencies.shape[-1]
+
+
+def _check_position_term(
+    query: Tensor, cache: PagedCache, coefficients: Tensor, frequencies: Tensor
+) -> None:
+    n_pairs = _n_pairs(frequencies)
+    shape = (*query.shape[:2], 2, n_pairs)
+    of_heads = (cache.n_kv_heads, n_pairs)
+    _check_optional("position_term.coefficients", coefficients, shape, torch.float32, query.device)
+    _check_optional("position_term.frequencies", frequencies, of_heads, torch.float32, query.device)
+    if cache.positions is None:
+        raise PageError("a position term needs a cache built with positions")
+    if cache.tail_keys is not None and cache.tail_positions is None:
+        raise PageError("a position term over a tail needs tail_positions")
 
 
 def _check_optional(
@@ -284,13 +330,23 @@ def _ada_decode_op(
     logit_softcap: float,
     window: int,
     query_positions: Tensor | None,
+    position_coefficients: Tensor | None,
+    position_frequencies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     plan = _plan_of(handle)
     if logit_softcap < 0.0:
         raise PageError(f"logit_softcap {logit_softcap}: 0 for none, else positive")
-    kernel = plan.kernel(logits=False, window=window > 0, softcap=logit_softcap > 0.0)
+    kernel = plan.kernel(
+        logits=False,
+        window=window > 0,
+        softcap=logit_softcap > 0.0,
+        n_position_pairs=_n_pairs(position_frequencies),
+    )
     offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
-    params = launch_params(query, plan, kernel, offset, window, query_positions)
+    params = launch_params(
+        query, plan, kernel, offset, window, query_positions,
+        position_coefficients, position_frequencies,
+    )  # fmt: skip
     output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     params.output = _address(output)
@@ -312,6 +368,8 @@ def _(
     logit_softcap: float,
     window: int,
     query_positions: Tensor | None,
+    position_coefficients: Tensor | None,
+    position_frequencies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape, dtype=torch.float32), query.new_empty(
         query.shape[:2], dtype=torch.float32
@@ -325,12 +383,22 @@ def _ada_logits_op(
     logit_offset: Tensor | None,
     window: int,
     query_positions: Tensor | None,
+    position_coefficients: Tensor | None,
+    position_frequencies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     plan = _plan_of(handle)
     cache = plan.cache
-    kernel = plan.kernel(logits=True, window=window > 0, softcap=False)
+    kernel = plan.kernel(
+        logits=True,
+        window=window > 0,
+        softcap=False,
+        n_position_pairs=_n_pairs(position_frequencies),
+    )
     offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
-    params = launch_params(query, plan, kernel, offset, window, query_positions)
+    params = launch_params(
+        query, plan, kernel, offset, window, query_positions,
+        position_coefficients, position_frequencies,
+    )  # fmt: skip
     # Dead pages are not in the plan: what no thread writes is -inf.
     pages = query.new_full(
         (cache.page_table.n_entries, plan.group_size, cache.page_size),
@@ -353,6 +421,8 @@ def _(
     logit_offset: Tensor | None,
     window: int,
     query_positions: Tensor | None,
+    position_coefficients: Tensor | None,
+    position_frequencies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     plan = _plan_of(handle)
     cache = plan.cache

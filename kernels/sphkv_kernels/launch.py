@@ -20,11 +20,13 @@ from sphkv_kernels.variant import KernelSource, Variant, kernel_source
 _POINTERS = (
     "pool", "records", "entries", "heads", "segments", "tables", "query", "offset",
     "tail_keys", "tail_values", "tail_tokens", "positions", "tail_positions", "query_positions",
+    "position_coefficients", "position_frequencies",
     "output", "log_sum_exp", "logits", "tail_logits", "partial_output", "partial_state", "arrivals",
 )  # fmt: skip
 _FLOATS = ("scale_log2", "softcap_log2", "softcap_inverse")
 _INTS = (
     "n_kv_heads", "group_size", "page_units_log2", "tail_capacity", "query_type", "window",
+    "n_position_pairs",
 )  # fmt: skip
 
 
@@ -89,6 +91,7 @@ class _VariantKey:
             tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
             variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
             variant.small_pages, variant.prefetch, variant.reconstruct,
+            variant.position_groups, variant.position_bytes,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:

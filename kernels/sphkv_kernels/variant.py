@@ -20,9 +20,12 @@ from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 
 CUDA_FOLDER = Path(__file__).parent / "cuda"
 COMMON_SOURCES = ("intrinsics.cuh", "params.cuh", "formats.cuh", "tables.cuh", "attend.cuh")
+DECODE_SOURCES = ("position.cuh", "run.cuh", "{dispatch}", "decode.cu")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory of a block by compute capability (CUDA programming guide)."""
+MAX_POSITION_GROUPS = 32
+POSITION_FRAGMENT_BYTES = 16
 ROW_BYTES = 256
 WEIGHT_PARTS = 64
 
@@ -46,7 +49,8 @@ class Variant:
     tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the
     products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, two
     tiles ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
-    only).
+    only); position_groups: groups of four RoPE pairs of a position term, 0 without one;
+    position_bytes: of one stored position, 4 or 2.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -61,12 +65,19 @@ class Variant:
     small_pages: bool = False
     prefetch: bool = True
     reconstruct: bool = False
+    position_groups: int = 0
+    position_bytes: int = 4
 
     def __post_init__(self) -> None:
         if self.head_dim not in SUPPORTED_HEAD_DIMS:
             raise PageError(f"head_dim {self.head_dim}: the CUDA kernel has {SUPPORTED_HEAD_DIMS}")
         if self.group_tiles not in (1, 2):
             raise PageError("the CUDA kernel serves groups of 1 to 16 query heads per KV head")
+        if not 0 <= self.position_groups <= MAX_POSITION_GROUPS:
+            raise PageError(
+                f"a position term of {4 * self.position_groups} RoPE pairs: the CUDA kernel serves "
+                f"at most {4 * MAX_POSITION_GROUPS}"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,10 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     limit = SHARED_BYTES[capability]
     for replicas in (16, 8, 4, 2):
         space, cases = _place_tiers(variant, replicas)
-        scratch = -(-space.n_bytes // 128) * 128
+        position = -(-space.n_bytes // 128) * 128
+        scratch = position + (
+            variant.position_groups * variant.group_tiles * 32 * POSITION_FRAGMENT_BYTES
+        )
         room = (limit - scratch - fixed) // (fragments * 16)
         n_buffers = min(variant.n_warps, room)
         if n_buffers >= 1 and (n_buffers >= 4 or replicas == 2):
@@ -141,16 +155,17 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     registers_first = sum(t.shape[0] for t in space.tables)
     rows = np.concatenate([*space.tables, np.stack([*space.registers, np.zeros(4, np.float16)])])
     name = "ada_logits" if variant.logits else "ada_decode"
-    sources = ["run.cuh", "{dispatch}", "decode.cu"]
+    sources = DECODE_SOURCES
     if variant.reconstruct:
-        name, sources = "reconstruct", ["reconstruct.cuh", "{dispatch}", "reconstruct.cu"]
+        name, sources = "reconstruct", ("reconstruct.cuh", "{dispatch}", "reconstruct.cu")
     texts = [
         _dispatch(cases, registers_first, variant.reconstruct)
         if source == "{dispatch}"
         else (CUDA_FOLDER / source).read_text()
         for source in (*COMMON_SOURCES, *sources)
     ]
-    preamble = _preamble(variant, capability, replicas, space, scratch, n_buffers, name)
+    offsets = {"POSITION_OFFSET": position, "SCRATCH_OFFSET": scratch, "N_BUFFERS": n_buffers}
+    preamble = _preamble(variant, capability, replicas, space, offsets, name)
     text = "\n".join([preamble, *texts])
     is_decode = not variant.logits and not variant.reconstruct
     shared = scratch + (scratch_bytes + fixed if is_decode else 0)
@@ -206,8 +221,7 @@ def _preamble(
     capability: int,
     replicas: int,
     space: _TableSpace,
-    scratch: int,
-    n_buffers: int,
+    offsets: dict[str, int],
     name: str,
 ) -> str:
     def has_norm(tier: TierFormat) -> bool:
@@ -236,8 +250,9 @@ def _preamble(
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": sum(t.shape[0] for t in space.tables),
         "WEIGHT_PARTS": WEIGHT_PARTS,
-        "SCRATCH_OFFSET": scratch,
-        "N_BUFFERS": n_buffers,
+        "POSITION_GROUPS": variant.position_groups,
+        "POSITION_BYTES": variant.position_bytes,
+        **offsets,
         "KERNEL_NAME": name,
     }
 

@@ -103,6 +103,7 @@ class CudaDecoder:
         query = inputs.queries.to("cuda", torch.float32).contiguous()
         offset = inputs.logit_offset.to("cuda", torch.float32).contiguous()
         positions = inputs.positions.to("cuda", torch.int32).contiguous()
+        term = None if inputs.position_term is None else inputs.position_term.to("cuda")
         try:
             steps = plan(on_gpu, inputs.group_size)
             logits = ada_logits(
@@ -111,6 +112,7 @@ class CudaDecoder:
                 logit_offset=offset,
                 window=inputs.window,
                 query_positions=positions,
+                position_term=term,
                 plan=steps,
             )
             result = ada_decode(
@@ -121,6 +123,7 @@ class CudaDecoder:
                 logit_softcap=inputs.logit_softcap,
                 window=inputs.window,
                 query_positions=positions,
+                position_term=term,
                 plan=steps,
             )
         except PageError as error:

@@ -42,6 +42,9 @@ struct Tile {
   float key_factor[UNITS][2];         // per token: norm * factor (1 without a norm)
   float value_factor[UNITS][2];
   u32 transposed[UNITS][GROUP_TILES][2];  // p of head g, tokens 8 j + 2t, 8 j + 2t + 1
+#if POSITION_GROUPS
+  float term[UNITS][GROUP_TILES][4];  // position terms, in the units of the scaled scores
+#endif
 };
 
 static __device__ __forceinline__ void clear_scores(float (&s)[GROUP_TILES][4]) {
@@ -156,11 +159,17 @@ static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, bo
     for (int n = 0; n < GROUP_TILES; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+#if POSITION_GROUPS
+        const float term = tile.term[u][n][j];
+#else
+        const float term = 0.f;
+#endif
 #if SOFTCAP
         const float logit = KEY_NORM ? tile.s[u][n][j] * tile.key_factor[u][j / 2] : tile.s[u][n][j];
-        tile.s[u][n][j] = capped((logit + offset[n][j % 2]) * p.scale_log2, p);
+        tile.s[u][n][j] = capped((logit + offset[n][j % 2] + term) * p.scale_log2, p);
 #else
         tile.s[u][n][j] *= KEY_NORM ? tile.key_factor[u][j / 2] : p.scale_log2;
+        if (POSITION_GROUPS) tile.s[u][n][j] += term;
 #endif
         if (partial && !alive[u][j / 2]) tile.s[u][n][j] = -__int_as_float(0x7f800000);
         excess = fmaxf(excess, tile.s[u][n][j] - state.m[n][j % 2]);

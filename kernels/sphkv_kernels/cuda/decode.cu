@@ -243,6 +243,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   reset(state);
   convert_query(state, query, p, lane);
   load_offset(offset, p, segment.row, lane);
+#if POSITION_GROUPS
+  store_position_fragments(p, segment.row);
+#endif
   __syncthreads();
   int next = rest.x;
 #pragma unroll 1
@@ -263,6 +266,11 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
       load_query(later, p, segment.row, lane);
       convert_query(state, later, p, lane);
       load_offset(offset, p, segment.row, lane);
+#if POSITION_GROUPS
+      __syncthreads();  // in logit mode, warps may still be in the row before
+      store_position_fragments(p, segment.row);
+      __syncthreads();
+#endif
     }
   }
 }

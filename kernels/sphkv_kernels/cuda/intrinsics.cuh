@@ -66,6 +66,12 @@ static __device__ __forceinline__ void mma_16x8x16(float (&c)[4], u32 a0, u32 a1
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+static __device__ __forceinline__ void mma_16x8x8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+}
+
 // Streamed once: not kept in L1.
 static __device__ __forceinline__ uint4 load_stream16(const u8* p) {
   uint4 v;

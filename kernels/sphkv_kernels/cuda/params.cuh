@@ -12,9 +12,11 @@ struct Params {
   const u8* tail_keys;      // (n_sequences, n_kv_heads, tail_capacity, head_dim) bf16 or null
   const u8* tail_values;
   const int* tail_tokens;   // (n_sequences)
-  const int* positions;     // (n_entries, page_size) or null
+  const u8* positions;      // (n_entries, page_size) of POSITION_BYTES each, or null
   const int* tail_positions;
   const int* query_positions;
+  const float* position_coefficients;  // (n_sequences, n_q_heads, 2, n_position_pairs) or null
+  const float* position_frequencies;   // (n_kv_heads, n_position_pairs) radians per token
   float* output;            // (n_sequences, n_q_heads, head_dim)
   float* log_sum_exp;       // (n_sequences, n_q_heads)
   float* logits;            // (n_entries, group_size, page_size)
@@ -31,6 +33,7 @@ struct Params {
   int tail_capacity;
   int query_type;           // 0 float32, 1 bfloat16, 2 float16
   int window;
+  int n_position_pairs;
 };
 
 // One segment: pages of one tier of one (sequence, KV head), worked on by one block.

@@ -71,7 +71,7 @@ static __device__ __forceinline__ void find_alive(bool (&alive)[2], int live, co
     if (alive[r]) {
       const int sequence = row / p.n_kv_heads;
       const int position = entry < 0 ? p.tail_positions[sequence] + first_token + token
-                                     : p.positions[(u64(entry) << (4 + p.page_units_log2)) + first_token + token];
+                                     : int(page_position(p, entry, first_token + token));
       alive[r] = p.query_positions[sequence] - position < p.window;
     }
 #endif
@@ -81,7 +81,8 @@ static __device__ __forceinline__ void find_alive(bool (&alive)[2], int live, co
 #if LOGITS
 // Writes q.khat + offset of one unit; dead rows -inf.
 static __device__ __forceinline__ void write_logits(const float (&s)[GROUP_TILES][4],
-                                                    const float (&factor)[2], const bool (&alive)[2],
+                                                    const float (&factor)[2], const float* term,
+                                                    const bool (&alive)[2],
                                                     float* rows, int stride, int limit,
                                                     const float (&offset)[GROUP_TILES][2],
                                                     const Params& p, const Lane& lane) {
@@ -92,7 +93,8 @@ static __device__ __forceinline__ void write_logits(const float (&s)[GROUP_TILES
       const int head = n * 8 + 2 * int(lane.t) + j % 2, token = int(lane.g) + 8 * (j / 2);
       if (head < p.group_size && token < limit)
         rows[u64(head) * stride + token] =
-            alive[j / 2] ? s[n][j] * factor[j / 2] + offset[n][j % 2] : -__int_as_float(0x7f800000);
+            alive[j / 2] ? s[n][j] * factor[j / 2] + offset[n][j % 2] + (POSITION_GROUPS ? term[4 * n + j] : 0.f)
+                         : -__int_as_float(0x7f800000);
     }
 }
 #endif
@@ -151,14 +153,39 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   };
 #endif
 
+  // Positions arrive with the keys; their page's entry, which says where they are, with its record.
+  struct Entries { int of[TILE_PAGES]; };
+  auto entries_of = [&](int tile) {
+    Entries found;
+#if POSITION_GROUPS
+#pragma unroll
+    for (int u = 0; u < TILE_PAGES; ++u)
+      found.of[u] = __ldg(p.entries + segment.first_page + (min(TILE_UNITS * tile + u, n_units - 1) >> shift));
+#endif
+    return found;
+  };
+#if POSITION_GROUPS
+  u32 positions[TILE_UNITS][2];
+  auto load_tile_positions = [&](int tile, const Entries& found) {
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u)
+      load_positions(positions[u], p, found.of[SMALL_PAGES ? u : 0],
+                     16 * ((TILE_UNITS * tile + u) & mask), lane);
+  };
+#endif
+
   int tile = int(warp);
   if (tile >= n_tiles) return;
   Place place = place_of(tile, records_of(tile));
+#if POSITION_GROUPS
+  load_tile_positions(tile, entries_of(tile));
+#endif
   typename K::Raw key[TILE_UNITS];
 #pragma unroll
   for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
   int next = tile + N_WARPS;
   Records ahead = records_of(min(next, n_tiles - 1));
+  Entries entries_ahead = entries_of(min(next, n_tiles - 1));
 
   while (true) {
     const bool more = next < n_tiles;
@@ -168,6 +195,10 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #pragma unroll
       for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
       ahead = records_of(min(next + N_WARPS, n_tiles - 1));
+#if POSITION_GROUPS
+      load_tile_positions(next, entries_ahead);
+      entries_ahead = entries_of(min(next + N_WARPS, n_tiles - 1));
+#endif
     };
 #if !LOGITS
     // The values of this tile arrive while its keys are decoded; the keys of the next tile, asked for
@@ -195,6 +226,10 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
         scores.key_factor[u][0] = scores.key_factor[u][1] = 1.f;
       }
     }
+#if POSITION_GROUPS
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u) position_terms(scores.term[u], positions[u], lane);
+#endif
     const Place here = place;
     bool partial = WINDOW || LOGITS;
 #pragma unroll
@@ -211,7 +246,12 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #if LOGITS
         if (TILE_UNITS * tile + u < n_units) {
           const int page_size = 16 << shift;
-          write_logits(scores.s[u], scores.key_factor[u], alive[u],
+#if POSITION_GROUPS
+          const float* term = scores.term[u][0];
+#else
+          const float* term = nullptr;
+#endif
+          write_logits(scores.s[u], scores.key_factor[u], term, alive[u],
                        p.logits + u64(entry) * p.group_size * page_size + 16 * inside, page_size, 16,
                        offset, p, lane);
         }
@@ -330,8 +370,20 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
   }
   bool alive[1][2];
   find_alive(alive[0], live, p, row, entry, first_token, lane);
+  const float* term = nullptr;
+#if POSITION_GROUPS
+  u32 position[2];
+  if (entry >= 0) {
+    load_positions(position, p, entry, first_token, lane);
+  } else {
+    position[0] = u32(p.tail_positions[row / p.n_kv_heads] + first_token + int(lane.g));
+    position[1] = position[0] + 8;
+  }
+  position_terms(scores.term[0], position, lane);
+  term = scores.term[0][0];
+#endif
 #if LOGITS
-  write_logits(scores.s[0], scores.key_factor[0], alive[0], logit_rows, logit_stride, logit_limit,
+  write_logits(scores.s[0], scores.key_factor[0], term, alive[0], logit_rows, logit_stride, logit_limit,
                offset, p, lane);
 #else
   scores.value_factor[0][0] = scores.value_factor[0][1] = 1.f;
@@ -376,7 +428,7 @@ static __device__ __forceinline__ void run_row_pages(State& state, const Segment
     const int live = int(record.y) - 16 * inside;
     if (live <= 0 && !LOGITS) continue;
     const u8* key = p.pool + u64(record.x) * 16 + inside * F::UNIT_BYTES;
-    const int entry = WINDOW || LOGITS ? p.entries[page] : 0, page_size = 16 << shift;
+    const int entry = WINDOW || LOGITS || POSITION_GROUPS ? p.entries[page] : 0, page_size = 16 << shift;
     float* rows = LOGITS ? p.logits + u64(entry) * p.group_size * page_size + 16 * inside : nullptr;
     run_rows<F>(state, key, key + (F::UNIT_BYTES << shift), live, segment.row, entry, 16 * inside, p,
                 lane, rows, page_size, 16, offset);

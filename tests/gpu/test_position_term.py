@@ -1,0 +1,117 @@
+"""Centring before RoPE on the GPU: the term of every token's position, whatever its tier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.decode import ada_decode, ada_logits, plan
+from sphkv_kernels.position_term import PositionTerm
+from sphkv_kernels.reference import ada_decode_reference, ada_logits_reference
+from sphkv_kernels.tier import PageError
+from tests.gpu.cases import errors, needs_cuda, ragged_cache, random_query, tier_set, with_tail
+
+pytestmark = [pytest.mark.gpu, needs_cuda]
+
+
+def random_term(cache: PagedCache, group_size: int, n_pairs: int, scale: float) -> PositionTerm:
+    """Coefficients of `scale` and RoPE-like frequencies 1, ..., 10^-4 in another order per head."""
+    generator = torch.Generator().manual_seed(n_pairs)
+    shape = (cache.n_sequences, cache.n_kv_heads * group_size, 2, n_pairs)
+    exponents = torch.rand((cache.n_kv_heads, n_pairs), generator=generator)
+    coefficients = scale * torch.randn(shape, generator=generator)
+    return PositionTerm(coefficients, 10.0 ** (-4 * exponents))
+
+
+def moved(cache: PagedCache, first: int) -> PagedCache:
+    """The same cache `first` positions later, stored as int32."""
+    assert cache.positions is not None
+    return replace(cache, positions=cache.positions.to(torch.int32) + first)
+
+
+def check(cache: PagedCache, group_size: int, term: PositionTerm, **options: object) -> None:
+    query = random_query(cache, group_size, seed=3)
+    scale = cache.head_dim**-0.5
+    on_gpu = cache.to("cuda")
+    steps = plan(on_gpu, group_size)
+    there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = ada_decode_reference(query, cache, scale, position_term=term, **options)  # type: ignore[arg-type]
+    got = ada_decode(
+        query.cuda(), on_gpu, scale, position_term=term.to("cuda"), plan=steps,
+        **there,  # type: ignore[arg-type]
+    )  # fmt: skip
+    output_error, lse_error = errors(got, want)
+    assert output_error <= 2e-3
+    logits = ada_logits_reference(query, cache, position_term=term)
+    live = torch.isfinite(logits.pages)
+    assert lse_error <= 1e-3 * max(1.0, float(logits.pages[live].abs().max()) / 10)
+    result = ada_logits(query.cuda(), on_gpu, position_term=term.to("cuda"), plan=steps)
+    error = (result.pages.cpu().double() - logits.pages)[live]
+    assert error.square().mean().sqrt() <= 1e-3 * logits.pages[live].square().mean().sqrt()
+    assert torch.equal(torch.isneginf(result.pages.cpu()), torch.isneginf(logits.pages))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("n_pairs", [1, 4, 5, 13])
+def test_term_equals_reference(head_dim: int, n_pairs: int) -> None:
+    cache = ragged_cache(tier_set(head_dim, 2, 3, 7), seed=n_pairs)
+    assert cache.positions is not None and cache.positions.dtype == torch.uint16
+    check(cache, 4, random_term(cache, 4, n_pairs, 10.0))
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("group_size", [1, 12])
+def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int) -> None:
+    tiers = tier_set(128, 0, 1, 5, 8)
+    cache = ragged_cache(tiers, page_size=page_size, drop_fraction=0.2)
+    cache = with_tail(cache, (0, 1, 15, 16, 17, 40, 33), capacity=41, seed=5)
+    check(cache, group_size, random_term(cache, group_size, 6, 10.0))
+
+
+def test_far_positions_are_as_exact_as_near_ones() -> None:
+    cache = moved(ragged_cache(tier_set(128, 3)), 1_000_000)
+    term = random_term(cache, 4, 4, 1.0)
+    # A coefficient of 1000 on pair 0 and a key of almost nothing: an error of phase would show.
+    coefficients = term.coefficients * 0
+    coefficients[..., 0] = 100.0
+    frequencies = term.frequencies.clone()
+    frequencies[:, 0] = 0.999
+    check(cache, 4, PositionTerm(coefficients, frequencies))
+
+
+def test_term_works_with_softcap_window_and_offset() -> None:
+    cache = ragged_cache(tier_set(128, 2, 3, 0), lengths=(40, 300, 301))
+    cache = with_tail(cache, (3, 20, 0), capacity=32, seed=7)
+    term = random_term(cache, 4, 4, 3.0)
+    now = torch.tensor([320, 310, 305], dtype=torch.int32)
+    offset = torch.linspace(-5, 5, 3 * 8).view(3, 8)
+    check(cache, 4, term, logit_softcap=20.0, logit_offset=offset)
+    check(cache, 4, term, window=100, query_positions=now)
+    check(moved(cache, 70000), 4, term)
+
+
+def test_many_rows_of_one_block_have_their_own_terms() -> None:
+    cache = ragged_cache(tier_set(128, 3, 1), lengths=(70, 5, 300))
+    query, term = random_query(cache, 4, seed=1), random_term(cache, 4, 4, 5.0)
+    want = ada_decode_reference(query, cache, 0.09, position_term=term)
+    on_gpu = cache.to("cuda")
+    for n_blocks in (1, 2, 40):
+        steps = plan(on_gpu, 4, n_blocks=n_blocks)
+        got = ada_decode(query.cuda(), on_gpu, 0.09, position_term=term.to("cuda"), plan=steps)
+        assert errors(got, want)[0] <= 2e-3
+        logits = ada_logits(query.cuda(), on_gpu, position_term=term.to("cuda"), plan=steps)
+        expected = ada_logits_reference(query, cache, position_term=term).pages
+        live = torch.isfinite(expected)
+        assert (logits.pages.cpu()[live] - expected[live]).abs().max() <= 0.05
+
+
+def test_term_without_positions_is_refused() -> None:
+    cache = ragged_cache(tier_set(128, 3)).to("cuda")
+    query, term = random_query(cache, 4, seed=1).cuda(), random_term(cache, 4, 2, 1.0)
+    with pytest.raises(PageError, match="built with positions"):
+        ada_decode(query, replace(cache, positions=None), 0.1, position_term=term.to("cuda"))
+    with pytest.raises(PageError, match="coefficients is"):
+        ada_decode(query, cache, 0.1, position_term=term)
