@@ -14,7 +14,7 @@ bits: D here is that of unit gain. Ours; the Gaussian limit 4^-R is Shannon's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,6 +58,12 @@ class CodeDesign:
     @property
     def depth(self) -> int:
         return len(self.n_cells)
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of radii and norm of one vector."""
+        coding = radius_coding_from_spec(self.radius, 1 << self.depth, self.head_dim)
+        return _radius_bits(self.head_dim, self.depth, coding)
 
     @property
     def gap_db(self) -> float:
@@ -113,10 +119,16 @@ class SearchSpace:
                 yield frontier, spec, radius_coding_from_spec(spec, block_dim, self.head_dim)
 
 
-def best_codes(space: SearchSpace, rate: float, n_best: int | None = None) -> list[CodeDesign]:
+def best_codes(
+    space: SearchSpace,
+    rate: float,
+    n_best: int | None = None,
+    fits: Callable[[CodeDesign], bool] | None = None,
+) -> list[CodeDesign]:
     """The best code of every (depth, radius coding) with a code rate of at most `rate`.
 
-    Best first, n_best of them at most; empty where nothing is so small.
+    Best first, n_best of them at most; empty where nothing is so small. fits: a further condition,
+    such as on packed bytes; the best undominated choice of cells that meets it is taken.
     """
     if not (math.isfinite(rate) and rate > 0):
         raise CodeError(f"a rate is a number of bits above 0, not {rate}")
@@ -124,18 +136,24 @@ def best_codes(space: SearchSpace, rate: float, n_best: int | None = None) -> li
     for frontier, spec, coding in space.families(rate):
         overhead = _radius_bits(space.head_dim, frontier.depth, coding)
         index = frontier.within(rate * space.head_dim - overhead)
-        if index >= 0:
-            found.append(_design(space.head_dim, frontier, index, spec, coding))
+        while index >= 0:
+            design = _design(space.head_dim, frontier, index, spec, coding)
+            if fits is None or fits(design):
+                found.append(design)
+                break
+            index -= 1
     return sorted(found, key=lambda design: (design.distortion, design.rate))[:n_best]
 
 
-def best_code(space: SearchSpace, rate: float) -> CodeDesign:
+def best_code(
+    space: SearchSpace, rate: float, fits: Callable[[CodeDesign], bool] | None = None
+) -> CodeDesign:
     """The code of least distortion with a code rate of at most `rate`.
 
     Raises:
         CodeError: the space holds no code of so few bits.
     """
-    best = best_codes(space, rate, 1)
+    best = best_codes(space, rate, 1, fits)
     if not best:
         raise CodeError(f"no code of head_dim {space.head_dim} has a rate of {rate} bits or less")
     return best[0]
@@ -191,7 +209,7 @@ def _design(
     )
 
 
-def _radius_bits(head_dim: int, depth: int, coding: RadiusCoding) -> float:
+def _radius_bits(head_dim: int, depth: int, coding: RadiusCoding) -> int:
     return (head_dim >> depth) * coding.bits_per_radius + coding.norm_bits
 
 

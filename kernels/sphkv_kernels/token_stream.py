@@ -9,6 +9,8 @@ padded to a whole number of bytes.  Fields and widths as `code_fields` says, wor
 Source: ours.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,15 +23,19 @@ from sphkv_kernels.mixed_radix import digit_fields, digit_layout, digits_of, wor
 
 def row_bytes(code: SphericalCode) -> int:
     """Bytes of one token's row."""
-    plain = sum(count * bits for count, bits in _plain_fields(code))
-    return -(-(plain + word_bits(_radices(code))) // 8)
+    coding = code.radius_coding
+    overhead = code.n_radii * coding.bits_per_radius + coding.norm_bits
+    return -(-(angle_bits(code.head_dim, code.n_cells) + overhead) // 8)
 
 
-def angle_bits(code: SphericalCode) -> int:
+def angle_bits(head_dim: int, n_cells: Sequence[int]) -> int:
     """Bits that the angle codes of one token take in its row."""
-    levels = zip(code.n_angles, level_bits(code), code.n_cells, strict=True)
-    plain = sum(count * bits for count, bits, n_cells in levels if _is_whole(n_cells))
-    return plain + word_bits(_radices(code))
+    plain = sum(
+        (head_dim >> level) * (cells.bit_length() - 1)
+        for level, cells in enumerate(n_cells, start=1)
+        if _is_whole(cells)
+    )
+    return plain + word_bits(_radices(head_dim, n_cells))
 
 
 def pack_stream(code: SphericalCode, encoded: EncodedVectors) -> Tensor:
@@ -41,14 +47,14 @@ def pack_stream(code: SphericalCode, encoded: EncodedVectors) -> Tensor:
     split = _levels(code, whole=False)
     if split:
         digits = torch.cat([angles[level] for level in split], dim=-1)
-        groups += digit_fields(digits, _radices(code))
+        groups += digit_fields(digits, _radices(code.head_dim, code.n_cells))
     return pack_fields(groups, row_bytes(code))
 
 
 def unpack_stream(code: SphericalCode, rows: Tensor) -> EncodedVectors:
     """The inverse of `pack_stream`."""
     layout = _plain_fields(code)
-    radices = _radices(code)
+    radices = _radices(code.head_dim, code.n_cells)
     groups = unpack_fields(rows, [*layout, *digit_layout(radices)])
     *plain, radii, norms = groups[: len(layout)]
     angles = dict(zip(_levels(code, whole=True), plain, strict=True))
@@ -78,10 +84,11 @@ def _plain_fields(code: SphericalCode) -> list[tuple[int, int]]:
     return fields
 
 
-def _radices(code: SphericalCode) -> tuple[int, ...]:
+def _radices(head_dim: int, n_cells: Sequence[int]) -> tuple[int, ...]:
     """One radix per digit of the levels that are stored in mixed radix."""
     return tuple(
-        code.n_cells[index]
-        for index in _levels(code, whole=False)
-        for _ in range(code.n_angles[index])
+        cells
+        for level, cells in enumerate(n_cells, start=1)
+        if not _is_whole(cells)
+        for _ in range(head_dim >> level)
     )

@@ -29,6 +29,7 @@ from sphkv_cli.fit.design_codes import (
     build_code,
     leading_designs,
     native_designs,
+    rows_fit,
     split_rates,
 )
 from sphkv_cli.fit.design_rows import DesignRow, DesignTables, frontier_rows
@@ -177,9 +178,12 @@ def _pairs_to_measure(
     found.append((plain, plain))
     if not native_only:
         space = SearchSpace(head_dim)
-        for key_rate, value_rate in split_rates(rate, probe.key_slope, probe.value_slope):
+        slopes = probe.key_slope, probe.value_slope
+        for key_rate, value_rate in split_rates(rate, *slopes, head_dim):
             try:
-                found.append(pair(best_code(space, key_rate), best_code(space, value_rate)))
+                key = best_code(space, key_rate, rows_fit(head_dim, key_rate))
+                value = best_code(space, value_rate, rows_fit(head_dim, value_rate))
+                found.append(pair(key, value))
             except CodeError:  # the coarser of the two would be below every code
                 continue
     native = native_designs(head_dim)

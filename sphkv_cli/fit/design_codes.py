@@ -5,6 +5,7 @@ cells, whole bits per angle, the norm as a float16, a shallower code, what the C
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sphkv_cli.fit.code_spec import GAINS, default_name
@@ -13,6 +14,7 @@ from sphkv_codebooks.search import CodeDesign, SearchSpace, best_codes
 from sphkv_codebooks.spherical_code import Gain, SphericalCode
 from sphkv_kernels.block_words import NATIVE_HEAD_DIMS
 from sphkv_kernels.layout import NATIVE_LAYOUTS
+from sphkv_kernels.token_stream import angle_bits
 
 _MINIFLOAT_SPEC = "minifloat:5,6"  # the only minifloat that LAYOUT.md has
 
@@ -69,28 +71,49 @@ def leading_designs(head_dim: int, rate: float, *, native_only: bool) -> list[Co
     return list(dict.fromkeys(found))
 
 
+def rows_fit(head_dim: int, rate: float) -> Callable[[CodeDesign], bool]:
+    """Whether a token's row, packed, takes no more bytes than `rate` bits a coordinate fill.
+
+    Words of mixed radix and whole bytes cost a few bits; a code that just misses a byte would be
+    laid out at a higher rate than the one that was asked for.
+    """
+    n_bytes = math.ceil(rate * head_dim / 8.0 - 1e-9)
+
+    def fits(design: CodeDesign) -> bool:
+        angles = angle_bits(head_dim, design.n_cells)
+        overhead = design.overhead_bits
+        return angles + overhead <= 8 * n_bytes
+
+    return fits
+
+
 def _searched(head_dim: int, rate: float) -> list[CodeDesign]:
-    best = best_codes(SearchSpace(head_dim), rate)
+    fits = rows_fit(head_dim, rate)
+    best = best_codes(SearchSpace(head_dim), rate, fits=fits)
     if not best:
         return []
     deepest = head_dim.bit_length() - 1
     found = best[:2]
-    found += best_codes(SearchSpace(head_dim, cells="powers_of_two"), rate, 1)
-    found += best_codes(SearchSpace(head_dim, full_depth_radii=("norm",)), rate, 1)
+    found += best_codes(SearchSpace(head_dim, cells="powers_of_two"), rate, 1, fits)
+    found += best_codes(SearchSpace(head_dim, full_depth_radii=("norm",)), rate, 1, fits)
     if deepest > 1:
         shallower = SearchSpace(head_dim, depths=tuple(range(1, min(deepest, 5))))
-        found += best_codes(shallower, rate, 1)
+        found += best_codes(shallower, rate, 1, fits)
     return found
 
 
-def split_rates(rate: float, key_slope: float, value_slope: float) -> list[tuple[float, float]]:
-    """Rates of keys and values that average to `rate` and are worth trying.
+def split_rates(
+    rate: float, key_slope: float, value_slope: float, head_dim: int
+) -> list[tuple[float, float]]:
+    """Rates of keys and values that average to `rate` and are worth trying, in whole bytes.
 
     With errors key_slope 4^-R_k + value_slope 4^-R_v the sum is least at R_k - R_v =
     log4(key_slope / value_slope); half of that difference is tried as well.
     """
     if min(key_slope, value_slope) <= 0:
         return []
-    half = 0.5 * math.log(key_slope / value_slope, 4.0)
-    half = max(-0.75, min(0.75, half))
-    return [(rate + step, rate - step) for step in (half, half / 2) if abs(step) >= 0.05]
+    best = 0.5 * math.log(key_slope / value_slope, 4.0)
+    best = max(-0.75, min(0.75, best))
+    byte = 8.0 / head_dim
+    steps = dict.fromkeys(byte * round(step / byte) for step in (best, best / 2))
+    return [(rate + step, rate - step) for step in steps if step]

@@ -120,7 +120,7 @@ def page_terms(
 def _vector_bytes(kind: RegionFormat, head_dim: int) -> LaidOutTerms:
     if isinstance(kind, SphericalCode):
         return LaidOutTerms(
-            codes=angle_bits(kind) / 8,
+            codes=angle_bits(kind.head_dim, kind.n_cells) / 8,
             radii=kind.n_radii * radius_bits(kind) / 8,
             norms=2.0 if has_norm(kind) else 0.0,
         )

@@ -79,4 +79,4 @@ def test_a_code_of_any_cells_is_stored_at_its_rate(n_cells: tuple[int, ...]) -> 
     # At most one bit a word (4 words of about 60 bits hold 64 coordinates) and whole bytes.
     assert code.bits_per_vector <= 8 * row_bytes(code) <= code.bits_per_vector + 4 + 7
     per_vector = code.n_radii * code.radius_coding.bits_per_radius + code.radius_coding.norm_bits
-    assert 8 * row_bytes(code) == -(-(angle_bits(code) + per_vector) // 8) * 8
+    assert 8 * row_bytes(code) == -(-(angle_bits(64, n_cells) + per_vector) // 8) * 8
