@@ -25,7 +25,6 @@ from sphkv_codebooks.density import (
     FloatArray,
     SinPower,
     UniformCircle,
-    analytic_density,
 )
 from sphkv_codebooks.errors import CodeError
 
@@ -186,38 +185,3 @@ def _lloyd_circle(
     thresholds = np.mod(edges[:-1], TWO_PI)
     order = np.argsort(thresholds, kind="stable")
     return Codebook(1, np.mod(cells.centroids, TWO_PI)[order], thresholds[order], is_circle=True)
-
-
-def lloyd_max_samples(
-    angles: npt.ArrayLike,
-    level: int,
-    n_cells: int,
-    *,
-    rtol: float = 1e-5,
-    n_bins: int = 4096,
-    start: Codebook | None = None,
-) -> Codebook:
-    """The empirical Lloyd-Max codebook of measured angles (radians, any shape) of one level.
-
-    Fitted on a histogram, starting from `start` or the analytic book of the level, so that it is
-    never worse than that book on this histogram, and from a second place; the better is kept.
-    Milliseconds per book.
-    """
-    density = EmpiricalDensity.from_samples(angles, is_circle=level == 1, n_bins=n_bins)
-    warm = start or lloyd_max(analytic_density(level), n_cells)
-    fitted = lloyd_max(density, n_cells, rtol, level=level, start=warm)
-    if level == 1:
-        # Clusters that sit on the thresholds hold them there: look half an arc further as well.
-        turn = np.pi / n_cells
-        order = np.argsort(np.mod(warm.thresholds + turn, TWO_PI))
-        turned = Codebook(
-            1,
-            np.mod(warm.centroids + turn, TWO_PI)[order],
-            np.mod(warm.thresholds + turn, TWO_PI)[order],
-            is_circle=True,
-        )
-        spread = lloyd_max(density, n_cells, rtol, start=turned)
-    else:
-        # Data far from the analytic density leave cells of the warm start empty, never to move.
-        spread = lloyd_max(density, n_cells, rtol, level=level)
-    return min(fitted, spread, key=lambda book: book.angle_mse_rad2(density))

@@ -13,8 +13,8 @@ import numpy as np
 from sphkv_cli.artifacts.empirical_books import BookArrays, BookKey, EmpiricalBooks
 from sphkv_cli.artifacts.fit_tables import VectorKind
 from sphkv_cli.fit.angle_statistics import AngleHistograms
-from sphkv_cli.fit.batch_lloyd import fit_books
 from sphkv_codebooks.codebook import Codebook
+from sphkv_codebooks.histogram_lloyd import fit_books
 from sphkv_codebooks.polar import Pairing
 from sphkv_codebooks.spherical_code import SphericalCode
 

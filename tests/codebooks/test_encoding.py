@@ -18,7 +18,8 @@ from sphkv_codebooks.density import HALF_PI, TWO_PI, SinPower, UniformCircle
 from sphkv_codebooks.encoded import EncodedVectors
 from sphkv_codebooks.encoder import encode_pairs
 from sphkv_codebooks.errors import CodeError
-from sphkv_codebooks.lloyd_max import lloyd_max, lloyd_max_samples
+from sphkv_codebooks.histogram_lloyd import lloyd_max_samples
+from sphkv_codebooks.lloyd_max import lloyd_max
 from sphkv_codebooks.spherical_code import Gain, SphericalCode
 
 F32 = np.float32

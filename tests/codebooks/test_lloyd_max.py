@@ -19,7 +19,8 @@ from sphkv_codebooks.density import (
     analytic_density,
 )
 from sphkv_codebooks.errors import CodeError
-from sphkv_codebooks.lloyd_max import lloyd_max, lloyd_max_samples
+from sphkv_codebooks.histogram_lloyd import lloyd_max_samples
+from sphkv_codebooks.lloyd_max import lloyd_max
 
 # Angle MSE in rad^2 of levels 1..7 at 1..5 bits.
 ANGLE_MSE = {

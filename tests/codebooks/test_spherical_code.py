@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphkv_codebooks.errors import CodeError
-from sphkv_codebooks.lloyd_max import lloyd_max_samples
+from sphkv_codebooks.histogram_lloyd import lloyd_max_samples
 from sphkv_codebooks.polar import to_polar
 from sphkv_codebooks.spherical_code import SphericalCode
 
