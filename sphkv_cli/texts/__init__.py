@@ -1,0 +1,1 @@
+"""Real texts of several kinds from public packages, fetched and checked, never committed."""
