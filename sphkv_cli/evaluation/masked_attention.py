@@ -151,11 +151,11 @@ class CacheColumns:
             is_there = torch.nn.functional.pad(self.kept[:, far], (0, near.numel()), value=True)
             mask = mask[None, None] & is_there[:, None, None, :]
         grouped = query.reshape(-1, self.group_size, *query.shape[1:])
-        output = _softmax_attention(grouped, keys[:, None], values[:, None], mask, scale, softcap)
+        output = softmax_attention(grouped, keys[:, None], values[:, None], mask, scale, softcap)
         return output.flatten(0, 1)
 
 
-def _softmax_attention(
+def softmax_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """query (n_kv_heads, group_size, n_queries, d), keys and values (n_kv_heads, 1, n_keys, d)."""
