@@ -6,80 +6,112 @@ fits; a move is checked again when its turn comes, since an earlier one may have
 the bytes left.  Source: the usual greedy completion of the multiple-choice knapsack.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK_ITEMS = 1 << 14
-_MOVES_PER_BLOCK = 64
+from sphkv_cli.allocation.cost_table import Block, CostTable, Float, Int
+
+_MOVES = 1 << 15
 _MAX_ROUNDS = 64
 
 
-def fill_remaining(
-    costs: NDArray[np.floating],
-    option_bytes: NDArray[np.int64],
-    option_of_item: NDArray[np.int8],
-    budget_bytes: int,
-) -> NDArray[np.int8]:
-    """A plan that costs no more than the given one and still fits.
+@dataclass(frozen=True)
+class _Moves:
+    """item, option, more bytes, gain of each: (n)."""
 
-    Args:
-        costs: (n_items, n_options).
-        option_bytes: (n_items or 1, n_options).
-        option_of_item: (n_items) a plan within the budget.
-        budget_bytes: the budget.
-    """
-    plan = option_of_item.copy()
-    sizes = np.broadcast_to(option_bytes, costs.shape)
-    shared = option_bytes.shape[0] == 1
-    counts = np.bincount(plan, minlength=costs.shape[1]) if shared else None
-    if counts is not None:
-        used = int(counts @ option_bytes[0])
-    else:
-        used = int(np.take_along_axis(option_bytes, plan[:, None].astype(np.intp), axis=1).sum())
-    left = budget_bytes - used
+    items: Int
+    options: Int
+    more: Int
+    gains: Float
+
+    @staticmethod
+    def joined(parts: list["_Moves"]) -> "_Moves":
+        columns = ("items", "options", "more", "gains")
+        return _Moves(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in columns)
+        )
+
+
+def fill_remaining(table: CostTable, plan: NDArray[np.int8], budget_bytes: int) -> int:
+    """Improve a plan within the budget in place; returns its bytes."""
+    used = sum(table.over_blocks(lambda blocks: _used_bytes(blocks, plan)))
+    per_block = max(_MOVES // max(table.n_blocks * table.n_options, 1), 2)
     for _ in range(_MAX_ROUNDS):
-        moves = _best_moves(costs, option_bytes, plan, left)
-        before = left
-        for item, option in moves:
-            more = int(sizes[item, option]) - int(sizes[item, plan[item]])
-            if 0 <= more <= left and costs[item, option] < costs[item, plan[item]]:
-                plan[item] = option
-                left -= more
-        if left == before:
-            return plan
-    return plan
+        left = budget_bytes - used
+        moves = _moves(table, plan, left, per_block)
+        order = np.lexsort((moves.options, moves.items, -moves.gains / np.maximum(moves.more, 1)))
+        taken = 0
+        smallest = int(moves.more.min(initial=left + 1))
+        moved: dict[int, tuple[int, float]] = {}
+        for index in order.tolist():
+            if left - taken < smallest:
+                break
+            item = int(moves.items[index])
+            # What an earlier move of this round already took and gained.
+            more, gain = moved.get(item, (0, 0.0))
+            step = int(moves.more[index]) - more
+            if 0 <= step <= left - taken and moves.gains[index] > gain:
+                plan[item] = moves.options[index]
+                moved[item] = (int(moves.more[index]), float(moves.gains[index]))
+                taken += step
+        used += taken
+        if not moved:
+            break
+    return used
+
+
+def _moves(table: CostTable, plan: NDArray[np.int8], left_bytes: int, per_block: int) -> _Moves:
+    return _Moves.joined(
+        table.over_blocks(lambda blocks: _best_moves(blocks, plan, left_bytes, per_block))
+    )
+
+
+def _used_bytes(blocks: Iterator[Block], plan: NDArray[np.int8]) -> int:
+    used = 0
+    for block in blocks:
+        picked = plan[block.rows]
+        if block.is_shared:
+            counts = np.bincount(picked, minlength=block.option_bytes.shape[1])
+            used += int(counts @ block.option_bytes[0])
+        else:
+            used += int(block.chosen(picked)[1].sum())
+    return used
 
 
 def _best_moves(
-    costs: NDArray[np.floating],
-    option_bytes: NDArray[np.int64],
-    plan: NDArray[np.int8],
-    left_bytes: int,
-) -> list[tuple[int, int]]:
-    """(item, option) of the moves that fit, most gain per byte first; the best of every block."""
-    n_items, n_options = costs.shape
-    found: list[tuple[float, int, int]] = []
-    for start in range(0, n_items, _BLOCK_ITEMS):
-        rows = slice(start, start + _BLOCK_ITEMS)
-        block = costs[rows]
-        picked = plan[rows].astype(np.intp)
-        each = np.arange(picked.size)
-        own_cost = block[each, picked]
-        if option_bytes.shape[0] == 1:
-            block_bytes = option_bytes
-            own_bytes = option_bytes[0, picked]
-        else:
-            block_bytes = option_bytes[rows]
-            own_bytes = block_bytes[each, picked]
+    blocks: Iterator[Block], plan: NDArray[np.int8], left_bytes: int, per_block: int
+) -> _Moves:
+    """The moves that fit, of every block and option those of most gain per byte."""
+    nothing = np.empty(0, dtype=np.int64)
+    found = [_Moves(nothing, nothing, nothing, np.empty(0))]
+    for block in blocks:
+        n_options = block.option_bytes.shape[1]
+        if block.is_shared:
+            steps = block.option_bytes - block.option_bytes.T
+            fits = np.triu((steps >= 0) & (steps <= left_bytes), 1)
+            if not fits.any():
+                continue
+        picked = plan[block.rows].astype(np.intp)
+        own_cost, own_bytes = block.chosen(picked)
         for option in range(1, n_options):
-            more = block_bytes[:, option] - own_bytes
-            gain = own_cost - block[:, option]
-            hit = np.flatnonzero((more >= 0) & (more <= left_bytes) & (gain > 0))
+            gain = own_cost - block.costs[:, option]
+            if block.is_shared:
+                if not fits[:, option].any():
+                    continue
+                hit = np.flatnonzero((gain > 0) & fits[picked, option])
+            else:
+                more = block.option_bytes[:, option] - own_bytes
+                hit = np.flatnonzero((gain > 0) & (more >= 0) & (more <= left_bytes))
             if not hit.size:
                 continue
-            rate = gain[hit] / np.maximum(more[hit], 1)
-            if hit.size > _MOVES_PER_BLOCK:
-                top = np.argpartition(-rate, _MOVES_PER_BLOCK)[:_MOVES_PER_BLOCK]
-                hit, rate = hit[top], rate[top]
-            found += [(-float(r), int(i) + start, option) for r, i in zip(rate, hit, strict=True)]
-    return [(item, option) for _, item, option in sorted(found)]
+            sizes = block.option_bytes[0 if block.is_shared else hit, option] - own_bytes[hit]
+            if hit.size > per_block:
+                rates = gain[hit] / np.maximum(sizes, 1)
+                top = np.argpartition(-rates, per_block)[:per_block]
+                hit, sizes = hit[top], sizes[top]
+            options = np.full(hit.size, option, dtype=np.int64)
+            found.append(_Moves(hit + block.start, options, sizes, gain[hit]))
+    return _Moves.joined(found)

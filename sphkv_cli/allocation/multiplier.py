@@ -10,7 +10,7 @@ mantissa), which are monotone in the rate: 1/32 relative width over the whole ra
 no logarithm.  Only the segments of the one critical bin are sorted.  Source: ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,15 +26,70 @@ NO_GAIN = float(np.int64((1 << _SHIFT) - 1).view(np.float64))
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the budget cuts the segments of all items, sorted by falling rate.
+    """Where the budget cuts the segments of one bin, sorted by falling rate.
 
-    rate: the multiplier; NO_GAIN when every segment with a gain fits.
-    tied_items: (n) int64, item of each segment of exactly that rate that still fits, one entry per
-        segment.
+    rate: the multiplier.
+    items: (n) int64, rising, those of which some segment of the bin fits; levels: (n) int8, how
+        many segments of the item's whole hull are then taken.
+    last_item: of the last segment that fits, -1 where none does.
     """
 
     rate: float
-    tied_items: NDArray[np.int64]
+    items: NDArray[np.int64]
+    levels: NDArray[np.int8]
+    last_item: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Hull segments of one bin: item int64, step int8 (the k of rate_k), rate, bytes; (n) each."""
+
+    items: NDArray[np.int64]
+    steps: NDArray[np.int8]
+    rates: Float
+    sizes: Float
+
+    @staticmethod
+    def of_bin(
+        first: int, rates: Float, sizes: Float, bin_index: int
+    ) -> tuple["Segments", NDArray[np.int8]]:
+        """The segments of one bin, and for each item how many segments lie above it.
+
+        Args:
+            first: number of the first item.
+            rates: (n_options - 1, n_items); sizes: (n_options - 1, n_items or 1) bytes.
+            bin_index: as `RateHistogram.critical_bin` gave it; 0 finds none.
+        """
+        n_above = np.zeros(rates.shape[1], dtype=np.int8)
+        low, high = _edges(bin_index)
+        found = []
+        for step, rate in enumerate(rates):
+            n_above += rate > high
+            if bin_index:
+                hit = np.flatnonzero((rate >= low) & (rate <= high))
+                size = sizes[step, 0] if sizes.shape[1] == 1 else sizes[step, hit]
+                found.append(
+                    Segments(
+                        hit + first,
+                        np.full(hit.size, step, dtype=np.int8),
+                        rate[hit],
+                        np.broadcast_to(size, hit.shape),
+                    )
+                )
+        return Segments.joined(found), n_above
+
+    @staticmethod
+    def joined(parts: Sequence["Segments"]) -> "Segments":
+        """One after the other."""
+        if not parts:
+            empty = np.empty(0)
+            return Segments(empty.astype(np.int64), empty.astype(np.int8), empty, empty)
+        return Segments(
+            np.concatenate([part.items for part in parts]),
+            np.concatenate([part.steps for part in parts]),
+            np.concatenate([part.rates for part in parts]),
+            np.concatenate([part.sizes for part in parts]),
+        )
 
 
 class RateHistogram:
@@ -42,6 +97,14 @@ class RateHistogram:
 
     def __init__(self) -> None:
         self._bytes = np.zeros(_N_BINS)
+
+    @staticmethod
+    def merged(parts: Iterable["RateHistogram"]) -> "RateHistogram":
+        """The segments of all parts."""
+        total = RateHistogram()
+        for part in parts:
+            total._bytes += part._bytes
+        return total
 
     def add(self, rates: Float, segment_bytes: Float) -> None:
         """Add segments: rates and bytes (n_options - 1, n_items); bytes may be (…, 1)."""
@@ -65,33 +128,28 @@ class RateHistogram:
         return _N_BINS - 1 - over, float(from_top[over] - self._bytes[_N_BINS - 1 - over])
 
 
-def cut_in_bin(
-    blocks: Iterator[tuple[int, Float, Float]], bin_index: int, left_bytes: float
-) -> Cut:
-    """Sort the segments of one bin and cut them where `left_bytes` run out.
-
-    Args:
-        blocks: (first item, rates (n_options - 1, n_items), segment bytes (n_options - 1, n_items
-            or 1)) of all items.
-        bin_index: as `RateHistogram.critical_bin` gave it; must be above 0.
-        left_bytes: what the segments of this bin may take.
-    """
-    found: list[tuple[NDArray[np.int64], NDArray[np.int64], Float, Float]] = []
-    for first, rates, sizes in blocks:
-        sizes = np.broadcast_to(sizes, rates.shape)
-        for k in range(rates.shape[0]):
-            hit = np.flatnonzero(_bins(rates[k]) == bin_index)
-            if hit.size:
-                step = np.full(hit.size, k, dtype=np.int64)
-                found.append((hit + first, step, rates[k, hit], sizes[k, hit]))
-    items, steps, rate, size = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.lexsort((steps, items, -rate))
-    items, rate, size = items[order], rate[order], size[order]
-    fits = int(np.searchsorted(np.cumsum(size), left_bytes, side="right"))
-    critical = float(rate[min(fits, rate.size - 1)])
-    tied = items[:fits][rate[:fits] == critical]
-    return Cut(critical, tied)
+def cut_segments(segments: Segments, left_bytes: float) -> Cut:
+    """Sort the segments of the critical bin and cut them where `left_bytes` run out."""
+    order = np.lexsort((segments.steps, segments.items, -segments.rates))
+    taken_bytes = np.cumsum(segments.sizes[order])
+    fits = int(np.searchsorted(taken_bytes, left_bytes, side="right"))
+    rate = float(segments.rates[order[min(fits, order.size - 1)]])
+    taken = order[:fits]
+    last_item = int(segments.items[taken[-1]]) if fits else -1
+    # Of every item the highest step: rates fall along the steps, so those below it are taken too.
+    taken = taken[np.lexsort((segments.steps[taken], segments.items[taken]))]
+    items = segments.items[taken]
+    is_last = np.append(items[1:] != items[:-1], True)[: items.size]
+    levels = segments.steps[taken][is_last] + np.int8(1)
+    return Cut(rate, items[is_last], levels, last_item)
 
 
 def _bins(rates: Float) -> NDArray[np.int64]:
     return np.ascontiguousarray(rates).view(np.int64) >> _SHIFT
+
+
+def _edges(bin_index: int) -> tuple[float, float]:
+    """Smallest and largest rate of a bin."""
+    ends = np.array([bin_index << _SHIFT, ((bin_index + 1) << _SHIFT) - 1], dtype=np.int64)
+    low, high = ends.view(np.float64)
+    return float(low), float(high)

@@ -8,23 +8,21 @@ multiplier.py) and is the value of the linear relaxation.  The plan takes every 
 that rate and the ties that fit, then fills the remaining bytes greedily; the best uniform plan (one
 option for all) is computed beside it and the better of the two is returned.
 
-Cost: a handful of passes over the table in blocks; memory beyond the table is one byte per item and
-a block.  Source: Everett 1963 for the multipliers; ours as a whole.
+Cost: two passes over the table for the hulls and one or two for the fill and the certificate, in
+blocks on all threads; memory beyond the table is one byte per item, the segments of one bin of
+rates, and a block per thread.  Source: Everett 1963 for the multipliers; ours as a whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sphkv_cli.allocation.cost_table import Block, Costs, CostTable, Float
 from sphkv_cli.allocation.fill import fill_remaining
-from sphkv_cli.allocation.hull import Float, hull_rates, running_minimum
-from sphkv_cli.allocation.multiplier import NO_GAIN, Cut, RateHistogram, cut_in_bin
-
-Int = NDArray[np.int64]
-
-_BLOCK_ITEMS = 1 << 14
+from sphkv_cli.allocation.hull import hull_rates, running_minimum
+from sphkv_cli.allocation.multiplier import Cut, RateHistogram, Segments, cut_segments
 
 
 class InfeasibleBudgetError(ValueError):
@@ -84,7 +82,13 @@ class Solution:
         return self.uniform_cost < self.greedy_cost
 
 
-def solve(costs: NDArray[np.floating], option_bytes: Int, budget_bytes: int) -> Solution:
+def solve(
+    costs: Costs,
+    option_bytes: NDArray[np.integer],
+    budget_bytes: int,
+    *,
+    n_threads: int | None = None,
+) -> Solution:
     """Solve one allocation.
 
     Args:
@@ -92,155 +96,142 @@ def solve(costs: NDArray[np.floating], option_bytes: Int, budget_bytes: int) -> 
         option_bytes: (n_options) or (n_items, n_options) integers >= 0, non-decreasing over the
             options of every item.
         budget_bytes: B.
+        n_threads: None for one per core that this process may use; the result is the same.
 
     Raises:
         InfeasibleBudgetError: not even the first options fit.
         ValueError: shapes or values as above do not hold.
     """
-    table = CostTable(costs, option_bytes)
+    return solve_parts([(costs, option_bytes)], budget_bytes, n_threads=n_threads)
+
+
+def solve_parts(
+    parts: Sequence[tuple[Costs, NDArray[np.integer]]],
+    budget_bytes: int,
+    *,
+    n_threads: int | None = None,
+) -> Solution:
+    """The same over several tables (layers) under one budget, each read in blocks as it is needed.
+
+    Args:
+        parts: (costs, option_bytes) as for `solve`; costs may be anything that slices into an
+            array (numpy.memmap, an HDF5 dataset).  Items are counted through the parts.
+    """
+    table = CostTable(parts, n_threads)
     budget = int(budget_bytes)
-    minimum = table.minimum_bytes()
+    sizes = table.bytes_of_option()
+    minimum = int(sizes[0])
     if budget < minimum:
         raise InfeasibleBudgetError(budget, minimum)
-    histogram = RateHistogram()
-    for _, rates, sizes in table.segments():
-        histogram.add(rates, sizes)
+    surveys = table.over_blocks(_survey)
+    uniform_costs = (
+        np.sum([costs for costs, _ in surveys], axis=0) if surveys else np.zeros(table.n_options)
+    )
+    histogram = RateHistogram.merged(histogram for _, histogram in surveys)
     left = float(budget - minimum)
     critical, above = histogram.critical_bin(left)
-    cut = Cut(NO_GAIN, np.empty(0, dtype=np.int64))
+    levels = np.empty(table.n_items, dtype=np.int8)
+    found = table.over_blocks(lambda blocks: _take_above(blocks, critical, levels))
+    multiplier = 0.0
     if critical:
-        cut = cut_in_bin(table.segments(), critical, left - above)
-    options = table.options_above(cut)
-    option_of_item = fill_remaining(table.costs, table.option_bytes, options, budget)
-    greedy = table.plan(option_of_item)
-    multiplier = 0.0 if cut.rate == NO_GAIN else cut.rate
-    uniform_costs, uniform_bytes = table.uniform_plans()
-    fitting = np.flatnonzero(uniform_bytes <= budget)
+        cut = cut_segments(Segments.joined(found), left - above)
+        multiplier = cut.rate
+        table.over_blocks(lambda blocks: _take_cut(blocks, cut, levels))
+    del found
+    used = fill_remaining(table, levels, budget)
+    sums = table.over_blocks(lambda blocks: _certificate(blocks, multiplier, levels))
+    least, greedy_cost = (float(np.sum(column)) for column in zip(*sums, strict=True))
+    plan = Plan(levels, greedy_cost, used)
+    fitting = np.flatnonzero(sizes <= budget)
     best = int(fitting[np.argmin(uniform_costs[fitting])]) if fitting.size else None
-    plan = greedy
-    if best is not None and uniform_costs[best] < greedy.cost:
+    if best is not None and uniform_costs[best] < greedy_cost:
         same = np.full(table.n_items, best, dtype=np.int8)
-        plan = Plan(same, float(uniform_costs[best]), int(uniform_bytes[best]))
+        plan = Plan(same, float(uniform_costs[best]), int(sizes[best]))
     return Solution(
         plan=plan,
         budget_bytes=budget,
-        greedy_cost=greedy.cost,
-        dual_bound=table.dual_value(multiplier, budget),
+        greedy_cost=greedy_cost,
+        dual_bound=least - multiplier * budget,
         multiplier=multiplier,
         uniform_option=best,
         uniform_cost=np.inf if best is None else float(uniform_costs[best]),
-        uniform_bytes=0 if best is None else int(uniform_bytes[best]),
+        uniform_bytes=0 if best is None else int(sizes[best]),
     )
 
 
-class CostTable:
-    """Costs and bytes of all items, read in blocks of items with options along the first axis."""
+def _survey(blocks: Iterator[Block]) -> tuple[Float, RateHistogram]:
+    """Check the costs; (summed cost of every option, bytes by rate)."""
+    totals: Float | float = 0.0
+    histogram = RateHistogram()
+    for block in blocks:
+        costs, sizes = block.columns()
+        # A NaN fails both comparisons.
+        if not (costs.min(initial=0.0) >= 0 and costs.max(initial=0.0) < np.inf):
+            raise ValueError("costs must be finite and not negative")
+        totals = totals + costs.sum(axis=1)
+        histogram.add(hull_rates(running_minimum(costs), sizes), np.diff(sizes, axis=0))
+    return np.asarray(totals), histogram
 
-    def __init__(self, costs: NDArray[np.floating], option_bytes: Int) -> None:
-        if costs.ndim != 2 or costs.shape[1] < 1 or costs.shape[1] > 127:
-            raise ValueError(
-                f"costs: shape {costs.shape}, must be (n_items, n_options) with 1 to 127 options"
+
+def _take_above(blocks: Iterator[Block], critical: int, levels: NDArray[np.int8]) -> Segments:
+    """Set the options that every hull reaches above the critical bin; the bin's own segments."""
+    found = []
+    for block in blocks:
+        costs, sizes = block.columns()
+        rates = hull_rates(running_minimum(costs), sizes)
+        segments, n_above = Segments.of_bin(block.start, rates, np.diff(sizes, axis=0), critical)
+        levels[block.rows] = _first_reaching(costs, n_above)
+        found.append(segments)
+    return Segments.joined(found)
+
+
+def _first_reaching(costs: Float, levels: NDArray[np.int8]) -> NDArray[np.int8]:
+    """First option that costs no more than the one at `levels`; costs: running minima."""
+    option = levels.copy()
+    reached = costs[levels, np.arange(levels.size)]
+    # From the back: an equal cost with fewer bytes wins.
+    for j in range(costs.shape[0] - 2, -1, -1):
+        np.copyto(option, np.int8(j), where=costs[j] <= reached)
+    return option
+
+
+def _take_cut(blocks: Iterator[Block], cut: Cut, levels: NDArray[np.int8]) -> None:
+    """Move the items of the critical bin along their hulls, as far as the cut says, in place."""
+    for block in blocks:
+        rows = block.rows
+        first, last = np.searchsorted(cut.items, [rows.start, rows.stop])
+        items = cut.items[first:last]
+        if not items.size:
+            continue
+        some = block.of(items - rows.start)
+        costs, sizes = some.columns()
+        running_minimum(costs)
+        reached = cut.levels[first:last].copy()
+        # Only the item whose segment was taken last can have been cut inside one straight piece of
+        # its hull, where no option lies on the hull: back to its corner unless it is complete.
+        for place in np.flatnonzero(items == cut.last_item):
+            one = sizes if sizes.shape[1] == 1 else sizes[:, place : place + 1]
+            reached[place] = _corner(
+                hull_rates(costs[:, place : place + 1], one)[:, 0], int(reached[place])
             )
-        self.n_items, self.n_options = costs.shape
-        if option_bytes.shape not in ((self.n_options,), costs.shape):
-            raise ValueError(
-                f"option_bytes: shape {option_bytes.shape}, must be ({self.n_options},) or "
-                f"{costs.shape}"
-            )
-        if not np.issubdtype(option_bytes.dtype, np.integer):
-            raise ValueError(f"option_bytes: {option_bytes.dtype}, must be integers")
-        self.costs = costs
-        self.option_bytes = option_bytes.reshape(-1, self.n_options)
-        for start in self._starts():
-            block = costs[start : start + _BLOCK_ITEMS]
-            # A NaN fails both comparisons.
-            if not (block.min(initial=0.0) >= 0 and block.max(initial=0.0) < np.inf):
-                raise ValueError("costs must be finite and not negative")
-        if self.n_options > 1 and np.diff(self.option_bytes, axis=1).min(initial=0) < 0:
-            raise ValueError("options must come in order of non-decreasing bytes")
-        if self.option_bytes.min(initial=0) < 0:
-            raise ValueError("option_bytes must not be negative")
+        levels[items] = _first_reaching(costs, reached)
 
-    def minimum_bytes(self) -> int:
-        """Bytes of every item's first option."""
-        return self._total(self.option_bytes[:, 0])
 
-    def blocks(self) -> Iterator[tuple[int, Float, Float]]:
-        """(first item, costs (n_options, n), bytes (n_options, n or 1)), both float64."""
-        for start in self._starts():
-            rows = slice(start, start + _BLOCK_ITEMS)
-            costs = np.ascontiguousarray(self.costs[rows].T, dtype=np.float64)
-            sizes = (
-                self.option_bytes if self.option_bytes.shape[0] == 1 else self.option_bytes[rows]
-            )
-            yield start, costs, np.ascontiguousarray(sizes.T, dtype=np.float64)
+def _corner(rates: Float, level: int) -> int:
+    """`level` where it is a corner of the hull, otherwise the corner below it."""
+    if level in (0, rates.size) or rates[level] < rates[level - 1]:
+        return level
+    return int(np.sum(rates > rates[level - 1]))
 
-    def segments(self) -> Iterator[tuple[int, Float, Float]]:
-        """(first item, hull rates, segment bytes) of every block."""
-        for start, costs, sizes in self.blocks():
-            yield start, hull_rates(running_minimum(costs), sizes), np.diff(sizes, axis=0)
 
-    def options_above(self, cut: Cut) -> NDArray[np.int8]:
-        """(n_items) the hull option of every item at the cut, ties included."""
-        levels = np.empty(self.n_items, dtype=np.int8)
-        for start, rates, _ in self.segments():
-            levels[start : start + rates.shape[1]] = np.sum(rates > cut.rate, axis=0, dtype=np.int8)
-        before = levels[cut.tied_items[-1:]].copy()
-        np.add.at(levels, cut.tied_items, np.int8(1))
-        # Only the last tied item can have been cut inside one straight piece of its hull, where
-        # no option lies on the hull: back to its corner unless the piece is complete.
-        last = cut.tied_items[-1:]
-        if last.size and not self._is_corner(int(last[0]), int(levels[last[0]])):
-            levels[last] = before
-        for start, costs, _ in self.blocks():
-            rows = slice(start, start + costs.shape[1])
-            reached = running_minimum(costs.copy())[levels[rows], np.arange(costs.shape[1])]
-            levels[rows] = np.argmax(costs <= reached, axis=0)
-        return levels
-
-    def dual_value(self, multiplier: float, budget_bytes: int) -> float:
-        """D(multiplier) from all options, whatever the hulls say: valid for any multiplier."""
-        total = 0.0
-        for _, costs, sizes in self.blocks():
-            total += float((costs + multiplier * sizes).min(axis=0).sum())
-        return total - multiplier * budget_bytes
-
-    def uniform_plans(self) -> tuple[Float, Int]:
-        """Summed cost and bytes of giving every item the same option: (n_options) each."""
-        costs = np.zeros(self.n_options)
-        for _, block, _ in self.blocks():
-            costs += block.sum(axis=1)
-        sizes = [self._total(self.option_bytes[:, j]) for j in range(self.n_options)]
-        return costs, np.array(sizes, dtype=np.int64)
-
-    def plan(self, option_of_item: NDArray[np.int8]) -> Plan:
-        """The plan of one option per item, with its sums."""
-        cost, used = 0.0, 0
-        for start in self._starts():
-            rows = slice(start, start + _BLOCK_ITEMS)
-            picked = option_of_item[rows].astype(np.intp)
-            each = np.arange(picked.size)
-            cost += float(self.costs[rows][each, picked].sum(dtype=np.float64))
-            if self.option_bytes.shape[0] == 1:
-                used += int(self.option_bytes[0, picked].sum())
-            else:
-                used += int(self.option_bytes[rows][each, picked].sum())
-        return Plan(option_of_item, cost, used)
-
-    def _is_corner(self, item: int, level: int) -> bool:
-        row = slice(item, item + 1)
-        sizes = self._bytes_of(row)
-        costs = running_minimum(self.costs[row].T.astype(np.float64))
-        rates = hull_rates(costs, sizes.T.astype(np.float64))[:, 0]
-        return level in (0, self.n_options - 1) or bool(rates[level] < rates[level - 1])
-
-    def _bytes_of(self, rows: slice) -> Int:
-        """(n or 1, n_options)"""
-        return self.option_bytes if self.option_bytes.shape[0] == 1 else self.option_bytes[rows]
-
-    def _total(self, sizes: Int) -> int:
-        repeats = self.n_items if self.option_bytes.shape[0] == 1 else 1
-        return int(sizes.sum()) * repeats
-
-    def _starts(self) -> range:
-        return range(0, self.n_items, _BLOCK_ITEMS)
+def _certificate(
+    blocks: Iterator[Block], multiplier: float, plan: NDArray[np.int8]
+) -> tuple[float, float]:
+    """(sum of min_j (c_j + multiplier b_j), cost of the plan), from all options."""
+    least, cost = 0.0, 0.0
+    for block in blocks:
+        costs, sizes = block.columns()
+        cost += float(block.chosen(plan[block.rows])[0].sum())
+        costs += multiplier * sizes
+        least += float(running_minimum(costs)[-1].sum())
+    return least, cost
