@@ -51,15 +51,30 @@ class LoadedKernel:
 
     def launch(self, n_blocks: int, params: KernelParams) -> None:
         """Enqueue one launch on torch's current stream of this device."""
-        from cuda.bindings import driver
-
-        stream = torch.cuda.current_stream(self.tables.device).cuda_stream
-        argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        (status,) = driver.cuLaunchKernel(
-            self.function, n_blocks, 1, 1, self.source.n_threads, 1, 1,
-            self.source.shared_bytes, stream, ctypes.addressof(argument), 0,
+        source = self.source
+        launch_function(
+            self.function, (n_blocks, 1), source.n_threads, source.shared_bytes,
+            self.tables.device, params,
         )  # fmt: skip
-        _check(status, "cuLaunchKernel")
+
+
+def launch_function(
+    function: Any,
+    grid: tuple[int, int],
+    n_threads: int,
+    shared_bytes: int,
+    device: torch.device,
+    params: ctypes.Structure,
+) -> None:
+    """Enqueue a kernel whose one argument is a struct, on torch's current stream of `device`."""
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream(device).cuda_stream
+    argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    (status,) = driver.cuLaunchKernel(
+        function, *grid, 1, n_threads, 1, 1, shared_bytes, stream, ctypes.addressof(argument), 0
+    )
+    _check(status, "cuLaunchKernel")
 
 
 def capability_of(device: torch.device) -> int:
@@ -103,24 +118,34 @@ class _VariantKey:
 
 @lru_cache(maxsize=256)
 def _load(key: _VariantKey, index: int) -> LoadedKernel:
-    from cuda.bindings import driver
-
     device = torch.device("cuda", index)
     capability = capability_of(device)
     source = kernel_source(key.variant, capability)
-    cubin = compile_cubin(source.text, capability)
+    function = load_function(
+        source.text, source.kernel_name, source.shared_bytes, capability, device
+    )
     tables = torch.from_numpy(source.table_rows.copy()).to(device)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return LoadedKernel(source, tables, function, count)
+
+
+def load_function(
+    text: str, name: str, shared_bytes: int, capability: int, device: torch.device
+) -> Any:
+    """Compile (or find) a CUDA source and load its kernel `name` into torch's context."""
+    from cuda.bindings import driver
+
+    cubin = compile_cubin(text, capability)
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch's context is current from here on
         status, module = driver.cuModuleLoadData(cubin)
         _check(status, "cuModuleLoadData")
-        status, function = driver.cuModuleGetFunction(module, source.kernel_name.encode())
+        status, function = driver.cuModuleGetFunction(module, name.encode())
         _check(status, "cuModuleGetFunction")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuFuncSetAttribute(function, attribute, source.shared_bytes)
+        (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
         _check(status, "cuFuncSetAttribute")
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return LoadedKernel(source, tables, function, count)
+    return function
 
 
 def _check(status: Any, what: str) -> None:
