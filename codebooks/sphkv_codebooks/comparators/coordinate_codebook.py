@@ -44,11 +44,19 @@ class CoordinateCodebook:
         self.centroids.setflags(write=False)
         self.thresholds.setflags(write=False)
 
+    def encode(self, u: torch.Tensor) -> torch.Tensor:
+        """Codes, uint8, of coordinates of variance 1; any shape."""
+        thresholds = torch.tensor(self.thresholds, device=u.device, dtype=u.dtype)
+        return torch.bucketize(u.contiguous(), thresholds).to(torch.uint8)
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The centroid of each code, same shape."""
+        centroids = torch.tensor(self.centroids, device=codes.device, dtype=dtype)
+        return torch.index_select(centroids, 0, codes.flatten().int()).reshape(codes.shape)
+
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
         """The centroid of each coordinate of variance 1; any shape, same dtype."""
-        thresholds = torch.tensor(self.thresholds, device=u.device, dtype=u.dtype)
-        centroids = torch.tensor(self.centroids, device=u.device, dtype=u.dtype)
-        return centroids[torch.bucketize(u.contiguous(), thresholds)]
+        return self.decode(self.encode(u), u.dtype)
 
 
 @lru_cache(maxsize=64)
