@@ -1,0 +1,1 @@
+"""generation: a cache of codes that takes the place of transformers' own."""

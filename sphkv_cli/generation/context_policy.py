@@ -1,0 +1,165 @@
+"""An allocation's policy on a context that nobody planned: scores, order, quotas, pages.
+
+    order = tokens by falling score of (layer, KV head);  page = rank // page_size
+    tier(page) = frozen quotas scaled to the budget of n_context tokens (`allocation/policy.py`)
+
+The quotas depend on the number of tokens alone, the order on the layer's own window of queries:
+a layer is placed as soon as its context has been attended to.  Source: ours.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sphkv_cli.allocation.attention_utility import LayerGeometry
+from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.context import LayerContext, Split
+from sphkv_cli.allocation.estimators import UtilityEstimator
+from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, stores_positions
+from sphkv_cli.allocation.page_costs import option_of_token, order_by_score, page_of_token
+from sphkv_cli.allocation.policy import QuotaPolicy
+from sphkv_cli.artifacts.allocation import AllocationReader
+from sphkv_cli.artifacts.allocation_content import AllocationInfo
+from sphkv_cli.artifacts.capture_info import LayerInfo
+from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_codebooks.frame import FrameSet
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPolicy:
+    """What an allocation froze, apart from its file.
+
+    head_weights: (n_layers, n_q_heads) float64.
+    """
+
+    info: AllocationInfo
+    layers: tuple[LayerInfo, ...]
+    frames: FrameSet
+    layout: PageLayout
+    quotas: QuotaPolicy
+    estimator: UtilityEstimator
+    head_weights: Tensor
+    _options: dict[int, npt.NDArray[np.int8]] = field(default_factory=dict, init=False, repr=False)
+
+    @staticmethod
+    def of(allocation: AllocationReader) -> "ContextPolicy":
+        """Read everything the policy needs.
+
+        Raises:
+            UsageError: its score looks at the future, which a new text does not have.
+        """
+        from sphkv_cli.allocation.estimator_store import stored_estimator
+
+        info = allocation.info
+        estimator = stored_estimator(allocation)
+        if estimator.is_ceiling:
+            raise UsageError(
+                f"{allocation.path} scores tokens by {estimator.name}, which looks at the future",
+                "allocate with another --utility",
+            )
+        layout = PageLayout(
+            tiers=allocation.tiers,
+            head_dim=info.head_dim,
+            page_size=info.page_size,
+            n_kv_heads=info.n_kv_heads,
+            stores_positions=stores_positions(
+                [layer.window for layer in allocation.layers], allocation.frames
+            ),
+            fixed_bytes=fixed_table_bytes(allocation.frames, allocation.tiers),
+        )
+        return ContextPolicy(
+            info=info,
+            layers=allocation.layers,
+            frames=allocation.frames,
+            layout=layout,
+            quotas=QuotaPolicy.from_fractions(allocation.quotas),
+            estimator=estimator,
+            head_weights=torch.from_numpy(allocation.head_weights.astype(np.float64)),
+        )
+
+    def budget_bytes(self, n_context: int) -> int:
+        """Bytes that the allocation's budget gives a context of so many tokens."""
+        return Budget.parse(self.info.budget).resolve(self.layout.n_coordinates(n_context)).n_bytes
+
+    def can_place(self, n_context: int) -> bool:
+        """Whether the budget of so short a context covers its fixed tables twice.
+
+        Below that the tables eat the budget and next to nothing would be kept.
+        """
+        return self.budget_bytes(n_context) >= 2 * self.layout.overhead_bytes()
+
+    def options_of_pages(self, n_context: int) -> npt.NDArray[np.int8]:
+        """(n_layers, n_kv_heads, n_pages) option of each page by falling score; 0 drops.
+
+        Raises:
+            SphkvError: the budget of n_context tokens is below their metadata.
+        """
+        found = self._options.get(n_context)
+        if found is None:
+            budget = self.budget_bytes(n_context) - self.layout.overhead_bytes()
+            if budget < 0:
+                raise SphkvError(
+                    f"the budget {self.info.budget} of {n_context} tokens is below the "
+                    f"{self.layout.overhead_bytes():,} bytes of their fixed tables",
+                    "give a longer context",
+                )
+            n_pages = self.layout.n_pages(n_context)
+            found = self.quotas.apply(n_pages, self.layout.option_bytes(), budget)
+            self._options[n_context] = found
+        return found
+
+    def laid_out_bytes(self, n_context: int) -> int:
+        """Bytes of a placed context, fixed tables included."""
+        return self.layout.measure(self.options_of_pages(n_context), n_context).total
+
+    def place(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tier (-1 drops) and page of each token of one layer.
+
+        Args:
+            queries: (n_window, n_q_heads, head_dim), those of the context's last tokens.
+            keys, values: (n_context, n_kv_heads, head_dim), dense, after RoPE.
+            positions: (n_context) int64, one after the other.
+
+        Returns:
+            tier_of_token int8, page_of_token int32: (n_context, n_kv_heads), on the CPU.
+        """
+        n_context = keys.shape[0]
+        scores = self.scores(layer, queries, keys, values, positions)
+        order = order_by_score(scores[None])
+        pages = page_of_token(order, self.layout.page_size)
+        options = option_of_token(self.options_of_pages(n_context)[layer][None], pages)
+        tiers = torch.from_numpy((options[0] - np.int8(1)).T.copy())
+        return tiers, torch.from_numpy(pages[0].T.copy())
+
+    def scores(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> npt.NDArray[np.float64]:
+        """(n_kv_heads, n_context): `place` orders by it; arguments as there."""
+        info = self.layers[layer]
+        n_window, n_context = queries.shape[0], keys.shape[0]
+        # How far the future reaches is part of the score of a windowed layer; its keys are not.
+        future = torch.zeros((self.info.horizon, *keys.shape[1:]), dtype=keys.dtype)
+        every = slice(0, n_window)
+        # What the estimators make anew lies where the keys lie.
+        with torch.device(keys.device):
+            future = future.to(keys.device)
+            context = LayerContext(
+                layer=layer,
+                split=Split(n_context, every, slice(n_window, n_window)),
+                geometry=LayerGeometry(info.softmax_scale, info.window, info.logit_softcap),
+                head_weights=self.head_weights[layer].to(keys.device),
+                positions=torch.arange(n_context - n_window, n_context),
+                queries=queries,
+                keys=torch.cat([keys, future]),
+                values=torch.cat([values, future]),
+                queries_framed=self.frames.queries_to_frame(layer, queries),
+                keys_framed=self.frames.keys_to_frame(layer, keys, positions),
+                values_framed=self.frames.values_to_frame(values),
+            )
+            found: npt.NDArray[np.float64] = self.estimator.score(context).cpu().numpy()
+        return found

@@ -1,0 +1,261 @@
+"""What one layer keeps: pages of codes, and a dense tail of the newest tokens of each sequence.
+
+A token waits in the tail as the model made it; the rule (`placement.py`) moves the oldest of them
+onto pages, which are never opened again.  States are values: a step makes a new one, so that a step
+that fails is undone by keeping the old.  Source: ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sphkv_cli.errors import SphkvError
+from sphkv_cli.generation.page_store import compacted, joined, kept, tensor_bytes
+from sphkv_cli.generation.placement import Placement, PlacementRule
+from sphkv_codebooks.errors import CodeError
+from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.decode import AttentionPlan, plan
+
+_TAIL_STEP = 32
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens of one forward pass.
+
+    stored: per sequence the columns that are tokens (padding is not); first_position: of each
+    sequence's first stored token, the others follow it.
+    """
+
+    n_columns: int
+    stored: tuple[tuple[int, ...], ...]
+    first_position: tuple[int, ...]
+
+    @property
+    def is_one_each(self) -> bool:
+        """One column, a token of every sequence: a decode step."""
+        return self.n_columns == 1 and all(len(columns) == 1 for columns in self.stored)
+
+
+@dataclass(frozen=True, eq=False)
+class StoreState:
+    """tail_keys, tail_values: (n_sequences, n_kv_heads, capacity, d) as the model made them.
+
+    n_tail, n_sealed: tokens of each sequence in the tail and on pages (dropped ones count);
+    next_position: of each sequence's next token.
+    """
+
+    pages: PagedCache | None
+    plan: AttentionPlan | None
+    tail_keys: Tensor
+    tail_values: Tensor
+    n_tail: tuple[int, ...]
+    n_sealed: tuple[int, ...]
+    next_position: tuple[int, ...]
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences of the batch."""
+        return len(self.n_tail)
+
+    @property
+    def tail_positions(self) -> Tensor:
+        """(n_sequences) int64 position of the first row of each tail."""
+        first = [p - n for p, n in zip(self.next_position, self.n_tail, strict=True)]
+        return torch.tensor(first, device=self.tail_keys.device)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of every tensor held."""
+        tail = (
+            self.tail_keys.untyped_storage().nbytes() + self.tail_values.untyped_storage().nbytes()
+        )
+        pages = 0 if self.pages is None else tensor_bytes(self.pages)
+        work = 0
+        if self.plan is not None:
+            scratch = (self.plan.partial_output, self.plan.partial_state, self.plan.arrivals)
+            work = self.plan.work.n_bytes + sum(t.untyped_storage().nbytes() for t in scratch)
+        return tail + pages + work
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStore:
+    """How one layer's tokens are kept; `window`: of a sliding-window layer, else 0.
+
+    group_size: query heads per KV head; uses_kernel: pages are planned for the CUDA kernel.
+    """
+
+    rule: PlacementRule
+    layer: int
+    window: int
+    group_size: int
+    uses_kernel: bool
+
+    @property
+    def stores_positions(self) -> bool:
+        """Whether pages carry positions: a sliding window, or a frame that needs them."""
+        return self.window > 0 or self.rule.frames.needs_positions(self.layer)
+
+    def appended(
+        self, state: StoreState | None, keys: Tensor, values: Tensor, tokens: NewTokens
+    ) -> StoreState:
+        """The state with new tokens in its tail; keys, values (n_sequences, n_kv_heads, n, d)."""
+        n_new = [len(columns) for columns in tokens.stored]
+        if state is None:
+            empty = keys.new_empty((keys.shape[0], keys.shape[1], 0, keys.shape[3]))
+            zeros = (0,) * keys.shape[0]
+            state = StoreState(None, None, empty, empty, zeros, zeros, tokens.first_position)
+        n_tail = tuple(n + more for n, more in zip(state.n_tail, n_new, strict=True))
+        tail_keys = _with_room(state.tail_keys, max(state.n_tail), max(n_tail))
+        tail_values = _with_room(state.tail_values, max(state.n_tail), max(n_tail))
+        if tokens.is_one_each and len(set(state.n_tail)) == 1:
+            tail_keys[:, :, state.n_tail[0]] = keys[:, :, 0]
+            tail_values[:, :, state.n_tail[0]] = values[:, :, 0]
+        else:
+            for s, columns in enumerate(tokens.stored):
+                rows = slice(state.n_tail[s], n_tail[s])
+                tail_keys[s, :, rows] = keys[s][:, list(columns)]
+                tail_values[s, :, rows] = values[s][:, list(columns)]
+        following = tuple(
+            first + more if more else before
+            for first, more, before in zip(
+                tokens.first_position, n_new, state.next_position, strict=True
+            )
+        )
+        return replace(
+            state,
+            tail_keys=tail_keys,
+            tail_values=tail_values,
+            n_tail=n_tail,
+            next_position=following,
+        )
+
+    def prompt_placed(self, state: StoreState, queries: Sequence[Tensor]) -> StoreState:
+        """The state after the prompt was read; queries: (n_window, n_q_heads, d) per sequence."""
+        placements = []
+        for s, n_tail in enumerate(state.n_tail):
+            keys, values, positions = self._tail(state, s, n_tail)
+            found = None
+            if n_tail:
+                found = self.rule.place_prompt(self.layer, queries[s], keys, values, positions)
+            placements.append(found)
+        return self._sealed(state, placements)
+
+    def later_placed(self, state: StoreState) -> StoreState:
+        """The state with whatever the rule seals by now."""
+        n_kv_heads = state.tail_keys.shape[1]
+        counts = zip(state.n_sealed, state.n_tail, strict=True)
+        return self._sealed(state, [self.rule.place_later(*pair, n_kv_heads) for pair in counts])
+
+    def selected(self, state: StoreState, sequences: Sequence[int]) -> StoreState:
+        """Sequence i is sequence sequences[i] of `state`; pages are shared until the next seal."""
+        index = torch.tensor(list(sequences), device=state.tail_keys.device)
+
+        def pick(values: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(values[s] for s in sequences)
+
+        pages = None if state.pages is None else state.pages.select_sequences(list(sequences))
+        return self._planned(
+            StoreState(
+                pages,
+                None,
+                state.tail_keys[index],
+                state.tail_values[index],
+                pick(state.n_tail),
+                pick(state.n_sealed),
+                pick(state.next_position),
+            )
+        )
+
+    def _tail(self, state: StoreState, s: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first n tokens of a tail: keys, values (n, n_kv_heads, d) float32, positions (n)."""
+        first = state.next_position[s] - state.n_tail[s]
+        positions = torch.arange(first, first + n, device=state.tail_keys.device)
+        keys = state.tail_keys[s, :, :n].transpose(0, 1).float()
+        return keys, state.tail_values[s, :, :n].transpose(0, 1).float(), positions
+
+    def _sealed(self, state: StoreState, placements: Sequence[Placement | None]) -> StoreState:
+        """The state with the first tokens of every tail on pages as placed."""
+        if all(placement is None for placement in placements):
+            return state
+        device = state.tail_keys.device
+        sequences = []
+        for s, placement in enumerate(placements):
+            n = 0 if placement is None else placement.n_placed
+            keys, values, positions = self._tail(state, s, n)
+            if placement is None:
+                nothing = torch.zeros((0, keys.shape[1]), dtype=torch.int64, device=device)
+                tiers, numbers = nothing, nothing
+            else:
+                tiers = placement.tier_of_token.to(device)
+                numbers = placement.page_of_token.to(device)
+            if self.window:
+                # The next query no longer sees them.
+                gone = positions <= state.next_position[s] - self.window
+                tiers = tiers.masked_fill(gone[:, None], -1)
+            frames = self.rule.frames
+            sequences.append(
+                SequenceTokens(
+                    frames.keys_to_frame(self.layer, keys, positions),
+                    frames.values_to_frame(values),
+                    tiers,
+                    numbers,
+                    positions if self.stores_positions else None,
+                )
+            )
+        try:
+            new = build_cache(self.rule.tiers, self.rule.page_size, sequences)
+        except (CodeError, ValueError) as error:
+            raise SphkvError(
+                f"layer {self.layer}: a key or value cannot be coded ({error})",
+                "run the model in float32 or bfloat16, or check its weights",
+            ) from error
+        pages = new if state.pages is None else joined(state.pages, new)
+        n_placed = [0 if p is None else p.n_placed for p in placements]
+        n_tail = tuple(n - gone for n, gone in zip(state.n_tail, n_placed, strict=True))
+        return self._planned(
+            replace(
+                state,
+                pages=compacted(self._reachable(pages, state)),
+                plan=None,
+                tail_keys=_shifted(state.tail_keys, n_placed, n_tail),
+                tail_values=_shifted(state.tail_values, n_placed, n_tail),
+                n_tail=n_tail,
+                n_sealed=tuple(n + m for n, m in zip(state.n_sealed, n_placed, strict=True)),
+            )
+        )
+
+    def _reachable(self, pages: PagedCache, state: StoreState) -> PagedCache:
+        """Without the pages that lie wholly behind a sliding window."""
+        if not self.window or pages.positions is None:
+            return pages
+        sequence = pages.page_table.head_of_entry() // pages.n_kv_heads
+        first = torch.tensor(state.next_position, device=pages.device) - self.window + 1
+        # Dead rows hold -1.
+        return kept(pages, pages.positions.amax(dim=1) >= first[sequence])
+
+    def _planned(self, state: StoreState) -> StoreState:
+        if not self.uses_kernel or state.pages is None or not state.pages.page_table.n_entries:
+            return replace(state, plan=None)
+        return replace(state, plan=plan(state.pages, self.group_size, check=False))
+
+
+def _with_room(tail: Tensor, n_live: int, n_needed: int) -> Tensor:
+    """The tail itself, or a longer copy; rows beyond n_live may hold anything."""
+    if n_needed <= tail.shape[2]:
+        return tail
+    capacity = -(-n_needed // _TAIL_STEP) * _TAIL_STEP
+    longer = tail.new_empty((*tail.shape[:2], capacity, tail.shape[3]))
+    longer[:, :, :n_live] = tail[:, :, :n_live]
+    return longer
+
+
+def _shifted(tail: Tensor, n_gone: Sequence[int], n_left: Sequence[int]) -> Tensor:
+    """A tail without its first rows, in memory of its own."""
+    capacity = -(-max(n_left) // _TAIL_STEP) * _TAIL_STEP
+    shorter = tail.new_empty((*tail.shape[:2], capacity, tail.shape[3]))
+    for s, (gone, left) in enumerate(zip(n_gone, n_left, strict=True)):
+        shorter[s, :, :left] = tail[s, :, gone : gone + left]
+    return shorter

@@ -1,0 +1,92 @@
+"""Pages that are added to, shared between sequences and freed: changes of a `PagedCache`.
+
+    joined(a, b)        every head's entries of a, then those of b; the pools one after the other
+    compacted(cache)    the same entries in a pool that holds nothing else
+    kept(cache, mask)   some of the entries (those that a sliding window still reaches)
+
+None changes its input, so a step that fails leaves the old pages whole.  Source: ours.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.page_table import PageTable
+
+
+def joined(first: PagedCache, second: PagedCache) -> PagedCache:
+    """Both caches' pages for the same sequences; neither may have a tail."""
+    a, b = first.page_table, second.page_table
+    heads = torch.cat([a.head_of_entry(), b.head_of_entry()])
+    order = torch.argsort(heads, stable=True)
+    positions = None
+    if first.positions is not None and second.positions is not None:
+        positions = torch.cat([first.positions, second.positions])[order]
+    table = PageTable(
+        torch.cat([a.offsets, b.offsets + first.pool.numel()])[order],
+        torch.cat([a.tiers, b.tiers])[order],
+        torch.cat([a.live_tokens, b.live_tokens])[order],
+        a.starts + b.starts,
+    )
+    pool = torch.cat([first.pool, second.pool])
+    return replace(first, pool=pool, page_table=table, positions=positions)
+
+
+def kept(cache: PagedCache, mask: Tensor) -> PagedCache:
+    """The entries where mask (n_entries) bool is True, in the same pool."""
+    table = cache.page_table
+    heads = table.head_of_entry()[mask]
+    counts = torch.bincount(heads, minlength=cache.n_sequences * cache.n_kv_heads)
+    starts = torch.zeros_like(table.starts)
+    starts[1:] = counts.cumsum(0).to(torch.int32)
+    chosen = PageTable(table.offsets[mask], table.tiers[mask], table.live_tokens[mask], starts)
+    positions = None if cache.positions is None else cache.positions[mask]
+    return replace(cache, page_table=chosen, positions=positions)
+
+
+def compacted(cache: PagedCache) -> PagedCache:
+    """A pool of the pages that some entry names, each once; the same object if it is one already.
+
+    Pages are multiples of 16 bytes and start on one, as the page format has them.
+    """
+    table = cache.page_table
+    sizes = torch.tensor(cache.tier_page_bytes(), device=cache.device)
+    offsets, first = _unique(table.offsets)
+    page_bytes = sizes[table.tiers.to(torch.int64)[first]]
+    total = int(page_bytes.sum())
+    if total == cache.pool.numel():
+        return cache
+    starts = torch.cumsum(page_bytes, 0) - page_bytes
+    lines = torch.empty((total // 16, 2), dtype=torch.int64, device=cache.device)
+    source = cache.pool.view(torch.int64).view(-1, 2)
+    for size in torch.unique(page_bytes).tolist():
+        chosen = page_bytes == size
+        within = torch.arange(size // 16, device=cache.device)
+        to = (starts[chosen, None] // 16 + within).flatten()
+        lines[to] = source[(offsets[chosen, None] // 16 + within).flatten()]
+    moved = starts[torch.searchsorted(offsets, table.offsets)]
+    pool = lines.view(-1).view(torch.uint8)
+    return replace(cache, pool=pool, page_table=replace(table, offsets=moved))
+
+
+def _unique(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct offsets and one entry that has each."""
+    values, inverse = torch.unique(offsets, return_inverse=True)
+    first = torch.empty_like(values)
+    first[inverse] = torch.arange(offsets.numel(), device=offsets.device)
+    return values, first
+
+
+def tensor_bytes(cache: PagedCache) -> int:
+    """Bytes of every tensor of a cache."""
+    extra = (
+        cache.positions,
+        cache.tail_keys,
+        cache.tail_values,
+        cache.tail_tokens,
+        cache.tail_positions,
+    )
+    n_bytes = cache.pool.untyped_storage().nbytes() + cache.page_table.n_bytes
+    return n_bytes + sum(t.untyped_storage().nbytes() for t in extra if t is not None)

@@ -1,0 +1,401 @@
+"""`SphericalCache`: a transformers Cache whose past is coded pages.
+
+    cache = SphericalCache.from_policy("allocation.h5", model)
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+
+The prompt is attended to dense and coded once it has been read, layer by layer; what follows reads
+the codes.  Keys and values are never held dense beside them, but in the tail.  Source: ours.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from sphkv_cli.errors import EnvironmentUnable, SphkvError, UsageError
+from sphkv_cli.generation.attention import (
+    HANDED,
+    AttentionCall,
+    Handed,
+    attend_dense,
+    register,
+)
+from sphkv_cli.generation.coded_part import LayerReader
+from sphkv_cli.generation.layer_frame import LayerFrame
+from sphkv_cli.generation.layer_store import LayerStore, NewTokens, StoreState
+from sphkv_cli.generation.matching import policy_for, uniform_for
+from sphkv_cli.generation.placement import PlacementRule
+from sphkv_cli.models.geometry import ModelGeometry, inspect_model
+from sphkv_kernels.block_words import native_layout_of
+
+Backend = Literal["auto", "cuda", "reference"]
+_TRIAL_TOKENS = 3
+
+
+class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A cache of one batch, made by `from_policy` or `uniform`.
+
+    Raises at construction what cannot work; later SphkvError, the cache unchanged, for more tokens
+    than the model's context, memory that runs out, or vectors that no code can hold.
+    """
+
+    def __init__(self, model: Any, rule: PlacementRule, *, backend: Backend = "auto") -> None:
+        """See `from_policy`; rule: which tokens are coded, when, and how.
+
+        Raises:
+            SphkvError: a model in training, or one whose attention does not follow its cache.
+            EnvironmentUnable: backend "cuda" without a CUDA device under the model.
+        """
+        if model.training:
+            raise SphkvError("the model is in training mode", "call model.eval()")
+        self.geometry: ModelGeometry
+        self.geometry, modules = inspect_model(model)
+        self.rule = rule
+        self._uses_kernel = _uses_kernel(backend, model)
+        if self._uses_kernel:
+            _require_native(rule)
+        self._stores = [
+            LayerStore(
+                rule,
+                index,
+                layer.window,
+                self.geometry.n_q_heads // self.geometry.n_kv_heads,
+                self._uses_kernel,
+            )
+            for index, layer in enumerate(self.geometry.layers)
+        ]
+        self._frames = [self._frame(index, module) for index, module in enumerate(modules)]
+        self._readers = [
+            LayerReader(layer, frame, self._uses_kernel)
+            for layer, frame in zip(self.geometry.layers, self._frames, strict=True)
+        ]
+        self._states: list[StoreState | None] = [None] * self.geometry.n_layers
+        self._before: list[StoreState | None] = list(self._states)
+        self._tokens: NewTokens | None = None
+        self.n_columns = 0
+        super().__init__(layers=[SphericalLayer(self, i) for i in range(self.geometry.n_layers)])
+        before = model.config._attn_implementation
+        model.set_attn_implementation(register())
+        try:
+            self._try(model)
+        except BaseException:
+            model.set_attn_implementation(before)
+            raise
+
+    @staticmethod
+    def from_policy(
+        allocation: str | Path, model: Any, *, window: int | None = 32, backend: Backend = "auto"
+    ) -> "SphericalCache":
+        """A cache that keeps what an allocation's policy keeps.
+
+        Args:
+            allocation: allocation.h5, made for this model.
+            model: a loaded transformers causal model; it attends through this module from now on.
+            window: tokens after the prompt that stay dense at least; None: all of them.
+            backend: "cuda" reads the codes with the kernel, "reference" in float64; "auto" is
+                "cuda" where the model lies on a CUDA device.
+
+        Raises:
+            ArtifactError: the file is damaged, or for another model, RoPE or other layers.
+            SphkvError: as the class says.
+        """
+        return SphericalCache(model, policy_for(Path(allocation), model, window), backend=backend)
+
+    @staticmethod
+    def uniform(
+        codebooks: str | Path,
+        tier: str,
+        model: Any,
+        *,
+        window: int = 32,
+        first_tokens: int = 4,
+        page_size: int = 32,
+        backend: Backend = "auto",
+    ) -> "SphericalCache":
+        """A cache in one tier: by name one of codebooks.h5, or int8, or dense.
+
+        Raises:
+            ArtifactError, UsageError, SphkvError: as `from_policy`; an unknown tier.
+        """
+        rule = uniform_for(Path(codebooks), tier, model, page_size, window, first_tokens)
+        return SphericalCache(model, rule, backend=backend)
+
+    @property
+    def backend(self) -> str:
+        """What reads the codes: "cuda" or "reference"."""
+        return "cuda" if self._uses_kernel else "reference"
+
+    def memory_bytes(self) -> int:
+        """Bytes of every tensor that the cache holds, its tables included."""
+        states = sum(state.n_bytes for state in self._states if state is not None)
+        return states + sum(frame.n_bytes for frame in self._frames)
+
+    def dense_bytes(self, bytes_per_number: int = 2) -> int:
+        """What the same tokens take in a dense cache."""
+        state = self._states[0]
+        n_tokens = 0 if state is None else sum(state.n_tail) + sum(state.n_sealed)
+        shape = self.geometry
+        return 2 * n_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * bytes_per_number
+
+    def states(self) -> tuple[StoreState | None, ...]:
+        """What each layer keeps; for tests and reports."""
+        return tuple(self._states)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether generation may take back any number of tokens; only `crop`'s last ones."""
+        return False
+
+    # What transformers asks of a cache.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens, which must lie in the tail.
+
+        Raises:
+            SphkvError: some of them are sealed in pages; nothing is changed.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes 0 or minus the number of tokens to take back")
+        n_gone = -tokens_to_remove
+        if not n_gone or not self.n_columns:
+            return
+        cropped: list[StoreState | None] = []
+        for state in self._states:
+            assert state is not None
+            left = min(state.n_tail)
+            if n_gone > left:
+                raise SphkvError(
+                    f"{n_gone} tokens were to be taken back, {left} are not sealed in pages yet",
+                    "take back fewer, or make the cache anew with a larger window",
+                )
+            cropped.append(_without_last(state, n_gone))
+        self._states = cropped
+        self.n_columns -= n_gone
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._states = [None] * self.geometry.n_layers
+        self._before = list(self._states)
+        self._tokens = None
+        self.n_columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes sequence beam_idx[i]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The same; indices (n) int64."""
+        chosen = indices.tolist()
+        self._states = [
+            None if state is None else store.selected(state, chosen)
+            for store, state in zip(self._stores, self._states, strict=True)
+        ]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times."""
+        state = self._states[0]
+        if state is not None:
+            every = torch.arange(state.n_sequences).repeat_interleave(repeats)
+            self.batch_select_indices(every)
+
+    # What a forward pass does, layer by layer.
+
+    def hand_over(self, layer: int, keys: Tensor) -> None:
+        """Before a layer attends: check the step, and wait for its attention.
+
+        Raises:
+            SphkvError: the layer before did not attend to what it cached, or too many tokens.
+        """
+        waiting = HANDED.get()
+        if waiting is not None and waiting.cache is self:
+            HANDED.set(None)
+            self._undo()
+            raise SphkvError(
+                f"layer {self.geometry.layers[waiting.layer].name} does not attend to the keys "
+                "that it caches",
+                "its architecture is not supported",
+            )
+        if layer == 0:
+            self._tokens = None
+            self._before = list(self._states)
+            n_after = self.n_columns + keys.shape[2]
+            if n_after > self.geometry.max_tokens:
+                raise SphkvError(
+                    f"{n_after} tokens, the model's context is {self.geometry.max_tokens}",
+                    "give a shorter prompt, or generate fewer tokens",
+                )
+            state = self._states[0]
+            if state is not None and state.n_sequences != keys.shape[0]:
+                raise SphkvError(
+                    f"a batch of {keys.shape[0]}, the cache holds {state.n_sequences} sequences",
+                    "make a new cache for a new batch",
+                )
+        HANDED.set(Handed(self, layer, keys))
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
+    ) -> Tensor:
+        """The layer's attention, after which its new tokens are stored."""
+        try:
+            return self._attend(layer, query, key, value, call)
+        except torch.OutOfMemoryError as error:
+            self._undo()
+            raise SphkvError(
+                f"the device ran out of memory in layer {layer} while coding or reading "
+                f"{self.n_columns + key.shape[2]} tokens; the cache is as it was before",
+                "give a shorter prompt or a smaller batch",
+            ) from error
+        except BaseException:
+            self._undo()
+            raise
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
+    ) -> Tensor:
+        if self._tokens is None:
+            self._tokens = self._read_tokens(key, call)
+        tokens, store, before = self._tokens, self._stores[layer], self._states[layer]
+        state = store.appended(before, key, value, tokens)
+        if before is None:
+            output = attend_dense(query, key, value, call)
+            n_window = self.rule.n_window_queries
+            asked = [
+                q[:, columns[-n_window:] if n_window else []].transpose(0, 1).float()
+                for q, columns in zip(query, map(list, tokens.stored), strict=True)
+            ]
+            state = store.prompt_placed(state, asked)
+        else:
+            output = self._readers[layer].attend(state, query, tokens).transpose(1, 2).contiguous()
+            state = store.later_placed(state)
+        self._states[layer] = state
+        if layer == self.geometry.n_layers - 1:
+            self.n_columns += key.shape[2]
+            self._before = list(self._states)
+        return output
+
+    def _undo(self) -> None:
+        self._states = list(self._before)
+
+    def _read_tokens(self, key: Tensor, call: AttentionCall) -> NewTokens:
+        """Which columns are tokens, from the mask's diagonal, and where they stand."""
+        n_sequences, n = key.shape[0], key.shape[2]
+        columns = [list(range(n)) for _ in range(n_sequences)]
+        if call.mask is not None:
+            if call.mask.dtype != torch.bool or call.mask.ndim != 4:
+                raise SphkvError(
+                    f"an attention mask of {call.mask.dtype}, {call.mask.ndim} axes",
+                    "pass a mask (n_sequences, n_tokens) of 0 and 1, or none",
+                )
+            own = call.mask[:, 0, :, -n:].diagonal(dim1=-2, dim2=-1)
+            is_token = own.expand(n_sequences, n).tolist()
+            columns = [[c for c in range(n) if row[c]] for row in is_token]
+        positions = call.options.get("position_ids")
+        if positions is None:
+            raise SphkvError(
+                "the model does not tell its attention the positions of tokens",
+                "its architecture is not supported",
+            )
+        where = positions.expand(n_sequences, n).tolist()
+        first = []
+        for s, chosen in enumerate(columns):
+            state = self._states[0]
+            expected = None if state is None else state.next_position[s]
+            found = [where[s][c] for c in chosen]
+            start = found[0] if expected is None and found else (expected or 0)
+            if found != list(range(start, start + len(found))):
+                raise SphkvError(
+                    f"sequence {s}: the new tokens have positions {found[0]}..{found[-1]}, "
+                    f"expected {start} and on",
+                    "pass position_ids that go on from the cached tokens",
+                )
+            first.append(start)
+        return NewTokens(n, tuple(tuple(chosen) for chosen in columns), tuple(first))
+
+    def _frame(self, layer: int, module: Any) -> LayerFrame:
+        device = next(module.parameters()).device
+        dtype = torch.float32 if self._uses_kernel else torch.float64
+        return LayerFrame.of(self.rule.frames, layer, self.geometry.n_q_heads, device, dtype)
+
+    def _try(self, model: Any) -> None:
+        """Run a few tokens through the model and this cache, so that nothing fails later."""
+        ids = torch.arange(_TRIAL_TOKENS, device=model.device)[None]
+        with torch.inference_mode():
+            for part in (ids[:, :-1], ids[:, -1:]):
+                model(input_ids=part, past_key_values=self)
+        if self.n_columns != _TRIAL_TOKENS or any(state is None for state in self._states):
+            raise SphkvError(
+                f"{type(model).__name__} has a layer that does not attend through its cache",
+                "its architecture is not supported",
+            )
+        self.reset()
+
+
+class SphericalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """What transformers sees of one layer: it stores nothing itself."""
+
+    def __init__(self, cache: SphericalCache, layer: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer = layer
+
+    supports_early_init = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values as they are; they are stored when the layer has attended."""
+        self._cache.hand_over(self._layer, key_states)
+        self.is_initialized = True
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """A mask over every column that ever came."""
+        return self._cache.n_columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns that came, padding included."""
+        return self._cache.n_columns
+
+    def get_max_length(self) -> int:
+        """The model's context."""
+        return self._cache.geometry.max_tokens
+
+
+def _require_native(rule: PlacementRule) -> None:
+    """Refuse codes that the kernel has no decoder for."""
+    for tier in rule.tiers:
+        for code in (tier.key_code, tier.value_code):
+            if code is not None and native_layout_of(code) is None:
+                raise UsageError(
+                    f"the CUDA kernel does not read the code {code.name}",
+                    'choose another tier, or pass backend="reference"',
+                )
+
+
+def _without_last(state: StoreState, n_gone: int) -> StoreState:
+    return replace(
+        state,
+        n_tail=tuple(n - n_gone for n in state.n_tail),
+        next_position=tuple(p - n_gone for p in state.next_position),
+    )
+
+
+def _uses_kernel(backend: Backend, model: Any) -> bool:
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if backend == "auto":
+        return devices == {"cuda"}
+    if backend not in ("cuda", "reference"):
+        raise UsageError(f"backend {backend!r} is unknown", "choose auto, cuda or reference")
+    if backend == "cuda" and devices != {"cuda"}:
+        raise EnvironmentUnable(
+            f"backend cuda, but the model lies on {', '.join(sorted(devices))}",
+            'move it to the GPU, or pass backend="reference"',
+        )
+    return backend == "cuda"
