@@ -10,9 +10,12 @@ per layer:
     post_rope  c_t = mu       the mean key after RoPE: q . mu is the same for every key of the head
                               and cancels in softmax; a log-sum-exp or a logit adds it back
                               (`logit_offset`, before softmax_scale)
-    pre_rope   c_t = R_t mu   the mean key before RoPE, turned to the token's position: q . c_t is
-                              added to each logit (`position_coefficients`), exactly, because what
-                              is subtracted is the same truncated mean
+    pre_rope   c_t = R_t mu + nu
+                              the mean key before RoPE, turned to the token's position, truncated to
+                              a few RoPE pairs, and the mean nu after RoPE of what that leaves (slow
+                              pairs hardly turn): q . (R_t mu) is added to each logit
+                              (`position_coefficients`), exactly, because what is subtracted is the
+                              same truncated mean; q . nu as above
 
 Rotation: DRIVE (arXiv 2105.08339) and PolarQuant; balancing and centring: ours.
 """
@@ -45,6 +48,8 @@ class FrameSet:
     balancing: (n_layers, n_kv_heads, head_dim, head_dim) invertible, or None (the identity).
     inv_freq: (n_layers, head_dim / 2) float32 radians per token of the model's RoPE (pairs
         (j, j + head_dim / 2)); needed where a layer is pre_rope.
+    residual_mean: nu of the pre_rope layers, shaped as key_mean, 0 in the others; None where all
+        are 0.
     """
 
     rotation: Rotation
@@ -52,6 +57,7 @@ class FrameSet:
     key_mean: Float32Array | None = None
     balancing: FloatArray | None = None
     inv_freq: Float32Array | None = None
+    residual_mean: Float32Array | None = None
     _inverse_transposed: FloatArray | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ class FrameSet:
             self._accept_inv_freq(np.array(self.inv_freq, dtype=np.float32))
         elif "pre_rope" in per_layer:
             raise CodeError("pre_rope centring needs inv_freq, the frequencies of the model's RoPE")
+        if self.residual_mean is not None:
+            self._accept_residual(np.array(self.residual_mean, dtype=np.float32))
 
     def _accept_means(self, mean: Float32Array) -> None:
         head_dim = self.head_dim
@@ -117,6 +125,18 @@ class FrameSet:
             raise CodeError("key_mean and inv_freq are for different numbers of layers")
         inv_freq.setflags(write=False)
         object.__setattr__(self, "inv_freq", inv_freq)
+
+    def _accept_residual(self, residual: Float32Array) -> None:
+        shape = None if self.key_mean is None else self.key_mean.shape
+        if residual.shape != shape or not np.isfinite(residual).all():
+            raise CodeError(
+                f"residual_mean must be finite, {shape} as key_mean; got {residual.shape}"
+            )
+        for layer in range(residual.shape[0]):
+            if self.centring_of(layer) != "pre_rope" and residual[layer].any():
+                raise CodeError(f"layer {layer} is not pre_rope, its residual_mean must be 0")
+        residual.setflags(write=False)
+        object.__setattr__(self, "residual_mean", residual)
 
     @property
     def head_dim(self) -> int:
@@ -198,12 +218,14 @@ class FrameSet:
         return self.rotation.apply_inverse(output)
 
     def logit_offset(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        """q . mu of a post_rope layer, else 0: queries (..., n_q_heads, head_dim), untransformed,
-        -> (..., n_q_heads)."""
-        if self.key_mean is None or self.centring_of(layer) != "post_rope":
+        """The part of q . c_t that no position changes: q . mu of a post_rope layer, q . nu of a
+        pre_rope one, else 0; (..., n_q_heads) for untransformed queries (..., n_q_heads, head_dim).
+        """
+        constant = self.residual_mean if self.needs_positions(layer) else self.key_mean
+        if constant is None:
             return torch.zeros(queries.shape[:-1], dtype=queries.dtype, device=queries.device)
-        group_size = _group_size(queries, self.key_mean.shape[1])
-        mean = self._layer(self.key_mean, layer, None).to(queries)
+        group_size = _group_size(queries, constant.shape[1])
+        mean = self._layer(constant, layer, None).to(queries)
         return (queries * mean.repeat_interleave(group_size, dim=0)).sum(dim=-1)
 
     def position_coefficients(
@@ -238,7 +260,10 @@ class FrameSet:
                 f"layer {layer} is centred before RoPE: keys {tuple(keys.shape)} need the position "
                 f"of every token, (n_tokens) int64; got {found}"
             )
-        return rotate(mean[None], positions, self._layer(self.inv_freq, layer, None))
+        turned = rotate(mean[None], positions, self._layer(self.inv_freq, layer, None))
+        if self.residual_mean is None:
+            return turned
+        return turned + self._layer(self.residual_mean, layer, keys)
 
     def _row(self, array: Float32Array, layer: int) -> Float32Array:
         if not 0 <= layer < array.shape[0]:

@@ -30,14 +30,32 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def keep_strongest_pairs(mean: Float32Array, n_pairs: int) -> Float32Array:
-    """The means (..., head_dim) with all but their n_pairs RoPE pairs of largest norm set to 0."""
+def keep_strongest_pairs(
+    mean: Float32Array, n_pairs: int, weight: npt.NDArray[np.float64] | None = None
+) -> Float32Array:
+    """The means (..., head_dim) with all but their n_pairs strongest RoPE pairs set to 0.
+
+    A pair is as strong as its squared norm, times its weight (..., head_dim / 2) if given.
+    """
     first, second = np.split(mean.astype(np.float64), 2, axis=-1)
-    strength = first**2 + second**2
+    strength = (first**2 + second**2) * (1.0 if weight is None else weight)
     # Stable, so that ties fall to the lower pair.
     rank = np.argsort(np.argsort(-strength, axis=-1, kind="stable"), axis=-1, kind="stable")
     kept = np.concatenate([rank < n_pairs] * 2, axis=-1)
     return np.where(kept, mean, np.float32(0)).astype(np.float32)
+
+
+def turning(inv_freq: Float32Array, n_positions: int) -> npt.NDArray[np.float64]:
+    """1 - |mean over t < n_positions of exp(i t f)|^2 of each frequency: 0 for a pair that stands
+    still, so that a constant replaces its turned mean, 1 for one that goes round."""
+    half_angle = inv_freq.astype(np.float64) / 2
+    # The geometric sum: sin(n x) / (n sin x), 1 at x = 0.
+    sine = np.sin(half_angle)
+    still = np.ones_like(half_angle)
+    moving = sine != 0
+    still[moving] = np.sin(n_positions * half_angle[moving]) / (n_positions * sine[moving])
+    turns: npt.NDArray[np.float64] = 1.0 - still**2
+    return turns
 
 
 def kept_pairs(mean: Float32Array) -> npt.NDArray[np.int64]:

@@ -4,8 +4,9 @@
 
 page_bytes comes from the page format itself (sphkv_kernels.pages); `codes` is the part of it that
 holds codes, radii and norms of live tokens, `padding` the rest (dead rows of partial pages, unused
-bits, alignment).  Fixed tables (rotation, key means, balancing, centroids) are counted once per
-context, as if it were served alone.
+bits, alignment).  Positions are stored where a window or centring before RoPE needs them.  Fixed
+tables (rotation, key means, balancing, centroids) are counted once per context, as if it were
+served alone.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sphkv_codebooks.balancing import balancing_bytes
 from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotary import kept_pairs
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.tier import RegionFormat, TierFormat
@@ -24,7 +27,11 @@ Int = NDArray[np.int64]
 ENTRY_BYTES = 8 + 1 + 2
 """A page-table entry: offset int64, tier int8, live_tokens int16 (page_table.py)."""
 START_BYTES = 4
-POSITION_BYTES = 4
+
+
+def position_bytes(n_context: int) -> int:
+    """Of one token's position on a page: uint16 where every position of the context fits."""
+    return 2 if n_context <= 1 << 16 else 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class PageLayout:
     stores_positions: (n_layers) whether a layer's pages carry positions (a sliding window, or a
         frame that needs them).
     fixed_bytes: fixed tables of one context.
+    position_bytes: of one position, see the function of that name.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -59,6 +67,7 @@ class PageLayout:
     n_kv_heads: int
     stores_positions: tuple[bool, ...]
     fixed_bytes: int
+    position_bytes: int = 2
 
     def __post_init__(self) -> None:
         sizes = self.tier_bytes()
@@ -82,7 +91,7 @@ class PageLayout:
         """(n_layers, n_options) bytes of one page with its table entry and positions."""
         sizes = np.zeros((self.n_layers, 1 + len(self.tiers)), dtype=np.int64)
         positions = (
-            POSITION_BYTES * self.page_size * np.array(self.stores_positions, dtype=np.int64)
+            self.position_bytes * self.page_size * np.array(self.stores_positions, dtype=np.int64)
         )
         sizes[:, 1:] = self.tier_bytes() + ENTRY_BYTES + positions[:, None]
         return sizes
@@ -112,6 +121,10 @@ class PageLayout:
                 tokens that the others leave over.
             n_context: tokens.
         """
+        if self.position_bytes < position_bytes(n_context) and any(self.stores_positions):
+            raise ValueError(
+                f"positions of {n_context} tokens do not fit {self.position_bytes} bytes"
+            )
         n_pages = option_of_page.shape[2]
         live = np.full(n_pages, self.page_size, dtype=np.int64)
         live[-1] = n_context - (n_pages - 1) * self.page_size
@@ -124,7 +137,7 @@ class PageLayout:
             codes=codes,
             padding=pages - codes,
             page_table=int(kept.sum()) * ENTRY_BYTES + self.overhead_bytes() - self.fixed_bytes,
-            positions=int(with_positions.sum()) * POSITION_BYTES * self.page_size,
+            positions=int(with_positions.sum()) * self.position_bytes * self.page_size,
             fixed_tables=self.fixed_bytes,
         )
 
@@ -142,16 +155,16 @@ def tier_bits(tier: TierFormat, head_dim: int) -> float:
 
 
 def fixed_table_bytes(frames: FrameSet, tiers: Sequence[TierFormat]) -> int:
-    """Bytes of rotation, means and balancing (float32; Hadamard signs as bits) and centroids."""
-    n_bytes = 0
+    """Bytes of rotation, means and centroids (float32; Hadamard signs as bits) and of balancing
+    (float16, a triangle or a diagonal); of a mean before RoPE the pairs it keeps."""
+    n_bytes = _mean_bytes(frames)
     rotation = frames.rotation
     if rotation.kind == "haar":
         n_bytes += 4 * rotation.head_dim**2
     elif rotation.kind == "hadamard":
         n_bytes += -(-rotation.head_dim // 8)
-    for table in (frames.key_mean, frames.balancing):
-        if table is not None:
-            n_bytes += 4 * int(np.prod(table.shape))
+    if frames.balancing is not None:
+        n_bytes += balancing_bytes(frames.balancing)
     codes = {
         code.digest: code
         for tier in tiers
@@ -160,6 +173,31 @@ def fixed_table_bytes(frames: FrameSet, tiers: Sequence[TierFormat]) -> int:
     }
     n_bytes += 4 * sum(sum(code.n_cells) for code in codes.values())
     return n_bytes
+
+
+def stores_positions(windows: Sequence[int], frames: FrameSet) -> tuple[bool, ...]:
+    """(n_layers) whether pages carry positions: layers with a window, or centred before RoPE."""
+    return tuple(
+        window > 0 or frames.needs_positions(layer) for layer, window in enumerate(windows)
+    )
+
+
+def _mean_bytes(frames: FrameSet) -> int:
+    if frames.key_mean is None:
+        return 0
+    n_bytes, frequencies = 0, set()
+    for layer, mean in enumerate(frames.key_mean):
+        centring = frames.centring_of(layer)
+        if centring == "post_rope":
+            n_bytes += 4 * mean.size
+        elif centring == "pre_rope":
+            assert frames.inv_freq is not None
+            # Two coordinates and the number of each kept pair.
+            n_bytes += (2 * 4 + 1) * int(kept_pairs(mean).sum())
+            frequencies.add(frames.inv_freq[layer].tobytes())
+            if frames.residual_mean is not None and frames.residual_mean[layer].any():
+                n_bytes += 4 * mean.size
+    return n_bytes + sum(len(row) for row in frequencies)
 
 
 def _vector_bits(region_format: RegionFormat, head_dim: int) -> float:

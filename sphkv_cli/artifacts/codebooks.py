@@ -25,6 +25,7 @@ from sphkv_cli.artifacts.header import ArtifactRef, Header, require_input
 from sphkv_cli.artifacts.store import artifact_ref, create_artifact, open_artifact, read_header
 from sphkv_cli.errors import ArtifactError
 from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.sink_rule import SinkRule
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
@@ -105,6 +106,11 @@ class CodebooksReader:
     def frames(self) -> FrameSet:
         """Centring and rotation, shared by all tiers."""
         return self.content.frames
+
+    @property
+    def sinks(self) -> SinkRule | None:
+        """Which keys are worth keeping dense; None in files of version 1."""
+        return self.content.sinks
 
     @property
     def codes(self) -> tuple[SphericalCode, ...]:

@@ -22,6 +22,7 @@ from sphkv_cli.artifacts.fit_tables import (
     CodeRow,
     EmpiricalRow,
     FitTables,
+    FrameRow,
     GoodnessRow,
     KurtosisRow,
     LevelRow,
@@ -29,6 +30,7 @@ from sphkv_cli.artifacts.fit_tables import (
 from sphkv_cli.artifacts.frames import read_frames, write_frames
 from sphkv_cli.artifacts.row_tables import read_rows, write_rows
 from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.sink_rule import SinkRule
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
@@ -40,7 +42,10 @@ _TABLES: Mapping[str, type[Any]] = {
     "goodness": GoodnessRow,
     "kurtosis": KurtosisRow,
     "empirical": EmpiricalRow,
+    "frames": FrameRow,
 }
+_LATER_TABLES = ("frames",)
+"""Not in files of version 1."""
 _COUNTS = ("n_layers", "n_q_heads", "n_kv_heads", "head_dim")
 
 MEASURES = {
@@ -80,6 +85,7 @@ class CodebooksContent:
     tables: FitTables
     measured: Mapping[str, FloatArray]
     empirical: EmpiricalBooks | None = None
+    sinks: SinkRule | None = None
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -89,9 +95,15 @@ class CodebooksContent:
         ):
             if head_dim != shape.head_dim:
                 raise ValueError(f"{owner} has head_dim {head_dim}, the model {shape.head_dim}")
-        mean = self.frames.key_mean
-        if mean is not None and mean.shape[:2] != (shape.n_layers, shape.n_kv_heads):
-            raise ValueError(f"key means of shape {mean.shape} for {shape}")
+        heads = (shape.n_layers, shape.n_kv_heads)
+        mean, balancing = self.frames.key_mean, self.frames.balancing
+        for name, array in (
+            ("key means", mean),
+            ("balancing", balancing),
+            ("sink norms", None if self.sinks is None else self.sinks.median_norm),
+        ):
+            if array is not None and array.shape[:2] != heads:
+                raise ValueError(f"{name} of shape {array.shape} for {shape}")
         names = [code.name for code in self.codes]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"codes need distinct names, got {names}")
@@ -118,6 +130,10 @@ def write_content(file: h5py.File, content: CodebooksContent) -> None:
     file.attrs["page_sizes"] = np.asarray(content.page_sizes, dtype="<i8")
     file.attrs["tiers"] = json.dumps([_tier_codes(tier) for tier in content.tiers], sort_keys=True)
     write_frames(file, content.frames)
+    if content.sinks is not None:
+        sinks = file.create_group("sinks")
+        sinks.attrs["factor"] = content.sinks.factor
+        _create(sinks, "median_norm", content.sinks.median_norm, "n_layers, n_kv_heads")
     codes = file.create_group("codes")
     for index, code in enumerate(content.codes):
         _write_code(codes.create_group(f"{index:03d}"), code)
@@ -160,11 +176,24 @@ def read_content(file: h5py.File) -> CodebooksContent:
         ),
         page_sizes=tuple(int(size) for size in attrs["page_sizes"]),
         tables=FitTables(
-            **{name: read_rows(file["tables"], name, row) for name, row in _TABLES.items()}
+            **{
+                name: read_rows(file["tables"], name, row)
+                for name, row in _TABLES.items()
+                if name not in _LATER_TABLES or name in file["tables"]
+            }
         ),
         measured={name: file[f"measured/{name}"][()] for name in MEASURES},
         empirical=empirical,
+        sinks=_read_sinks(file),
     )
+
+
+def _read_sinks(file: h5py.File) -> SinkRule | None:
+    """None in files of version 1."""
+    if "sinks" not in file:
+        return None
+    group = file["sinks"]
+    return SinkRule(group["median_norm"][()], float(group.attrs["factor"]))
 
 
 def _tier_codes(tier: TierFormat) -> dict[str, str]:

@@ -111,6 +111,25 @@ class EmpiricalRow:
 
 
 @dataclass(frozen=True)
+class FrameRow:
+    """One frame tried for one layer, on the `select` documents, with a reference code of 3 bits.
+
+    rope_pairs: RoPE pairs that the mean keeps (pre_rope, else 0); balancing: none, diagonal or
+    full; output_error: mean over query heads of the squared relative attention-output error;
+    worst_output_error: its root in the worst query head; is_chosen: 1 for the layer's frame.
+    """
+
+    layer: int
+    centring: str
+    rope_pairs: int
+    balancing: str
+    output_error: float
+    worst_output_error: float
+    worst_head: int
+    is_chosen: int
+
+
+@dataclass(frozen=True)
 class FitTables:
     """Everything a fit measured; codes ordered by laid-out rate, then predicted distortion."""
 
@@ -119,3 +138,4 @@ class FitTables:
     goodness: tuple[GoodnessRow, ...]
     kurtosis: tuple[KurtosisRow, ...]
     empirical: tuple[EmpiricalRow, ...] = ()
+    frames: tuple[FrameRow, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 from sphkv_cli.errors import ArtifactError
 
 FORMAT_NAME = "sphkv"
-VERSIONS = {"capture": 1, "codebooks": 1, "allocation": 1, "report": 1}
+VERSIONS = {"capture": 1, "codebooks": 2, "allocation": 2, "report": 1}
 MADE_BY = {
     "capture": "sphkv capture",
     "codebooks": "sphkv fit-codebooks",

@@ -44,8 +44,16 @@ def fit_codebooks_command(
         Literal["hadamard", "haar", "none"], typer.Option(help="Of keys, queries and values.")
     ] = "hadamard",
     centring: Annotated[
-        Literal["post_rope", "none"], typer.Option(help="Which mean is taken from the keys.")
-    ] = "post_rope",
+        Literal["auto", "none", "post_rope", "pre_rope"],
+        typer.Option(help="Which mean is taken from the keys; auto measures it per layer."),
+    ] = "auto",
+    balancing: Annotated[
+        Literal["auto", "none", "key_query"],
+        typer.Option(help="Stretch keys where queries are long; auto measures it per layer."),
+    ] = "auto",
+    rope_pairs: Annotated[
+        str, typer.Option(help="RoPE pairs kept of a mean before RoPE: a number, or auto.")
+    ] = "auto",
     density: Annotated[
         Literal["analytic", "empirical"],
         typer.Option(help="empirical also fits books per layer and head, and says if they help."),
@@ -55,7 +63,7 @@ def fit_codebooks_command(
     json_output: JsonFlag = False,
 ) -> None:
     """Fit frames and Lloyd-Max codebooks per level, and measure candidate codes."""
-    from sphkv_cli.fit.options import FitOptions, parse_sweep
+    from sphkv_cli.fit.options import FitOptions, parse_rope_pairs, parse_sweep
     from sphkv_cli.fit.stage import fit_codebooks
     from sphkv_cli.fit.view import view
     from sphkv_cli.render import Output, TerminalProgress
@@ -66,6 +74,8 @@ def fit_codebooks_command(
         tiers=tuple(tier or ()),
         rotation=rotation,
         centring=centring,
+        balancing=balancing,
+        rope_pairs=parse_rope_pairs(rope_pairs),
         density=density,
         seed=seed,
         target_rates=tuple(sorted(dict.fromkeys(rates))),

@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes
+from sphkv_cli.allocation.layout import (
+    PageLayout,
+    fixed_table_bytes,
+    position_bytes,
+    stores_positions,
+)
 from sphkv_cli.artifacts.allocation import AllocationReader, PlanInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.errors import UsageError
@@ -118,8 +123,11 @@ def retention_work(
         head_dim=shape.head_dim,
         page_size=allocation.page_size,
         n_kv_heads=shape.n_kv_heads,
-        stores_positions=tuple(layer.window > 0 for layer in allocation.layers),
+        stores_positions=stores_positions(
+            [layer.window for layer in allocation.layers], allocation.frames
+        ),
         fixed_bytes=fixed_table_bytes(allocation.frames, allocation.tiers),
+        position_bytes=position_bytes(max(d.n_tokens for d in allocation.documents)),
     )
     names = tuple(name for name in options.tiers if name != "best")
     chosen = _chosen_tiers(names, allocation.tiers, str(allocation.path)) if names else ()

@@ -91,7 +91,7 @@ def _document_score(
     n_coded = len(protocol.coded_positions(document.n_tokens))
     n_vectors = run.geometry.n_layers * run.geometry.n_kv_heads * document.n_tokens
     coded_bytes = coding.stored_bytes(n_coded) + coding.table_bytes()
-    coded_bytes += dense_key_bytes(run.n_dense_keys, head_dim)
+    coded_bytes += dense_key_bytes(run.n_dense_keys, head_dim, document.n_tokens)
     per_token = 2 * 2 * run.geometry.n_layers * run.geometry.n_kv_heads * head_dim
     total = coded_bytes + per_token * (document.n_tokens - n_coded)
     return DocumentScore(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sphkv_cli.allocation.layout import POSITION_BYTES
+from sphkv_cli.allocation.layout import position_bytes
 from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding, through_bfloat16
 
 
@@ -51,6 +51,7 @@ class SinksKeptDense(KeyValueCoding):
         return self.inner.table_bytes() + 4 * self.median_norm.numel()
 
 
-def dense_key_bytes(n_keys: int, head_dim: int) -> int:
-    """Bytes of so many keys kept dense beside the codes: 16 bits a coordinate, and a position."""
-    return n_keys * (2 * head_dim + POSITION_BYTES)
+def dense_key_bytes(n_keys: int, head_dim: int, n_tokens: int) -> int:
+    """Bytes of so many keys kept dense beside the codes of a document of n_tokens: 16 bits a
+    coordinate, and a position."""
+    return n_keys * (2 * head_dim + position_bytes(n_tokens))

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 from sphkv_cli.errors import UsageError
 
 RotationKind = Literal["hadamard", "haar", "none"]
-Centring = Literal["none", "post_rope"]
+Centring = Literal["auto", "none", "post_rope", "pre_rope"]
+Balancing = Literal["auto", "none", "key_query"]
 Density = Literal["analytic", "empirical"]
 
 MAX_TARGET_RATE = 8.0
@@ -21,7 +22,9 @@ class FitOptions:
     codes: specifications (`code_spec`); empty for the candidates of the head_dim at hand.
     tiers: pairs ``KEY_CODE/VALUE_CODE`` of their names; empty to pair each code with itself.
     rotation, seed: the frame's; one rotation for all layers and heads.
-    centring: of the keys.
+    centring: of the keys; "auto" measures which one each layer needs.
+    balancing: of keys against queries; "auto" measures whether it pays, layer by layer.
+    rope_pairs: RoPE pairs that a mean before RoPE keeps; "auto" measures how few will do.
     density: `empirical` also fits books per layer, KV head and level, and says whether they help.
     page_sizes: tokens per page for which the laid-out rate is given.
     target_rates: bits per coordinate at which the designer chooses codes; then no codes or tiers.
@@ -31,7 +34,9 @@ class FitOptions:
     codes: tuple[str, ...] = ()
     tiers: tuple[str, ...] = ()
     rotation: RotationKind = "hadamard"
-    centring: Centring = "post_rope"
+    centring: Centring = "auto"
+    balancing: Balancing = "auto"
+    rope_pairs: int | Literal["auto"] = "auto"
     density: Density = "analytic"
     seed: int = 42
     page_sizes: tuple[int, ...] = (16, 32, 64)
@@ -41,6 +46,9 @@ class FitOptions:
     def __post_init__(self) -> None:
         _one_of("rotation", self.rotation, get_args(RotationKind))
         _one_of("centring", self.centring, get_args(Centring))
+        _one_of("balancing", self.balancing, get_args(Balancing))
+        if self.rope_pairs != "auto" and self.rope_pairs < 1:
+            raise UsageError(f"--rope-pairs is {self.rope_pairs}", "give 1 or more, or auto")
         _one_of("density", self.density, get_args(Density))
         if self.seed < 0:
             raise UsageError(f"the seed is {self.seed}", "give --seed 0 or more")
@@ -84,6 +92,16 @@ def parse_sweep(text: str) -> tuple[float, ...]:
     if n_rates > MAX_SWEEP_RATES:
         raise UsageError(f"the sweep {text!r} has {n_rates} rates", "choose a larger step")
     return tuple(round(low + index * step, 6) for index in range(n_rates))
+
+
+def parse_rope_pairs(text: str) -> int | Literal["auto"]:
+    """A number, or "auto"; raises UsageError on anything else."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--rope-pairs is {text!r}", "give a number, or auto") from None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

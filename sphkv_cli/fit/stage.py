@@ -1,9 +1,10 @@
 """fit-codebooks: the frames of one model and an ordered list of candidate codes, measured.
 
-    k' = S (k - mu),  v' = S v: what every code of a head sees, and one transformed query asks
+    k' = S A (k - c_t),  v' = S v: what every code of a head sees, and one transformed query asks
 
-Means come from the `fit` documents, what a code costs is measured on the `select` documents; the
-`judge` documents are not read. A layer at a time, a chunk of tokens at a time.
+Means come from the `fit` documents; which frame a layer gets and what a code costs is measured on
+the `select` documents; the `judge` documents are not read. A layer at a time, a chunk of tokens at
+a time.
 """
 
 import time
@@ -30,7 +31,8 @@ from sphkv_cli.fit.design import design_codes
 from sphkv_cli.fit.design_rows import DesignTables
 from sphkv_cli.fit.design_view import read_design
 from sphkv_cli.fit.empirical_fit import LayerBooks, codes_of_heads, fit_layer_books, stack_books
-from sphkv_cli.fit.key_means import post_rope_key_means
+from sphkv_cli.fit.frame_reading import read_frames
+from sphkv_cli.fit.frames import FittedFrames, fit_frames
 from sphkv_cli.fit.layer_pool import each_layer
 from sphkv_cli.fit.measured_rows import (
     ModelMeasurement,
@@ -44,7 +46,6 @@ from sphkv_cli.progress import NullProgress, Progress
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.polar import Pairing
-from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
@@ -92,8 +93,9 @@ def fit_codebooks(
     progress = progress or NullProgress()
     check_output(output, force=force)
     with CaptureReader(capture) as reader:
-        frames = _frames(options, reader, progress)
-        codes, tiers, design = _candidates(options, reader, frames, progress)
+        fitted = fit_frames(options, reader, progress)
+        frames = fitted.frames
+        codes, tiers, design = _candidates(options, reader, fitted, progress)
         survey, measured, empirical, books = _measure(options, reader, frames, codes, progress)
         tables = FitTables(
             codes=code_rows(codes, options.page_sizes, measured),
@@ -101,6 +103,7 @@ def fit_codebooks(
             goodness=survey.goodness_rows(),
             kurtosis=survey.kurtosis_rows(),
             empirical=empirical_rows(codes, measured, empirical) if empirical else (),
+            frames=fitted.rows,
         )
         content = CodebooksContent(
             shape=ModelShape(
@@ -118,6 +121,7 @@ def fit_codebooks(
             tables=tables,
             measured=measured.per_head(),
             empirical=stack_books(books) if books else None,
+            sinks=fitted.sinks,
         )
         n_tokens = sum(document.n_tokens for document in documents_of(reader, "select"))
         n_vectors = n_tokens * reader.n_layers * reader.n_kv_heads
@@ -141,6 +145,7 @@ def fit_codebooks(
         n_vectors=n_vectors,
         elapsed_s=time.perf_counter() - started,
         reading=(
+            *read_frames(frames, fitted.sinks, tables.frames, fitted.note),
             *read_tables(tables, frames, measured.kept_key_energy, options.page_sizes),
             *read_tiers([code.name for code in codes], [tier.name for tier in tiers]),
             *(read_design(design) if design else ()),
@@ -150,23 +155,21 @@ def fit_codebooks(
 
 
 def _candidates(
-    options: FitOptions, reader: CaptureReader, frames: FrameSet, progress: Progress
+    options: FitOptions, reader: CaptureReader, fitted: FittedFrames, progress: Progress
 ) -> tuple[tuple[SphericalCode, ...], tuple[TierFormat, ...], DesignTables | None]:
     """Codes and tiers: those named or the usual ones, or what the designer chooses."""
     if not options.target_rates:
         codes = candidate_codes(options, reader.head_dim)
         return codes, candidate_tiers(options, codes), None
     design = design_codes(
-        reader, frames, options.target_rates, progress, native_only=options.native_only
+        reader,
+        fitted.frames,
+        fitted.sinks.thresholds,
+        options.target_rates,
+        progress,
+        native_only=options.native_only,
     )
     return design.codes, design.tiers, design.tables
-
-
-def _frames(options: FitOptions, reader: CaptureReader, progress: Progress) -> FrameSet:
-    rotation = Rotation(options.rotation, reader.head_dim, options.seed)
-    if options.centring == "none":
-        return FrameSet(rotation)
-    return FrameSet(rotation, options.centring, post_rope_key_means(reader, progress))
 
 
 @dataclass(frozen=True)

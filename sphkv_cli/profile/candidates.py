@@ -117,7 +117,12 @@ def lay_out(
         torch.arange(inputs.n_context, dtype=torch.int32),
     )
     try:
-        return build_cache(tiers, page_size, [tokens])
+        return build_cache(
+            tiers,
+            page_size,
+            [tokens],
+            position_dtype=torch.uint16 if inputs.n_context <= 1 << 16 else torch.int32,
+        )
     except (PageError, CodeError) as error:
         raise SphkvError(
             f"layer {inputs.layer} cannot be laid out: {error}",

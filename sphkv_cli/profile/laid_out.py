@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sphkv_cli.allocation.layout import ENTRY_BYTES, POSITION_BYTES, START_BYTES
+from sphkv_cli.allocation.layout import ENTRY_BYTES, START_BYTES, position_bytes
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.code_fields import has_norm, radius_bits
@@ -63,14 +63,16 @@ def total_of(terms: Iterable[LaidOutTerms]) -> LaidOutTerms:
 def cache_terms(cache: PagedCache, *, stores_positions: bool) -> LaidOutTerms:
     """The bytes of one layer's cache, without fixed tables.
 
-    stores_positions: whether serving needs the positions of this layer (a sliding window); the
-    cache may carry them only to be read back.
+    stores_positions: whether serving needs the positions of this layer (a sliding window, centring
+    before RoPE); the cache may carry them only to be read back.
     """
     table = cache.page_table
     pages = torch.bincount(table.tiers.to(torch.int64), minlength=len(cache.tiers))
     tokens = torch.zeros(len(cache.tiers), dtype=torch.int64, device=cache.device)
     tokens.index_add_(0, table.tiers.to(torch.int64), table.live_tokens.to(torch.int64))
-    positions = table.n_entries * cache.page_size * POSITION_BYTES if stores_positions else 0
+    positions = 0
+    if stores_positions and cache.positions is not None:
+        positions = cache.positions.numel() * cache.positions.element_size()
     return page_terms(cache.tiers, cache.head_dim, cache.page_size, pages, tokens) + LaidOutTerms(
         page_table=table.n_bytes, positions=positions
     )
@@ -94,7 +96,7 @@ def uniform_terms(
     entries = per_head * n_kv_heads
     return page_terms(tiers, head_dim, page_size, pages, tokens) + LaidOutTerms(
         page_table=entries * ENTRY_BYTES + START_BYTES * (n_kv_heads + 1),
-        positions=entries * page_size * POSITION_BYTES if stores_positions else 0,
+        positions=entries * page_size * position_bytes(n_context) if stores_positions else 0,
     )
 
 

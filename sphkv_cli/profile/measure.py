@@ -98,7 +98,7 @@ def _code(
     allocation: AllocationReader,
     decoder: Decoder | None,
 ) -> _Coded:
-    stores_positions = inputs.window > 0
+    stores_positions = inputs.window > 0 or inputs.position_term is not None
     if candidate.tier is not None and decoder is None:
         return _uniform(
             tiers[candidate.tier],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,9 @@ def frames(kind: RotationKind, is_centred: bool, is_balanced: bool, seed: int = 
     )
 
 
-def turned(n_pairs: int, seed: int = 0, is_balanced: bool = False) -> FrameSet:
+def turned(
+    n_pairs: int, seed: int = 0, is_balanced: bool = False, has_residual: bool = False
+) -> FrameSet:
     """Layer 0 centred before RoPE, layer 1 after, layer 2 not."""
     rng = np.random.default_rng(seed)
     mean = 5 * rng.standard_normal((N_LAYERS, N_KV_HEADS, HEAD_DIM)).astype(np.float32)
@@ -37,12 +41,15 @@ def turned(n_pairs: int, seed: int = 0, is_balanced: bool = False) -> FrameSet:
     mean[2] = 0
     inv_freq = 1e4 ** -np.linspace(0, 1, HEAD_DIM // 2)
     balancing = rng.standard_normal((*mean.shape, HEAD_DIM)) + 6 * np.eye(HEAD_DIM)
+    residual = np.zeros_like(mean)
+    residual[0] = rng.standard_normal(mean.shape[1:])
     return FrameSet(
         Rotation("haar", HEAD_DIM, seed),
         ("pre_rope", "post_rope", "none"),
         mean,
         balancing if is_balanced else None,
         np.tile(inv_freq, (N_LAYERS, 1)).astype(np.float32),
+        residual if has_residual else None,
     )
 
 
@@ -78,7 +85,7 @@ def test_any_number_of_pairs_leaves_logits_exact_at_any_positions(
     n_pairs: int, is_balanced: bool, group_size: int, seed: int, layer: int
 ) -> None:
     """q . k_t = q' . k' + offset + position term, whatever is truncated from the mean."""
-    frame = turned(n_pairs, seed, is_balanced)
+    frame = turned(n_pairs, seed, is_balanced, has_residual=seed % 2 == 1)
     generator = torch.Generator().manual_seed(seed)
     positions = torch.randint(0, 100_000, (9,), generator=generator)
     keys = torch.randn(9, N_KV_HEADS, HEAD_DIM, dtype=torch.float64, generator=generator)
@@ -211,6 +218,11 @@ def test_centring_removes_the_mean_and_dtype_stays() -> None:
             ),
             "every RoPE pair of every layer",
         ),
+        (
+            lambda: replace(turned(4), residual_mean=np.ones((3, 2, 16))),
+            "layer 1 is not pre_rope, its residual_mean must be 0",
+        ),
+        (lambda: replace(turned(4), residual_mean=np.ones((3, 1, 16))), "as key_mean"),
         (lambda: turned(4).keys_to_frame(0, torch.zeros(3, 2, 16)), "need the position"),
         (
             lambda: turned(4).keys_to_frame(0, torch.zeros(3, 2, 16), torch.arange(4)),

@@ -92,8 +92,8 @@ def test_newer_truncated_and_foreign_files_are_refused(copied: Path, chain, tmp_
     half.write_bytes(copied.read_bytes()[: copied.stat().st_size // 2])
     refused(half, "truncated or damaged")
     with h5py.File(copied, "r+") as file:
-        file.attrs["version"] = 2
-    refused(copied, "version 2.*upgrade")
+        file.attrs["version"] = 3
+    refused(copied, "version 3.*upgrade")
 
 
 def test_another_capture_is_refused(allocation) -> None:

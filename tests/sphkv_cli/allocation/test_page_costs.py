@@ -75,7 +75,7 @@ def test_laid_out_bytes_are_those_of_the_cache_itself(seed: int) -> None:
             torch.from_numpy(np.ascontiguousarray(pages[layer].T)),
             torch.arange(N_CONTEXT) if layer == 1 else None,
         )
-        cache = build_cache(layout().tiers, PAGE_SIZE, [sequence])
+        cache = build_cache(layout().tiers, PAGE_SIZE, [sequence], position_dtype=torch.uint16)
         total += cache.pool.numel() + cache.page_table.n_bytes
         if cache.positions is not None:
             total += cache.positions.numel() * cache.positions.element_size()

@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back_with_its_header(tmp_path: Path) -> None:
     with open_artifact(tmp_path / "c.h5", "codebooks") as file:
         assert file["group/keys"][()].tolist() == [1.0, 2.0]
     header = read_header(tmp_path / "c.h5")
-    assert (header.kind, header.version, header.provenance) == ("codebooks", 1, {"seed": 7})
+    assert (header.kind, header.version, header.provenance) == ("codebooks", 2, {"seed": 7})
     assert header.inputs == {"capture": ref}
     assert verify_digest(tmp_path / "c.h5")
 

@@ -135,8 +135,8 @@ def test_missing_foreign_and_newer_files_are_refused(
     with pytest.raises(ArtifactError, match="not an HDF5 file"):
         CodebooksReader.open(text)
     with h5py.File(copy, "r+") as file:
-        file.attrs["version"] = 2
-    with pytest.raises(ArtifactError, match="version 2"):
+        file.attrs["version"] = 3
+    with pytest.raises(ArtifactError, match="version 3"):
         CodebooksReader.open(copy)
 
 
@@ -227,7 +227,7 @@ def test_the_format_names_everything_in_the_file(fitted: Path) -> None:
     import sphkv_cli.artifacts
 
     text = (Path(sphkv_cli.artifacts.__file__).parent / "FORMAT.md").read_text()
-    section = text.split("## codebooks, version 1")[1].split("\n## ")[0]
+    section = text.split("## codebooks, version 2")[1].split("\n## ")[0]
     header = text.split("## capture, version 1")[0]
     names: set[str] = set()
 

@@ -131,7 +131,7 @@ def test_means_are_those_of_the_fit_documents_alone(
         return rng.standard_normal(shape) + (100.0 if document == 2 else 0.0)
 
     capture = make_capture(draw=draw)
-    fit_codebooks(FitOptions(codes=FEW), capture, tmp_path / "c.h5")
+    fit_codebooks(FitOptions(codes=FEW, centring="post_rope"), capture, tmp_path / "c.h5")
     mean = CodebooksReader.open(tmp_path / "c.h5").frames.key_mean
     assert mean is not None
     with CaptureReader(capture) as reader:
@@ -203,7 +203,8 @@ def test_the_digest_is_that_of_the_content(tiny_capture: Path, tmp_path: Path) -
 def test_long_documents_are_read_in_chunks_and_give_the_same(
     tiny_capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = fit_codebooks(FitOptions(codes=FEW), tiny_capture, tmp_path / "whole.h5")
+    options = FitOptions(codes=FEW, centring="post_rope", balancing="none")
+    whole = fit_codebooks(options, tiny_capture, tmp_path / "whole.h5")
     longest = 0
     read = CaptureReader.keys
 
@@ -215,7 +216,9 @@ def test_long_documents_are_read_in_chunks_and_give_the_same(
 
     monkeypatch.setattr(CaptureReader, "keys", spy)
     monkeypatch.setattr("sphkv_cli.fit.captured_vectors.TOKENS_PER_CHUNK", 16)
-    parts = fit_codebooks(FitOptions(codes=FEW), tiny_capture, tmp_path / "parts.h5")
+    # Frames are chosen on the first tokens of a document, all at once.
+    monkeypatch.setattr("sphkv_cli.fit.frame_error.MAX_TOKENS", 16)
+    parts = fit_codebooks(options, tiny_capture, tmp_path / "parts.h5")
     assert longest == 16
     for a, b in zip(whole.tables.codes, parts.tables.codes, strict=True):
         assert b.key_distortion == pytest.approx(a.key_distortion, rel=1e-5)
@@ -342,7 +345,9 @@ def test_the_paper_code_is_beaten_and_it_says_so(
     ("change", "says"),
     [
         ({"rotation": "gaussian"}, "gaussian"),
-        ({"centring": "pre_rope"}, "pre_rope"),
+        ({"centring": "in_rope"}, "in_rope"),
+        ({"balancing": "some"}, "some"),
+        ({"rope_pairs": 0}, "rope-pairs is 0"),
         ({"density": "kernel"}, "kernel"),
         ({"seed": -1}, "-1"),
         ({"page_sizes": (48,)}, "48"),

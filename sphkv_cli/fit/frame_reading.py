@@ -1,0 +1,83 @@
+"""What the choice of frames says, in sentences: which, how much better, and what it costs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sphkv_cli.artifacts.fit_tables import FrameRow
+from sphkv_codebooks.balancing import balancing_bytes
+from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.sink_rule import SinkRule
+
+CENTRINGS = ("none", "post_rope", "pre_rope")
+
+
+def read_frames(
+    frames: FrameSet, sinks: SinkRule, rows: Sequence[FrameRow], note: str
+) -> tuple[str, ...]:
+    """Sentences for a user; note: why centring before RoPE was not tried, or empty."""
+    chosen = [row for row in rows if row.is_chosen]
+    sentences = [_choice(frames, rows, chosen)]
+    if note:
+        sentences.append(f"Only centrings after RoPE were tried: {note}.")
+    if any(row.centring == "pre_rope" for row in chosen):
+        sentences.append(_position_cost(chosen))
+    if frames.balancing is not None:
+        sentences.append(_balancing(frames, chosen))
+    sentences.append(_sinks(sinks))
+    hopeless = [row for row in chosen if row.worst_output_error >= 1.0]
+    if hopeless:
+        worst = max(hopeless, key=lambda row: row.worst_output_error)
+        sentences.append(
+            f"In {len(hopeless)} layers some head loses its output in every frame that was tried "
+            f"(layer {worst.layer}, head {worst.worst_head}: {worst.worst_output_error:.2f} of "
+            "it): code these layers finer."
+        )
+    return tuple(sentences)
+
+
+def _choice(frames: FrameSet, rows: Sequence[FrameRow], chosen: Sequence[FrameRow]) -> str:
+    means = []
+    for kind in CENTRINGS:
+        first: dict[int, float] = {}
+        for row in rows:
+            if row.centring == kind and row.balancing == "none":
+                first.setdefault(row.layer, row.output_error)
+        if first:
+            means.append(f"{kind} {np.mean(list(first.values())):.4f}")
+    final = float(np.mean([row.output_error for row in chosen]))
+    return (
+        f"Centring by measurement: {frames.centring_summary}. Mean squared output error of a 3-bit "
+        f"key code (relative, mean over layers and heads; last 32 and first 4 tokens and sinks "
+        f"dense): {', '.join(means)}; chosen frames {final:.4f}."
+    )
+
+
+def _position_cost(chosen: Sequence[FrameRow]) -> str:
+    pairs = [row.rope_pairs for row in chosen if row.centring == "pre_rope"]
+    return (
+        f"Centring before RoPE needs positions in {len(pairs)} layers (2 bytes per token and KV "
+        "head on pages with gaps, below 65,536 tokens) and keeps "
+        f"{min(pairs)} to {max(pairs)} RoPE pairs: {2 * np.mean(pairs):.0f} multiply-adds per "
+        "token and query head at decode, mean of these layers."
+    )
+
+
+def _balancing(frames: FrameSet, chosen: Sequence[FrameRow]) -> str:
+    assert frames.balancing is not None
+    kinds = {kind: sum(row.balancing == kind for row in chosen) for kind in ("diagonal", "full")}
+    named = " and ".join(f"{kind} in {count}" for kind, count in kinds.items() if count)
+    kibibytes = balancing_bytes(frames.balancing) / 1024
+    return (
+        f"Keys are balanced against queries ({named} layers): {kibibytes:.1f} KiB of tables, "
+        "nothing at decode."
+    )
+
+
+def _sinks(sinks: SinkRule) -> str:
+    if sinks.factor == 0:
+        return "Keeping short keys dense as sinks does not pay for its bytes here."
+    return (
+        f"Sinks: keys shorter than {sinks.factor:g} of the median of their head are worth keeping "
+        "dense (`evaluate` does so and counts their bytes)."
+    )
