@@ -46,13 +46,14 @@ class AttentionErrors:
 
     error: (n_pairs, n_layers, n_q_heads) of ||o^ - o||^2; output: (n_layers, n_q_heads) of ||o||^2;
     logit_error: (n_pairs, n_layers, n_q_heads), of (l^ - l)^2 over the n_logits (n_layers,) coded
-    and visible pairs of a query head.
+    and visible pairs of a query head; dense_share: of the keys, kept dense as sinks.
     """
 
     error: FloatArray
     output: FloatArray
     logit_error: FloatArray
     n_logits: FloatArray
+    dense_share: float
 
     @property
     def relative(self) -> FloatArray:
@@ -123,22 +124,8 @@ def attention_errors(
         output=torch.stack([sums.output for sums in found]).numpy(),
         logit_error=torch.stack([sums.logit_error for sums in found], dim=1).numpy(),
         n_logits=np.array([float(sums.n_logits) for sums in found]),
+        dense_share=float(np.mean([sums.n_dense / sums.n_keys for sums in found])),
     )
-
-
-def sink_norms(capture: CaptureReader, factor: float = 0.6) -> FloatArray:
-    """`factor` times the median key norm over the `fit` documents, (n_layers, n_kv_heads).
-
-    The rule of `evaluation.sinks`: keys of small norm draw much of the softmax.
-    """
-    rows = []
-    for layer in range(capture.n_layers):
-        norms = [
-            read_vectors(capture, document, layer, "keys", slice(0, MAX_TOKENS)).norm(dim=-1)
-            for document in documents_of(capture, "fit")
-        ]
-        rows.append(factor * torch.cat(norms).median(dim=0).values.to(torch.float64))
-    return torch.stack(rows).numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +206,8 @@ class _LayerSums:
     output: Tensor
     logit_error: Tensor
     n_logits: int = 0
+    n_dense: int = 0
+    n_keys: int = 0
 
     @staticmethod
     def zeros(n_pairs: int, n_q_heads: int) -> "_LayerSums":
@@ -237,6 +226,8 @@ class _LayerSums:
         exact = dense @ values
         self.output += _per_query_head(exact)
         self.n_logits += int(attended.coded.sum())
+        self.n_dense += int(attended.dense_keys.sum())
+        self.n_keys += attended.dense_keys.numel()
         value_errors = _value_errors(attended, frames, {v for _, v in pairs if v is not None})
         by_key: dict[SphericalCode | None, list[int]] = {}
         for index, (key_code, _) in enumerate(pairs):

@@ -10,7 +10,7 @@ import torch
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.protocol import UniformProtocol
-from sphkv_cli.fit.attention_error import CodePair, attention_errors, sink_norms
+from sphkv_cli.fit.attention_error import CodePair, attention_errors
 from sphkv_cli.progress import NullProgress
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
@@ -36,6 +36,13 @@ def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarra
     logits = keys @ query
     weights = np.exp(logits - logits.max())
     return np.asarray(weights / weights.sum() @ values)
+
+
+def sink_norms(reader: CaptureReader) -> np.ndarray:
+    """Half the median norm of each head, (n_layers, n_kv_heads)."""
+    document = reader.documents_of("fit")[0]
+    norms = [np.linalg.norm(reader.keys(document, x), axis=-1) for x in range(reader.n_layers)]
+    return 0.5 * np.median(norms, axis=1)
 
 
 def long_way(
@@ -114,6 +121,8 @@ def test_dense_sinks_spare_logits(make_capture: Callable[..., Path]) -> None:
         spared = attention_errors(*args, sink_norms(reader), NullProgress())
         coded = attention_errors(*args, None, NullProgress())
     assert spared.logit_error.sum() < coded.logit_error.sum()
+    assert spared.dense_share == pytest.approx(3 / 80, abs=0.02)
+    assert coded.dense_share == 0.0
 
 
 def test_documents_too_short_to_read_anything_coded_are_refused(
