@@ -36,6 +36,18 @@ class Study:
 
 STUDIES: tuple[Study, ...] = (
     Study("depth", "How deep should the polar recursion go?", (), "sphkv_cli.study.depth"),
+    Study(
+        "books",
+        "Analytic, offline or online books: what do they give, what do they cost?",
+        ("capture",),
+        "sphkv_cli.study.books",
+    ),
+    Study(
+        "shared-rotation",
+        "One rotation for the whole model, or one per layer and head?",
+        ("capture",),
+        "sphkv_cli.study.shared_rotation",
+    ),
 )
 
 
