@@ -10,7 +10,7 @@ from sphkv_cli.commands.registry import app
 __all__ = ["app", "run"]
 
 _COMMANDS = (
-    *("capture", "fit_codebooks", "allocate", "profile", "evaluate", "study"),
+    *("capture", "fit_codebooks", "allocate", "profile", "evaluate", "compare", "study"),
     *("inspect", "doctor"),
 )
 for _name in _COMMANDS:

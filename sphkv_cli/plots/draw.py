@@ -11,7 +11,7 @@ ImageFormat = Literal["png", "svg"]
 
 _PANEL_INCHES = (5.2, 3.7)
 _MOST_INSIDE = 6
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "line": {"linestyle": "-"},
     "points": {"linestyle": "", "marker": "o", "markersize": 4},
     "both": {"linestyle": "-", "marker": "o", "markersize": 4},

@@ -172,7 +172,7 @@ def _fit_group(
     directions: torch.Tensor = unit[order[:n_directions].to(unit.device)].clone()
     chosen = torch.full((unit.shape[0],), -1, device=unit.device)
     for _ in range(n_rounds):
-        best, following = (unit @ directions.T).max(dim=-1)
+        best, following = _most_similar(unit, directions)
         if torch.equal(following, chosen):
             break
         chosen = following
@@ -184,3 +184,16 @@ def _fit_group(
             worst = best.topk(empty.numel(), largest=False).indices
             directions[empty] = unit[worst]
     return directions
+
+
+def _most_similar(
+    unit: torch.Tensor, directions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest cosine of each vector (n_vectors,) and which direction has it."""
+    cosines = (unit @ directions.T).detach()
+    if cosines.device.type == "cpu":
+        # numpy's argmax of the last axis is three times as fast as torch's.
+        chosen = torch.from_numpy(cosines.numpy().argmax(axis=-1))
+    else:
+        chosen = cosines.argmax(dim=-1)
+    return cosines.gather(1, chosen[:, None])[:, 0], chosen

@@ -1,0 +1,1 @@
+"""compare: every published method and the polar codes at equal bytes, on the same tokens."""
