@@ -35,7 +35,10 @@ Float = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """One layer; ratios are predicted / measured, NaN where nothing was measured."""
+    """One layer; ratios are predicted / measured, NaN where nothing was measured.
+
+    drop_coefficient: what the plan priced drops at, the geometric mean over heads.
+    """
 
     layer: int
     error_log_correlation: float
@@ -43,6 +46,7 @@ class LayerAgreement:
     future_log_correlation: float
     future_ratio: float
     drop_coherence: float
+    drop_coefficient: float
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def layer_agreement(
     predicted_pages: list[Float],
     true_pages: list[Float],
     drop_plans: list[NDArray[np.int8]],
+    drop_coefficients: Float,
 ) -> tuple[LayerAgreement, ...]:
     """Compare, per layer, over documents, heads, and tiers or pages.
 
@@ -115,6 +120,7 @@ def layer_agreement(
         predicted_pages, true_pages: per document (n_layers, n_kv_heads, n_pages, n_options), of
             which option 0 (drop) is compared.
         drop_plans: per document (n_layers, n_kv_heads, n_context), the plan of `measured.drops`.
+        drop_coefficients: (n_layers, n_kv_heads).
     """
     rows = []
     for layer in range(measured[0].drops.shape[0]):
@@ -139,6 +145,7 @@ def layer_agreement(
                 log_correlation(predicted, true),
                 _ratio(float(predicted.sum()), float(true.sum())),
                 _ratio(drop_measured, drop_sum),
+                float(np.exp(np.log(drop_coefficients[layer]).mean())),
             )
         )
     return tuple(rows)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sphkv_cli.allocation.agreement import LayerAgreement
+from sphkv_cli.allocation.estimator_store import estimator_arrays, estimator_signals
 from sphkv_cli.allocation.estimators import UtilityEstimator
-from sphkv_cli.allocation.options import HEAD_WEIGHT_SOURCES, AllocateOptions
+from sphkv_cli.allocation.head_weights import HeadWeighting
+from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.planning import PlannedDocument, Planner
 from sphkv_cli.allocation.policy import ROUNDING_RULE
 from sphkv_cli.allocation.result import AllocationSummary, HeadMix
@@ -40,13 +42,13 @@ def allocation_content(
     capture: CaptureReader,
     frames: FrameSet,
     estimator: UtilityEstimator,
+    weights: HeadWeighting,
     planner: Planner,
     planned: Sequence[PlannedDocument],
     summary: AllocationSummary,
 ) -> AllocationContent:
     """The content of the artifact."""
     tables = planner.calibration
-    weights = capture.output_weight.astype(np.float64)
     return AllocationContent(
         info=AllocationInfo(
             model=capture.model,
@@ -65,18 +67,21 @@ def allocation_content(
                 "name": estimator.name,
                 "description": estimator.description,
                 "is_ceiling": estimator.is_ceiling,
+                "signals": estimator_signals(estimator),
             },
             is_calibrated=tables is not None,
-            drop_coefficient=options.drop_coefficient,
+            drop_coefficient=summary.drop_coefficient,
             drop_coefficient_source=summary.drop_coefficient_source,
-            weights_source=HEAD_WEIGHT_SOURCES[options.head_weights],
+            weights_source=weights.source,
             rounding_rule=ROUNDING_RULE,
         ),
         layers=capture.layers,
         frames=frames,
         tiers=planner.layout.tiers,
         quotas=planner.policy.fractions,
-        head_weights=np.ones_like(weights) if options.head_weights == "none" else weights,
+        head_weights=weights.values,
+        drop_coefficients=planner.drop_coefficients,
+        score_arrays=estimator_arrays(estimator),
         calibration=None
         if tables is None
         else CalibrationArrays(tables.starts, tables.log_scores, tables.log_values),

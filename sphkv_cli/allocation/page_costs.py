@@ -9,8 +9,7 @@ really made, a page costs
     drop:  c_drop sum_t u_drop(t)
 
 c_drop stands for the coherence of dropped tokens, whose errors share a direction: their plain sum
-underestimates what a set of drops costs by 2 to 10 times (ours, measured on SmolLM2-135M, where 4
-to 16 is flat and halves the KL of 1).
+underestimates what a set of drops costs by 2 to 30 times (drop_coherence.py fits it).
 """
 
 from dataclasses import dataclass
@@ -70,13 +69,14 @@ class DocumentCosts:
 def document_costs(
     errors: TierErrors,
     utilities: Utilities,
-    drop_coefficient: float,
+    drop_coefficient: float | Float,
     order: NDArray[np.int64],
     page_size: int,
 ) -> DocumentCosts:
     """Costs of one document, layer by layer so that memory stays that of one layer's tokens.
 
     Args:
+        drop_coefficient: c_drop, one for all or (n_layers, n_kv_heads).
         order: (n_layers, n_kv_heads, n_context) token at each rank, as `order_by_score` gives it.
     """
     n_layers, n_kv_heads, n_context = order.shape
@@ -92,11 +92,12 @@ def document_costs(
 
 
 def token_option_costs(
-    errors: TierErrors, utilities: Utilities, drop_coefficient: float, layer: int
+    errors: TierErrors, utilities: Utilities, drop_coefficient: float | Float, layer: int
 ) -> Float:
     """(n_options, n_kv_heads, n_context) cost of every option in a layer; option 0 drops."""
     costs = np.empty((1 + errors.n_tiers, *utilities.drop.shape[1:]))
-    costs[0] = drop_coefficient * utilities.drop[layer]
+    coefficients = np.broadcast_to(drop_coefficient, utilities.drop.shape[:2])
+    costs[0] = coefficients[layer][:, None] * utilities.drop[layer]
     for tier in range(errors.n_tiers):
         costs[1 + tier] = errors.token_costs(tier, layer, utilities)
     return costs

@@ -1,7 +1,7 @@
 """From measured documents to plans: calibrate, cut pages, solve, fit the policy and apply it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,12 +66,13 @@ class PlannedDocument:
 class Planner:
     """Everything frozen by the fit documents.
 
+    drop_coefficients: (n_layers, n_kv_heads) c_drop.
     calibration: None believes the window's own damage (or, for the oracle, the true future).
     """
 
     layout: PageLayout
     budget: Budget
-    drop_coefficient: float
+    drop_coefficients: NDArray[np.float64]
     calibration: CalibrationTables | None
     is_ceiling: bool
     policy: QuotaPolicy
@@ -82,7 +83,7 @@ class Planner:
         layout: PageLayout,
         budget: Budget,
         *,
-        drop_coefficient: float,
+        drop_coefficients: NDArray[np.float64],
         calibrate: bool,
         is_ceiling: bool,
     ) -> "Planner":
@@ -94,12 +95,24 @@ class Planner:
                 assert document.horizon is not None
                 futures.append({name: getattr(document.horizon, name) for name in QUANTITIES})
             tables = fit_tables([document.scores for document in documents], futures)
-        n_options = len(layout.option_names)
-        nothing = QuotaPolicy(np.zeros((layout.n_layers, layout.n_kv_heads, n_options - 1)))
-        bare = Planner(layout, budget, drop_coefficient, tables, is_ceiling, nothing)
-        plans = [bare._solve(document)[-1] for document in documents]
-        quotas = fit_quotas([plan.option_of_page for plan in plans], n_options)
-        return Planner(layout, budget, drop_coefficient, tables, is_ceiling, quotas)
+        nothing = np.zeros((layout.n_layers, layout.n_kv_heads, len(layout.tiers)))
+        bare = Planner(layout, budget, drop_coefficients, tables, is_ceiling, QuotaPolicy(nothing))
+        return bare.with_drops_at(drop_coefficients, documents)
+
+    def with_drops_at(
+        self, drop_coefficients: NDArray[np.float64], documents: Sequence[MeasuredDocument]
+    ) -> "Planner":
+        """The same with other prices of drops, and quotas fitted anew on the fit documents; without
+        documents the quotas stay."""
+        priced = replace(self, drop_coefficients=drop_coefficients)
+        if not documents:
+            return priced
+        plans = [priced.solved(document).option_of_page for document in documents]
+        return replace(priced, policy=fit_quotas(plans, len(self.layout.option_names)))
+
+    def solved(self, document: MeasuredDocument) -> Placement:
+        """The solver's plan alone; raises as `plan`."""
+        return self._solve(document)[-1]
 
     def utilities(self, document: MeasuredDocument) -> Utilities:
         """Expected future damage per token."""
@@ -149,7 +162,7 @@ class Planner:
     def _costs(self, document: MeasuredDocument, utilities: Utilities) -> DocumentCosts:
         order = order_by_score(document.scores)
         return document_costs(
-            document.errors, utilities, self.drop_coefficient, order, self.layout.page_size
+            document.errors, utilities, self.drop_coefficients, order, self.layout.page_size
         )
 
     def _solve(

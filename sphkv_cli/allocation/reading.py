@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sphkv_cli.allocation.agreement import LayerAgreement
 from sphkv_cli.allocation.estimators import UtilityEstimator
@@ -14,7 +15,6 @@ def read_summary(
     plans: Sequence[DocumentPlan],
     checks: Sequence[DocumentPlan],
     agreement: Sequence[LayerAgreement],
-    drop_coefficient: float,
 ) -> tuple[str, ...]:
     """Sentences, the most important first."""
     return (
@@ -24,7 +24,7 @@ def read_summary(
         *_policy(plans),
         *_uniform_wins(plans),
         *_model(agreement),
-        *_coherence(agreement, drop_coefficient),
+        *_coherence(agreement),
     )
 
 
@@ -94,12 +94,21 @@ def _model(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
     )
 
 
-def _coherence(agreement: Sequence[LayerAgreement], drop_coefficient: float) -> tuple[str, ...]:
+def _coherence(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
     found = np.array([row.drop_coherence for row in agreement])
+    priced = np.array([row.drop_coefficient for row in agreement])
     if np.isnan(found).all():
         return ("Nothing was dropped.",)
     low, middle, high = np.nanquantile(found, [0.1, 0.5, 0.9])
     return (
         f"Dropped tokens hurt {middle:.2g}x their sum (80 % of layers: {low:.2g} to {high:.2g}); "
-        f"drops were priced at {drop_coefficient:g}x.",
+        f"drops were priced at {np.exp(np.log(priced).mean()):.2g}x ({priced.min():.2g} to "
+        f"{priced.max():.2g} by layer), furthest off in layer "
+        f"{agreement[_furthest(found, priced)].layer}.",
     )
+
+
+def _furthest(found: NDArray[np.float64], expected: NDArray[np.float64]) -> int:
+    """Index of the largest ratio, either way."""
+    distance = np.abs(np.log(np.maximum(found, 1e-12)) - np.log(expected))
+    return int(np.nanargmax(np.where(np.isnan(found), -1.0, distance)))

@@ -9,6 +9,7 @@ drop at a constant; here a drop costs what the future is expected to lose by it.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,13 +22,23 @@ from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.coding import TierFormats
 from sphkv_cli.allocation.content import allocation_content
 from sphkv_cli.allocation.context import Split, split_document
-from sphkv_cli.allocation.estimators import UtilityEstimator, estimator_of
-from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, order_tiers
+from sphkv_cli.allocation.drop_coherence import ITERATIONS, START, DropCoherence, measure_drops
+from sphkv_cli.allocation.estimator_names import COMBINATION
+from sphkv_cli.allocation.estimator_store import fit_estimator
+from sphkv_cli.allocation.estimators import UtilityEstimator
+from sphkv_cli.allocation.head_weights import HeadWeighting
+from sphkv_cli.allocation.layout import (
+    PageLayout,
+    fixed_table_bytes,
+    order_tiers,
+    position_bytes,
+    stores_positions,
+)
 from sphkv_cli.allocation.measure import MeasuredDocument, measure_document
 from sphkv_cli.allocation.options import AllocateOptions
-from sphkv_cli.allocation.planning import PlannedDocument, Planner
+from sphkv_cli.allocation.planning import Placement, PlannedDocument, Planner
 from sphkv_cli.allocation.result import AllocationResult
-from sphkv_cli.allocation.summary import CheckedDocument, summarise
+from sphkv_cli.allocation.summary import DROP_CONTROLS, CheckedDocument, summarise
 from sphkv_cli.artifacts.allocation import save_allocation
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
@@ -71,11 +82,11 @@ def allocate(
         progress.finish()
         if options.plan_select:
             planned += [check.planned for check in checked if check.is_select]
-        summary = summarise(options, planner, run.estimator, planned, checked)
+        summary = summarise(options, planner, run.estimator, run.weights, planned, checked)
         ref = save_allocation(
             output,
             allocation_content(
-                options, reader, run.frames, run.estimator, planner, planned, summary
+                options, reader, run.frames, run.estimator, run.weights, planner, planned, summary
             ),
             capture=reader.ref,
             codebooks=books.ref,
@@ -102,7 +113,7 @@ class _Run:
     layout: PageLayout
     formats: TierFormats
     estimator: UtilityEstimator
-    head_weights: torch.Tensor
+    weights: HeadWeighting
     splits: dict[int, Split]
     progress: Progress
 
@@ -123,8 +134,11 @@ class _Run:
             head_dim=capture.head_dim,
             page_size=options.page_size,
             n_kv_heads=capture.n_kv_heads,
-            stores_positions=tuple(layer.window > 0 for layer in capture.layers),
+            stores_positions=stores_positions(
+                [layer.window for layer in capture.layers], books.frames
+            ),
             fixed_bytes=fixed_table_bytes(books.frames, tiers),
+            position_bytes=position_bytes(max(d.n_tokens for d in capture.documents)),
         )
         splits = {
             document.index: split_document(
@@ -139,20 +153,35 @@ class _Run:
                 dense_bytes=layout.dense_bytes(n_context),
                 document=f"document {document.name!r}",
             )
-        weights = capture.output_weight.astype(np.float64)
-        if options.head_weights == "none":
-            weights = np.ones_like(weights)
+        weights = HeadWeighting.of(capture, options.head_weights)
+        is_fitted = options.utility == COMBINATION
+        n_fit, n_all = len(capture.documents_of("fit")), len(capture.documents)
+        n_checked = len(capture.documents_of("select")) or n_fit
+        n_drops = ITERATIONS * n_fit if options.drop_coefficient is None else 0
+        n_passes = is_fitted * n_fit + n_drops + n_all + n_checked
+        progress.start("measuring documents", n_passes * capture.n_layers, "layers")
         return _Run(
             options=options,
             capture=capture,
             frames=books.frames,
             layout=layout,
             formats=TierFormats.of(tiers),
-            estimator=estimator_of(options.utility),
-            head_weights=torch.from_numpy(weights),
+            estimator=fit_estimator(
+                options.utility,
+                capture,
+                splits,
+                books.frames,
+                torch.from_numpy(weights.values),
+                progress,
+            ),
+            weights=weights,
             splits=splits,
             progress=progress,
         )
+
+    @property
+    def head_weights(self) -> torch.Tensor:
+        return torch.from_numpy(self.weights.values)
 
     @property
     def check_split(self) -> Literal["fit", "select"]:
@@ -161,18 +190,31 @@ class _Run:
 
     def fit(self) -> tuple[Planner, list[MeasuredDocument]]:
         """Measure the fit documents and freeze tables and quotas."""
-        n_passes = len(self.capture.documents) + len(self.capture.documents_of(self.check_split))
-        self.progress.start("measuring documents", n_passes * self.capture.n_layers, "layers")
         documents = [self.measure(document) for document in self.capture.documents_of("fit")]
+        given = self.options.drop_coefficient
+        heads = (self.capture.n_layers, self.capture.n_kv_heads)
         planner = Planner.fit(
             documents,
             self.layout,
             Budget.parse(self.options.budget),
-            drop_coefficient=self.options.drop_coefficient,
+            drop_coefficients=np.full(heads, START if given is None else given),
             calibrate=self.options.calibrate,
             is_ceiling=self.estimator.is_ceiling,
         )
+        for _ in range(ITERATIONS if given is None else 0):
+            found = DropCoherence.total([self._drop_coherence(planner, d) for d in documents])
+            planner = planner.with_drops_at(found.updated(planner.drop_coefficients), documents)
         return planner, documents
+
+    def _drop_coherence(self, planner: Planner, document: MeasuredDocument) -> DropCoherence:
+        return measure_drops(
+            self.capture,
+            document,
+            self.frames,
+            planner.solved(document).option_of_token,
+            self.head_weights,
+            self.progress,
+        )
 
     def check(self, planner: Planner, fitted: list[MeasuredDocument]) -> list[CheckedDocument]:
         """Plan the select documents (without any, the fit ones) and measure what comes of it."""
@@ -182,8 +224,15 @@ class _Run:
         found = []
         for document in documents:
             planned = planner.plan(document)
-            errors = self._measured_errors(planned)
-            found.append(CheckedDocument(planned, errors, planner.true_costs(document)))
+            controls = {
+                name: planner.with_drops_at(np.full_like(planner.drop_coefficients, at), []).solved(
+                    document
+                )
+                for name, at in DROP_CONTROLS.items()
+            }
+            errors = self._measured_errors(planned, controls)
+            true_costs = planner.true_costs(document)
+            found.append(CheckedDocument(planned, errors, true_costs, controls))
         return found
 
     def to_plan(self) -> tuple[DocumentInfo, ...]:
@@ -205,13 +254,17 @@ class _Run:
             progress=self.progress,
         )
 
-    def _measured_errors(self, planned: PlannedDocument) -> MeasuredErrors:
+    def _measured_errors(
+        self, planned: PlannedDocument, controls: Mapping[str, Placement]
+    ) -> MeasuredErrors:
         plans = {
             "plan": planned.plan.option_of_token,
             "policy": planned.policy.option_of_token,
         }
         for name, baseline in planned.baselines.items():
             plans[name] = baseline.per_head(self.layout)
+        for name, control in controls.items():
+            plans[name] = control.option_of_token
         return measure_plans(
             self.capture,
             planned.measured,

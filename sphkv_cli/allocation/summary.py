@@ -1,31 +1,34 @@
 """From planned and checked documents to the rows that `allocate` prints and stores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sphkv_cli.allocation.agreement import LayerAgreement, MeasuredErrors, layer_agreement
 from sphkv_cli.allocation.estimators import UtilityEstimator
-from sphkv_cli.allocation.options import (
-    DEFAULT_DROP_COEFFICIENT,
-    DROP_COEFFICIENT_SOURCE,
-    HEAD_WEIGHT_SOURCES,
-    AllocateOptions,
-)
-from sphkv_cli.allocation.page_costs import DocumentCosts
-from sphkv_cli.allocation.planning import PlannedDocument, Planner
+from sphkv_cli.allocation.head_weights import HeadWeighting
+from sphkv_cli.allocation.options import AllocateOptions
+from sphkv_cli.allocation.page_costs import DocumentCosts, plan_cost
+from sphkv_cli.allocation.planning import Placement, PlannedDocument, Planner
 from sphkv_cli.allocation.reading import read_summary
 from sphkv_cli.allocation.result import AllocationSummary, BaselineRow, DocumentPlan, HeadMix
+
+DROP_CONTROLS = {"drops at their sum": 1.0, "drops at 8x their sum": 8.0}
+"""Plans that price drops by a constant, beside the fitted ones: what the fit is worth."""
 
 
 @dataclass(frozen=True)
 class CheckedDocument:
-    """A planned document whose future was measured; true_costs: as `Planner.true_costs`."""
+    """A planned document whose future was measured.
+
+    true_costs: as `Planner.true_costs`; controls: plans made otherwise, by name, also measured.
+    """
 
     planned: PlannedDocument
     errors: MeasuredErrors
     true_costs: DocumentCosts
+    controls: Mapping[str, Placement]
 
     @property
     def is_select(self) -> bool:
@@ -36,21 +39,26 @@ def summarise(
     options: AllocateOptions,
     planner: Planner,
     estimator: UtilityEstimator,
+    weights: HeadWeighting,
     planned: Sequence[PlannedDocument],
     checked: Sequence[CheckedDocument],
 ) -> AllocationSummary:
     """Everything that is said about an allocation, sentences included."""
-    plans = tuple(_document_plan(planner, document, None) for document in planned)
-    checks = tuple(_document_plan(planner, c.planned, c.errors) for c in checked)
-    agreement = _agreement(checked)
+    plans = tuple(_document_plan(planner, document, None, {}) for document in planned)
+    checks = tuple(_document_plan(planner, c.planned, c.errors, c.controls) for c in checked)
+    agreement = _agreement(planner, checked)
     return AllocationSummary(
         budget=options.budget,
         utility=f"{estimator.name}: {estimator.description}",
         utility_is_ceiling=estimator.is_ceiling,
         is_calibrated=planner.calibration is not None,
-        drop_coefficient=options.drop_coefficient,
+        drop_coefficient=float(np.exp(np.log(planner.drop_coefficients).mean())),
+        drop_coefficient_range=(
+            float(planner.drop_coefficients.min()),
+            float(planner.drop_coefficients.max()),
+        ),
         drop_coefficient_source=drop_coefficient_source(options),
-        weights=HEAD_WEIGHT_SOURCES[options.head_weights],
+        weights=weights.source,
         page_size=options.page_size,
         horizon=options.horizon,
         window=options.window,
@@ -61,19 +69,22 @@ def summarise(
         check_split="select" if checked[0].is_select else "fit",
         heads=_head_mixes(planner, planned),
         agreement=agreement,
-        reading=read_summary(estimator, plans, checks, agreement, options.drop_coefficient),
+        reading=read_summary(estimator, plans, checks, agreement),
     )
 
 
 def drop_coefficient_source(options: AllocateOptions) -> str:
     """Where c_drop comes from."""
-    if options.drop_coefficient == DEFAULT_DROP_COEFFICIENT:
-        return DROP_COEFFICIENT_SOURCE
+    if options.drop_coefficient is None:
+        return "fitted per layer and KV head on the fit documents"
     return "given with --drop-coefficient"
 
 
 def _document_plan(
-    planner: Planner, document: PlannedDocument, errors: MeasuredErrors | None
+    planner: Planner,
+    document: PlannedDocument,
+    errors: MeasuredErrors | None,
+    controls: Mapping[str, Placement],
 ) -> DocumentPlan:
     layout, plan, budget = planner.layout, document.plan, document.budget
 
@@ -84,6 +95,15 @@ def _document_plan(
     rows += [
         (name, baseline.describe(layout), baseline.cost, baseline.laid_out.total)
         for name, baseline in document.baselines.items()
+    ]
+    rows += [
+        (
+            name,
+            "per page",
+            plan_cost(document.costs.pages, control.option_of_page),
+            control.laid_out.total,
+        )
+        for name, control in controls.items()
     ]
     n_options = len(layout.option_names)
     counts = np.bincount(plan.option_of_page.ravel(), minlength=n_options)
@@ -141,11 +161,12 @@ def _head_mixes(planner: Planner, documents: Sequence[PlannedDocument]) -> tuple
     return tuple(rows)
 
 
-def _agreement(checked: Sequence[CheckedDocument]) -> tuple[LayerAgreement, ...]:
+def _agreement(planner: Planner, checked: Sequence[CheckedDocument]) -> tuple[LayerAgreement, ...]:
     return layer_agreement(
         [check.planned.measured for check in checked],
         [check.errors for check in checked],
         [check.planned.costs.pages for check in checked],
         [check.true_costs.pages for check in checked],
         [check.planned.plan.option_of_token for check in checked],
+        planner.drop_coefficients,
     )

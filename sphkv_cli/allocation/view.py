@@ -106,6 +106,7 @@ def _layers(summary: AllocationSummary) -> Table:
                 agreement.error_ratio,
                 agreement.future_log_correlation,
                 agreement.drop_coherence,
+                agreement.drop_coefficient,
             )
         )
     return Table(
@@ -113,7 +114,12 @@ def _layers(summary: AllocationSummary) -> Table:
         f"{summary.check_split} documents",
         (
             *("layer", "bits/coordinate by head", "dropped", "tier errors: log corr."),
-            *("predicted/measured", "score vs future: log corr.", "drops: measured/summed"),
+            *(
+                "predicted/measured",
+                "score vs future: log corr.",
+                "drops: measured/summed",
+                "priced at",
+            ),
         ),
         rows,
         text_columns=2,
@@ -130,9 +136,16 @@ def _assumptions(result: AllocationResult) -> tuple[str, ...]:
     return (
         f"score: {summary.utility}; {calibrated}",
         f"pages of {summary.page_size} tokens; window {summary.window}, horizon {summary.horizon}",
-        f"drop coefficient {summary.drop_coefficient:g} ({summary.drop_coefficient_source})",
+        f"drop coefficient {_coefficient(summary)} ({summary.drop_coefficient_source})",
         f"weight of a head: {summary.weights}",
         "cost: expected squared error of the attention outputs of one later query, so weighted, "
         "summed over layers and heads",
         f"{result.seconds:.1f} s; digest {result.digest}",
     )
+
+
+def _coefficient(summary: AllocationSummary) -> str:
+    low, high = summary.drop_coefficient_range
+    if low == high:
+        return f"{low:g}"
+    return f"{summary.drop_coefficient:.3g} (geometric mean; {low:.3g} to {high:.3g})"

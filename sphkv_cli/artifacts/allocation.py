@@ -189,6 +189,21 @@ class AllocationReader:
         return np.asarray(self._file["head_weights"][()], dtype=np.float64)
 
     @property
+    def drop_coefficients(self) -> FloatArray:
+        """(n_layers, n_kv_heads) c_drop; one number for all in files of version 1."""
+        if "drop_coefficients" not in self._file:
+            shape = (self.info.n_layers, self.info.n_kv_heads)
+            return np.full(shape, self.info.drop_coefficient)
+        return np.asarray(self._file["drop_coefficients"][()], dtype=np.float64)
+
+    @property
+    def score_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What the score needs beside its name, as FORMAT.md says; empty where that says all."""
+        if "score" not in self._file:
+            return {}
+        return {name: np.asarray(dataset[()]) for name, dataset in self._file["score"].items()}
+
+    @property
     def calibration(self) -> CalibrationArrays | None:
         """The tables from score to expected damage, None where scores were believed."""
         if "calibration" not in self._file:

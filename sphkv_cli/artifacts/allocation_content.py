@@ -19,6 +19,14 @@ from sphkv_kernels.tier import TierFormat
 FloatArray = npt.NDArray[np.float64]
 
 PLAN_AXES = "n_layers, n_kv_heads, n_context"
+SCORE_AXES = {
+    "weights": "n_layers, n_kv_heads, n_weights",
+    "sample": "n_layers, n_samples, n_q_heads, head_dim",
+    "mean": "n_layers, n_q_heads, head_dim",
+    "covariance": "n_layers, n_q_heads, head_dim, head_dim",
+    "inv_freq": "n_layers, n_pairs",
+}
+"""Datasets that a score may need, by name."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,9 @@ class AllocationContent:
     """Everything in allocation.h5 but its header.
 
     tiers: in order of page bytes, without drop.  quotas: (n_layers, n_kv_heads, 1 + n_tiers)
-    fractions of pages, drop first.  head_weights: (n_layers, n_q_heads).  tables: rows by name, for
-    people and plots, each with its row type.
+    fractions of pages, drop first.  head_weights: (n_layers, n_q_heads).  drop_coefficients:
+    (n_layers, n_kv_heads).  score_arrays: what the score needs beside its name.  tables: rows by
+    name, for people and plots, each with its row type.
     """
 
     info: AllocationInfo
@@ -126,6 +135,8 @@ class AllocationContent:
     tiers: tuple[TierFormat, ...]
     quotas: FloatArray
     head_weights: FloatArray
+    drop_coefficients: FloatArray
+    score_arrays: Mapping[str, npt.NDArray[Any]]
     calibration: CalibrationArrays | None
     plans: tuple[StoredPlan, ...]
     tables: Mapping[str, tuple[type[Any], tuple[Any, ...]]]
@@ -143,6 +154,9 @@ def write_content(file: h5py.File, content: AllocationContent) -> None:
     _create(file, "tiers", np.array(described.encode()), "")
     _create(file, "policy/quotas", content.quotas, "n_layers, n_kv_heads, n_options")
     _create(file, "head_weights", content.head_weights, "n_layers, n_q_heads")
+    _create(file, "drop_coefficients", content.drop_coefficients, "n_layers, n_kv_heads")
+    for name, array in content.score_arrays.items():
+        _create(file, f"score/{name}", array, SCORE_AXES[name])
     if content.calibration is not None:
         arrays = content.calibration
         axes = "n_layers, n_kv_heads, n_quantities, n_ends"

@@ -94,7 +94,7 @@ def fisher_passes(
             tap.sample = sample
             gradient = _score_gradient(language_head(model), hidden[0].detach(), generator)
             keep = sample + 1 < n_samples
-            torch.autograd.backward(hidden, gradient[None], retain_graph=keep)
+            torch.autograd.backward([hidden], [gradient[None]], retain_graph=keep)
     found: Float = tap.sums / (ids.shape[1] * geometry.head_dim)
     for index, layer in enumerate(geometry.layers):
         if index not in tap.heard:
@@ -125,7 +125,7 @@ def _score_gradient(
         target = uniform.to(cumulative.device) * cumulative[:, -1:]
         labels = torch.searchsorted(cumulative, target, right=True)
         labels.clamp_(max=logs.shape[1] - 1)
-        logs.gather(1, labels).sum().backward()
+        torch.autograd.backward([logs.gather(1, labels).sum()])
         assert leaf.grad is not None
         gradient[rows] = leaf.grad
     return gradient

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
+from sphkv_cli.errors import UsageError
 
 
 @command("allocate")
@@ -27,19 +28,28 @@ def allocate_command(
         int, typer.Option(help="Last positions of the context whose queries score its tokens.")
     ] = 64,
     utility: Annotated[
-        Literal["window", "recency", "oracle"],
-        typer.Option(help="What scores a token; oracle sees the future: a ceiling, no method."),
-    ] = "window",
+        str,
+        typer.Option(
+            help="What scores a token: combination (of all others), window, calibration-queries, "
+            "expected-attention, accumulated, recency ...; oracle sees the future: a ceiling."
+        ),
+    ] = "combination",
     calibrate: Annotated[
         bool, typer.Option(help="Turn scores into expected damage on the fit documents.")
     ] = True,
     drop_coefficient: Annotated[
-        float, typer.Option(help="How much more a set of drops hurts than its sum.")
-    ] = 8.0,
+        str,
+        typer.Option(
+            help="How much more a set of drops hurts than its sum: a number, or auto to fit it."
+        ),
+    ] = "auto",
     head_weights: Annotated[
-        Literal["output", "none"],
-        typer.Option(help="Weigh query heads by their output projection, or not."),
-    ] = "output",
+        Literal["auto", "fisher", "output", "none"],
+        typer.Option(
+            help="Weigh query heads by what the next token minds (capture --fisher), by their "
+            "output projection, or not; auto takes the first that the capture holds."
+        ),
+    ] = "auto",
     tier: Annotated[
         list[str] | None, typer.Option(help="Choose only among these tiers, repeatable.")
     ] = None,
@@ -63,7 +73,7 @@ def allocate_command(
         window=window,
         utility=utility,
         calibrate=calibrate,
-        drop_coefficient=drop_coefficient,
+        drop_coefficient=_coefficient(drop_coefficient),
         head_weights=head_weights,
         tiers=tuple(tier or ()),
         plan_select=plan_select,
@@ -72,3 +82,14 @@ def allocate_command(
     with TerminalProgress() as progress:
         result = allocate(options, capture, codebooks, output, progress=progress, force=force)
     Output(json_output).show(result, view(result))
+
+
+def _coefficient(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--drop-coefficient {text!r} is no number", "give auto, or a number above 0"
+        ) from error

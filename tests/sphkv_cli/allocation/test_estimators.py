@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from sphkv_cli.allocation.attention_utility import LayerGeometry
+from sphkv_cli.allocation.combination import COMBINED, Combination, LayerSamples, fit_weights
 from sphkv_cli.allocation.context import LayerContext, Split
-from sphkv_cli.allocation.estimators import ESTIMATORS, estimator_of
+from sphkv_cli.allocation.estimator_names import ORACLE, SIGNAL_NAMES, UTILITIES, require_utility
+from sphkv_cli.allocation.estimators import Oracle, SignalUtility, UtilityEstimator
+from sphkv_cli.allocation.future_queries import FutureQueries, rotate
+from sphkv_cli.allocation.signals import SIGNALS
 from sphkv_cli.errors import UsageError
 
 N_TOKENS, N_CONTEXT = 40, 30
+ALLOWED = tuple(name for name in UTILITIES if name != ORACLE)
 
 
 def context(*, positions=None, window: int = 0, seed: int = 0) -> LayerContext:
@@ -37,7 +42,33 @@ def context(*, positions=None, window: int = 0, seed: int = 0) -> LayerContext:
     )
 
 
-@pytest.mark.parametrize("name", ["window", "recency"])
+def future(*, turning: bool = True) -> FutureQueries:
+    """Queries of one layer of 4 query heads."""
+    rng = np.random.default_rng(5)
+    sample = 2 * rng.standard_normal((1, 16, 4, 8)).astype(np.float32)
+    factor = rng.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    return FutureQueries(
+        sample,
+        sample.mean(axis=1),
+        factor @ np.swapaxes(factor, -1, -2) / 8,
+        np.array([[1.0, 0.3, 0.1, 0.03]], dtype=np.float32) if turning else None,
+    )
+
+
+def estimator(name: str) -> UtilityEstimator:
+    if name == ORACLE:
+        return Oracle()
+    if name in SIGNALS:
+        return SignalUtility(SIGNALS[name], future())
+    samples = [LayerSamples.of(context(seed=seed), future(), COMBINED) for seed in (11, 12, 13)]
+    return Combination(fit_weights(samples)[None], future())
+
+
+def test_every_signal_has_its_name() -> None:
+    assert tuple(SIGNALS) == SIGNAL_NAMES
+
+
+@pytest.mark.parametrize("name", ALLOWED)
 @pytest.mark.parametrize("window", [0, 12])
 def test_scores_read_nothing_after_the_context(name: str, window: int) -> None:
     clean = context(window=window)
@@ -50,27 +81,28 @@ def test_scores_read_nothing_after_the_context(name: str, window: int) -> None:
     )
     for vectors in (poisoned.keys, poisoned.values, poisoned.queries, poisoned.queries_framed):
         vectors[N_CONTEXT:] = torch.nan
-    # Nor what came before the window.
-    poisoned.queries[: N_CONTEXT - 8] = torch.nan
-    score = estimator_of(name).score
-    torch.testing.assert_close(score(poisoned), score(clean), rtol=0, atol=0)
+    chosen = estimator(name)
+    if not chosen.reads_all_queries:
+        poisoned.queries[: N_CONTEXT - 8] = torch.nan
+    torch.testing.assert_close(chosen.score(poisoned), chosen.score(clean), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ESTIMATORS)
-def test_scores_are_finite_and_not_negative(kind) -> None:
+@pytest.mark.parametrize("name", UTILITIES)
+def test_scores_are_finite_and_not_negative(name: str) -> None:
     for window in (0, 12, 64):
-        score = kind().score(context(window=window))
+        score = estimator(name).score(context(window=window))
         assert score.shape == (2, N_CONTEXT)
         assert bool(torch.isfinite(score).all())
         assert bool((score >= 0).all())
 
 
-@pytest.mark.parametrize("kind", ESTIMATORS)
-def test_tokens_beyond_the_reach_of_the_future_score_zero(kind) -> None:
-    score = kind().score(context(window=12))
+@pytest.mark.parametrize("name", UTILITIES)
+def test_tokens_beyond_the_reach_of_the_future_score_zero(name: str) -> None:
+    score = estimator(name).score(context(window=12))
     # The first query after the context, at 30, sees tokens 19 and later.
     assert bool((score[:, :19] == 0).all())
-    assert bool((score[:, 19:] > 0).all())
+    # Expected attention and calibration queries are asked from a few positions of the horizon only.
+    assert bool((score[:, 22:] > 0).all())
 
 
 def test_reach_is_the_fraction_of_later_positions_that_see_a_token() -> None:
@@ -85,26 +117,95 @@ def test_oracle_is_the_only_one_that_sees_the_future() -> None:
     one = context()
     other = replace(one, queries=one.queries.clone())
     other.queries[N_CONTEXT:] *= -1
-    assert estimator_of("oracle").is_ceiling
-    assert not torch.equal(estimator_of("oracle").score(one), estimator_of("oracle").score(other))
-    for name in ("window", "recency"):
-        assert not estimator_of(name).is_ceiling
+    assert not torch.equal(Oracle().score(one), Oracle().score(other))
+    assert [name for name in UTILITIES if estimator(name).is_ceiling] == [ORACLE]
 
 
 def test_recency_orders_by_position() -> None:
-    score = estimator_of("recency").score(context())
+    score = estimator("recency").score(context())
     assert bool((score[:, 1:] > score[:, :-1]).all())
 
 
-def test_last_tokens_that_no_captured_query_saw_score_like_the_window() -> None:
-    # Queries every fourth position: the last one of the context sits at 27.
+@pytest.mark.parametrize("name", ["window", "half-window", "window-attention"])
+def test_last_tokens_that_no_captured_query_saw_score_like_the_window(name: str) -> None:
+    # Queries every fourth position: the last ones of the context sit at 23 and 27.
     sparse = context(positions=list(range(3, N_TOKENS, 4)))
-    score = estimator_of("window").score(sparse)
-    seen = score[:, 23:28]
+    score = estimator(name).score(sparse)
+    seen = score[:, (27 if name == "half-window" else 23) : 28]
     torch.testing.assert_close(score[:, 28:], seen.mean(1, keepdim=True).expand(2, 2))
     assert bool((score[:, 28:] > 0).all())
 
 
+def test_accumulated_attention_is_the_sum_over_all_queries() -> None:
+    whole = context()
+    q = whole.queries[:N_CONTEXT].double().reshape(N_CONTEXT, 2, 2, 8)
+    logits = 0.35 * torch.einsum("ihgd,jhd->hgij", q, whole.keys[:N_CONTEXT].double())
+    logits = logits.masked_fill(torch.ones(N_CONTEXT, N_CONTEXT).triu(1).bool(), -torch.inf)
+    expected = logits.softmax(-1).sum((1, 2))
+    torch.testing.assert_close(estimator("accumulated").score(whole), expected)
+    seeing = torch.arange(N_CONTEXT, 0, -1, dtype=torch.float64)
+    torch.testing.assert_close(estimator("normalised").score(whole), expected / seeing)
+
+
+def test_pooling_spreads_one_tokens_attention_over_seven() -> None:
+    seen = estimator("window-attention").score(context())
+    pooled = estimator("window-pooled").score(context())
+    torch.testing.assert_close(pooled[:, 12], seen[:, 9:16].mean(1))
+    torch.testing.assert_close(pooled[:, 0], seen[:, :4].mean(1))
+
+
+def test_queries_turned_back_and_forth_are_the_same() -> None:
+    x, positions = torch.randn(5, 3, 8), torch.tensor([0, 1, 7, 100, 8000])[:, None]
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03])
+    there = rotate(x, positions, frequencies)
+    torch.testing.assert_close(rotate(there, -positions, frequencies), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(there.norm(dim=-1), x.norm(dim=-1))
+    # Logits depend on the distance alone: the law that lets queries be asked from elsewhere.
+    near = rotate(x[0], torch.tensor(9), frequencies) * rotate(x[1], torch.tensor(4), frequencies)
+    far = rotate(x[0], torch.tensor(509), frequencies) * rotate(
+        x[1], torch.tensor(504), frequencies
+    )
+    torch.testing.assert_close(near.sum(-1), far.sum(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
+    """E exp(scale q.k) of N(mean, covariance) in closed form, against sampled queries."""
+    inputs, known = context(), future(turning=False)
+    known = replace(known, mean=known.mean / 2, covariance=known.covariance / 8)
+    found = SignalUtility(SIGNALS["expected-attention"], known).score(inputs)
+    rng = np.random.default_rng(0)
+    total = torch.zeros(2, N_CONTEXT, dtype=torch.float64)
+    for head in range(4):
+        q = rng.multivariate_normal(known.mean[0, head], known.covariance[0, head], 200_000)
+        k = inputs.keys[:N_CONTEXT, head // 2].double()
+        weights = torch.exp(0.35 * torch.from_numpy(q) @ k.T).mean(0)
+        norms = inputs.values[:N_CONTEXT, head // 2].double().norm(dim=-1)
+        total[head // 2] += (weights / weights.sum() * norms).square()
+    # Asked from eight positions, which are all the same without RoPE.
+    torch.testing.assert_close(found / 8, total, rtol=0.03, atol=0)
+
+
+def test_the_combination_orders_unseen_contexts_better_than_any_signal() -> None:
+    """On random vectors the mean over documents, not on each."""
+    chosen = {name: estimator(name) for name in ("combination", *SIGNAL_NAMES)}
+    gained = dict.fromkeys(chosen, 0.0)
+    for seed in range(30, 40):
+        unseen = context(seed=seed)
+        truth = unseen.horizon_utility.drop.argsort(-1).argsort(-1).double()
+        for name, one in chosen.items():
+            ranks = one.score(unseen).argsort(-1).argsort(-1).double()
+            gained[name] += float(torch.corrcoef(torch.cat([ranks, truth])[[0, 2]])[0, 1])
+    assert gained["combination"] > max(gained[name] for name in SIGNAL_NAMES)
+
+
+def test_a_constant_signal_gets_no_weight() -> None:
+    logs = torch.randn(1, 50, 3, dtype=torch.float64)
+    logs[..., 1] = 2.0
+    weights = fit_weights([LayerSamples(logs, 3 * logs[..., 0] - logs[..., 2])])
+    np.testing.assert_allclose(weights[0, 1:], [3, 0, -1], atol=0.05)
+    assert weights[0, 2] == 0
+
+
 def test_unknown_estimators_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'snapkv' is not known; choose one of window, recency"):
-        estimator_of("snapkv")
+    with pytest.raises(UsageError, match="'snapkv' is not known; choose one of combination, win"):
+        require_utility("snapkv")

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from sphkv_cli.allocation.context import read_context, split_document
+from sphkv_cli.allocation.estimator_store import stored_estimator
 from sphkv_cli.allocation.options import AllocateOptions
+from sphkv_cli.allocation.page_costs import order_by_score, page_of_token
 from sphkv_cli.allocation.stage import allocate
 from sphkv_cli.allocation.view import view
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.artifacts.capture_writer import write_fisher
 from sphkv_cli.artifacts.store import content_digest, verify_digest
 from sphkv_cli.blocks import Line, Table
 from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
@@ -53,9 +57,12 @@ def test_the_plan_is_no_worse_than_any_baseline(allocation) -> None:
     result, _ = allocation
     for plan in (*result.summary.plans, *result.summary.checks):
         names = [row.name for row in plan.baselines]
-        assert names == ["policy", "uniform", "uniform + sink page"]
+        assert names[:3] == ["policy", "uniform", "uniform + sink page"]
         # Predicted cost is what the solver minimises, per page; baselines page by position.
         assert all(row.times_plan >= 0.99 for row in plan.baselines)
+        assert (names[3:] == ["drops at their sum", "drops at 8x their sum"]) == (
+            plan in result.summary.checks
+        )
 
 
 def test_the_plan_beats_one_tier_for_all_in_measured_error(allocation) -> None:
@@ -109,8 +116,13 @@ def test_the_artifact_says_what_it_is(allocation, chain: Chain) -> None:
         assert set(reader.header.inputs) == {"capture", "codebooks"}
         assert (info.model_digest, info.n_layers, info.head_dim) == (capture.model_digest, 2, 32)
         assert (info.page_size, info.horizon, info.window, info.budget) == (16, 48, 32, "5b")
-        assert info.utility["name"] == "window"
-        assert info.drop_coefficient == 8.0
+        assert info.utility["name"] == "combination"
+        assert (reader.drop_coefficients >= 1).all()
+        assert np.log(info.drop_coefficient) == pytest.approx(
+            np.log(reader.drop_coefficients).mean()
+        )
+        low, high = result.summary.drop_coefficient_range
+        assert (low, high) == (reader.drop_coefficients.min(), reader.drop_coefficients.max())
         assert reader.layers == capture.layers
         assert info.rope == capture.rope
         assert [tier.name for tier in reader.tiers][-2:] == ["int8", "dense"]
@@ -187,7 +199,8 @@ def test_the_same_inputs_give_the_same_digest(allocation, chain: Chain, tmp_path
     [
         {"utility": "recency"},
         {"utility": "oracle"},
-        {"calibrate": False},
+        {"utility": "window"},
+        {"utility": "window", "calibrate": False},
         {"head_weights": "none"},
         {"drop_coefficient": 1.0},
     ],
@@ -215,6 +228,52 @@ def test_controls_run_and_say_what_they_are(
         assert best < 1.05 * reference
     if changes.get("utility") == "recency":
         assert best > 1.5 * reference
+
+
+def test_fisher_weights_are_used_where_they_were_captured(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(SphkvError, match="holds no Fisher weights; capture with --fisher"):
+        wanted = replace(OPTIONS, head_weights="fisher")
+        allocate(wanted, chain.capture, chain.codebooks, tmp_path / "a.h5")
+    changed = Chain(tmp_path / "capture.h5", tmp_path / "codebooks.h5")
+    shutil.copy(chain.capture, changed.capture)
+    shutil.copy(chain.codebooks, changed.codebooks)
+    fisher = np.array([[1.0, 2.0, 3.0, 0.0], [0.5, 0.25, 8.0, 1.0]])
+    with h5py.File(changed.capture, "r+") as file:
+        write_fisher(file, fisher, fisher / 10, n_passes=4)
+        relink(file, changed.codebooks)
+    result = allocate(OPTIONS, changed.capture, changed.codebooks, tmp_path / "a.h5")
+    assert result.summary.weights.startswith("Fisher")
+    assert "10 %" in result.summary.weights
+    with AllocationReader(tmp_path / "a.h5") as reader:
+        np.testing.assert_array_equal(reader.head_weights, fisher)
+
+
+def test_the_stored_score_is_the_one_that_ordered_the_pages(allocation, chain: Chain) -> None:
+    _, path = allocation
+    with AllocationReader(path) as reader, CaptureReader(chain.capture) as capture:
+        estimator = stored_estimator(reader)
+        (document,) = reader.documents
+        pages = reader.page_of_token(document)
+        info = capture.documents[document.index]
+        split = split_document(capture, info, horizon=48, window=32)
+        for layer in range(capture.n_layers):
+            weights = torch.from_numpy(reader.head_weights[layer])
+            context = read_context(capture, info, layer, split, reader.frames, weights)
+            order = order_by_score(estimator.score(context).numpy()[None])
+            np.testing.assert_array_equal(page_of_token(order, 16)[0], pages[layer])
+
+
+def test_a_score_without_its_arrays_is_named(allocation, tmp_path: Path) -> None:
+    _, path = allocation
+    broken = tmp_path / "a.h5"
+    shutil.copy(path, broken)
+    with h5py.File(broken, "r+") as file:
+        del file["score/weights"]
+    with (
+        AllocationReader(broken) as reader,
+        pytest.raises(ArtifactError, match="no usable score 'combination'"),
+    ):
+        stored_estimator(reader)
 
 
 def test_a_capture_without_select_documents_checks_on_fit(chain: Chain, tmp_path: Path) -> None:
@@ -282,8 +341,8 @@ def test_view_shows_verdicts_bytes_and_every_layer(allocation) -> None:
         ({"utility": "magic"}, "'magic' is not known"),
         ({"drop_coefficient": 0.0}, "drop coefficient is 0.0"),
         ({"drop_coefficient": float("nan")}, "drop coefficient is nan"),
-        ({"head_weights": "fisher"}, "'fisher' are not known"),
-        ({"utility": "recency", "calibrate": False}, "recency knows no damage"),
+        ({"head_weights": "magic"}, "'magic' are not known; choose auto, fisher"),
+        ({"utility": "recency", "calibrate": False}, "'recency' is no damage"),
         ({"seed": -1}, "seed is -1"),
     ],
     ids=str,

@@ -1,0 +1,100 @@
+"""A combination of all signals, fitted per (layer, KV head) on the fit documents.
+
+    log score(t) = w_0 + sum_j w_j log signal_j(t),      w by ridge regression on
+    log drop damage(t)  by the horizon's true queries    (ours)
+
+Logs are of signals over their mean in the context, so that a context's length and level do not
+matter; a token of no signal at all keeps 1e-9 of it.  The ridge acts on standardised signals, so
+that the many that say nearly the same share the weight instead of cancelling.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sphkv_cli.allocation.context import LayerContext
+from sphkv_cli.allocation.estimator_names import COMBINATION, SIGNAL_NAMES
+from sphkv_cli.allocation.estimators import UtilityEstimator
+from sphkv_cli.allocation.future_queries import FutureQueries
+from sphkv_cli.allocation.signals import SIGNALS, SignalInputs
+
+Float = NDArray[np.float64]
+
+COMBINED = SIGNAL_NAMES
+RIDGE = 1e-2
+"""Penalty over the number of tokens."""
+_LEAST = 1e-9
+
+
+@final
+class Combination(UtilityEstimator):
+    """weights: (n_layers, n_kv_heads, 1 + n_signals), the constant first; signals: their names."""
+
+    name = COMBINATION
+    description = "ridge regression of log damage on the logs of the other scores"
+    reads_all_queries = True
+
+    def __init__(
+        self, weights: Float, future: FutureQueries, signals: Sequence[str] = COMBINED
+    ) -> None:
+        if weights.shape[-1] != 1 + len(signals):
+            raise ValueError(f"{weights.shape[-1]} weights for {len(signals)} signals")
+        self.weights, self.future, self.signals = weights, future, tuple(signals)
+
+    def score(self, context: LayerContext) -> Tensor:
+        """As the module says; tokens that no later query can see score 0."""
+        logs = log_signals(context, self.future, self.signals)
+        weights = torch.from_numpy(self.weights[context.layer]).to(logs.device)
+        exponent = weights[:, 0, None] + torch.einsum("hnf,hf->hn", logs, weights[:, 1:])
+        return exponent.clamp(-300, 300).exp() * (context.reach() > 0)
+
+
+@dataclass(frozen=True)
+class LayerSamples:
+    """logs (n_kv_heads, n_tokens, n_signals) and target (n_kv_heads, n_tokens) of one document."""
+
+    logs: Tensor
+    target: Tensor
+
+    @staticmethod
+    def of(context: LayerContext, future: FutureQueries, signals: Sequence[str]) -> "LayerSamples":
+        """Of the tokens that the horizon can see."""
+        reached = context.reach() > 0
+        logs = log_signals(context, future, signals)[:, reached]
+        return LayerSamples(logs, _logs(context.horizon_utility.drop[:, reached]))
+
+
+def log_signals(context: LayerContext, future: FutureQueries, signals: Sequence[str]) -> Tensor:
+    """(n_kv_heads, n_context, n_signals) float64."""
+    inputs = SignalInputs(context, future)
+    return torch.stack([_logs(SIGNALS[name].compute(inputs)) for name in signals], dim=-1)
+
+
+def fit_weights(documents: Sequence[LayerSamples]) -> Float:
+    """Weights of one layer from its samples: (n_kv_heads, 1 + n_signals)."""
+    logs = torch.cat([document.logs for document in documents], dim=1).numpy()
+    target = torch.cat([document.target for document in documents], dim=1).numpy()
+    return np.stack([_ridge(x, y) for x, y in zip(logs, target, strict=True)])
+
+
+def _ridge(x: Float, y: Float) -> Float:
+    """Of samples x (n, n_signals) and y (n); a constant signal gets no weight."""
+    if not len(y):
+        return np.zeros(1 + x.shape[1])
+    centre, spread = x.mean(0), x.std(0)
+    scale = np.where(spread > 1e-9, spread, np.inf)
+    z = (x - centre) / scale
+    gram = z.T @ z / len(y) + RIDGE * np.eye(z.shape[1])
+    slopes = np.linalg.solve(gram, z.T @ (y - y.mean()) / len(y)) / scale
+    return np.concatenate([[y.mean() - centre @ slopes], slopes])
+
+
+def _logs(signal: Tensor) -> Tensor:
+    """log(x / mean + 1e-9) along the tokens of each head."""
+    mean = signal.mean(dim=-1, keepdim=True)
+    return torch.log(signal / mean.clamp(min=1e-300) + _LEAST)
