@@ -18,8 +18,8 @@ Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 Found = TypeVar("Found")
 
-_BLOCK_ITEMS = 1 << 13
-_BLOCKS_PER_TASK = 16
+_BLOCK_ITEMS = 1 << 14
+_BLOCKS_PER_TASK = 8
 
 
 class Costs(Protocol):

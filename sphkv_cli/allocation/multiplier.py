@@ -108,12 +108,8 @@ class RateHistogram:
 
     def add(self, rates: Float, segment_bytes: Float) -> None:
         """Add segments: rates and bytes (n_options - 1, n_items); bytes may be (…, 1)."""
-        for rate, size in zip(rates, segment_bytes, strict=True):
-            if size.size == 1:
-                counts = np.bincount(_bins(rate), minlength=_N_BINS)
-                self._bytes += counts * float(size[0])
-            else:
-                self._bytes += np.bincount(_bins(rate), weights=size, minlength=_N_BINS)
+        sizes = np.broadcast_to(segment_bytes, rates.shape)
+        self._bytes += np.bincount(_bins(rates).ravel(), weights=sizes.ravel(), minlength=_N_BINS)
         self._bytes[0] = 0.0
 
     def critical_bin(self, left_bytes: float) -> tuple[int, float]:

@@ -187,11 +187,11 @@ def _take_above(blocks: Iterator[Block], critical: int, levels: NDArray[np.int8]
 
 def _first_reaching(costs: Float, levels: NDArray[np.int8]) -> NDArray[np.int8]:
     """First option that costs no more than the one at `levels`; costs: running minima."""
-    option = levels.copy()
-    reached = costs[levels, np.arange(levels.size)]
-    # From the back: an equal cost with fewer bytes wins.
-    for j in range(costs.shape[0] - 2, -1, -1):
-        np.copyto(option, np.int8(j), where=costs[j] <= reached)
+    n_items = levels.size
+    reached = costs.ravel().take(levels.astype(np.intp) * n_items + np.arange(n_items))
+    option = np.zeros(n_items, dtype=np.int8)
+    for column in costs[:-1]:
+        option += column > reached
     return option
 
 

@@ -3,6 +3,7 @@
 import itertools
 import time
 import tracemalloc
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from sphkv_cli.allocation.hull import hull_rates, running_minimum
-from sphkv_cli.allocation.solver import InfeasibleBudgetError, Solution, solve
+from sphkv_cli.allocation.solver import InfeasibleBudgetError, Solution, solve, solve_parts
 
 # Sums of a few dozen doubles, taken in different orders.
 ROUNDING = 1e-12
@@ -277,3 +278,54 @@ def test_memory_stays_below_three_cost_tables() -> None:
     assert peak < 2 * costs.nbytes, f"{peak / costs.nbytes:.2f} tables beside the table"
     # 0.13 s here; far from a benchmark, near enough to catch a quadratic step.
     assert seconds < 5
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
+def test_layers_and_threads_change_nothing(share: float, tmp_path: Path) -> None:
+    rng = np.random.default_rng(11)
+    # More than one task of blocks, so that threads really divide the work.
+    costs, _ = random_instance(rng, 300_000, 4)
+    sizes = np.array([0, 3, 5, 9])
+    budget = int(share * 9 * len(costs))
+    whole = solve(costs, sizes, budget, n_threads=1)
+    path = tmp_path / "costs"
+    costs.tofile(path)
+    on_disk = np.memmap(path, dtype=np.float64, mode="r", shape=costs.shape)
+    parts = [(on_disk[:7], sizes), (on_disk[7:150_000], sizes), (on_disk[150_000:], sizes)]
+    streamed = solve_parts(parts, budget, n_threads=3)
+    again = solve(costs, sizes, budget, n_threads=3)
+    assert again.plan.cost == whole.plan.cost
+    np.testing.assert_array_equal(again.plan.option_of_item, whole.plan.option_of_item)
+    assert streamed.multiplier == whole.multiplier
+    assert streamed.dual_bound == pytest.approx(whole.dual_bound, rel=ROUNDING)
+    # The blocks of the fill differ; what it has left to spend is less than one segment.
+    assert streamed.plan.used_bytes <= budget
+    assert streamed.plan.cost == pytest.approx(whole.plan.cost, rel=1e-5)
+
+
+def test_parts_with_their_own_bytes_share_one_budget() -> None:
+    rng = np.random.default_rng(12)
+    tables = [random_instance(rng, 8, 4) for _ in range(3)]
+    sizes = [np.sort(rng.integers(0, 30, 4)) for _ in tables]
+    budget = int(0.4 * sum(8 * size[-1] for size in sizes)) + 8 * sum(int(s[0]) for s in sizes)
+    parts = [(costs, size) for (costs, _), size in zip(tables, sizes, strict=True)]
+    together = solve_parts(parts, budget)
+    costs = np.concatenate([costs for costs, _ in tables])
+    each = np.concatenate([np.tile(size, (8, 1)) for size in sizes])
+    assert together.plan.used_bytes <= budget
+    best = highs(1e3 * costs / together.plan.cost, each, budget) * together.plan.cost / 1e3
+    assert together.dual_bound <= best * (1 + 1e-6)
+    assert best <= together.plan.cost * (1 + 1e-6)
+
+
+def test_a_bin_full_of_ties_is_cut_within_the_budget() -> None:
+    # All rates of all items lie in one bin, in falling steps of a part in a million.
+    n_items = 5_000
+    rates = 1 + 1e-6 * np.arange(3 * n_items)[::-1].reshape(3, n_items).T
+    costs = np.concatenate([rates[:, ::-1].cumsum(axis=1)[:, ::-1], np.zeros((n_items, 1))], axis=1)
+    for budget in (0, 1, n_items, n_items + 1, 2 * n_items - 1, 3 * n_items - 1):
+        solution = solve(costs, np.arange(4), budget)
+        assert solution.plan.used_bytes == budget
+        assert solution.plan.cost == pytest.approx(
+            np.sort(rates.ravel())[: 3 * n_items - budget].sum()
+        )
