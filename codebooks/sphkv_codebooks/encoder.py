@@ -120,13 +120,19 @@ def _encode_circle(
         count = quadrant.mul_(n_cells // 4).to(torch.float32)
         cos, sin = table.cos[0, 1:], table.sin[0, 1:]
         return _count_passed(count, local_first, local_second, cos, sin).to(torch.uint8)
-    index = quadrant.long()
-    code = torch.as_tensor(table.passed_before, device=first.device)[index]
-    cosines = torch.as_tensor(table.cos, device=first.device)
-    sines = torch.as_tensor(table.sin, device=first.device)
-    for column in range(table.cos.shape[1]):
-        code += local_second * cosines[:, column][index] >= local_first * sines[:, column][index]
-    return code.remainder_(n_cells).to(torch.uint8)
+    index = quadrant.reshape(-1)
+
+    def of_quadrant(values: npt.NDArray[np.float32]) -> torch.Tensor:
+        column = torch.tensor(values.tolist(), dtype=torch.float32, device=first.device)
+        return torch.index_select(column, 0, index).reshape(quadrant.shape)
+
+    count = of_quadrant(table.passed_before.astype(np.float32))
+    left, right = torch.empty_like(local_first), torch.empty_like(local_first)
+    for cos, sin in zip(table.cos.T, table.sin.T, strict=True):
+        torch.mul(local_second, of_quadrant(cos), out=left)
+        torch.mul(local_first, of_quadrant(sin), out=right)
+        count += left.ge_(right)
+    return count.remainder_(n_cells).to(torch.uint8)
 
 
 def _quadrants_agree(table: ThresholdDirections) -> bool:
