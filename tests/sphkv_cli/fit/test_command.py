@@ -1,6 +1,7 @@
 """`sphkv fit-codebooks` from outside: exit codes, one line on stderr, JSON alone on stdout."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,19 @@ def test_json_is_all_that_stdout_carries(tiny_capture: Path, tmp_path: Path) -> 
     assert output.exists()
 
 
+def test_a_sweep_designs_at_every_rate(make_capture: Callable[..., Path], tmp_path: Path) -> None:
+    capture = make_capture(n_tokens=100, n_layers=1)
+    found = run(
+        *(capture, "--output", tmp_path / "c.h5", "--sweep", "2:3:0.5", "--target-rate", "2.5"),
+        *("--centring", "none", "--json"),
+    )
+    assert found.exit_code == 0, found.output
+    design = json.loads(found.stdout)["design"]
+    assert [row["rate"] for row in design["frontier"]] == [2.0, 2.5, 3.0]
+    assert {row["target_rate"] for row in design["rows"]} == {2.0, 2.5, 3.0}
+    assert sum(row["is_chosen"] for row in design["rows"]) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "exit_code", "says"),
     [
@@ -30,6 +44,11 @@ def test_json_is_all_that_stdout_carries(tiny_capture: Path, tmp_path: Path) -> 
         (("--code", "4/2/2/2/2/2/2"), 2, "7 levels"),
         (("--code", "4/2:norm"), 2, "norm"),
         (("--seed", "-3"), 2, "-3"),
+        (("--target-rate", "0.1"), 2, "target rate is 0.1"),
+        (("--target-rate", "3", "--code", "4/2"), 2, "--target-rate chooses"),
+        (("--target-rate", "3", "--native-only"), 2, "CUDA kernel reads of head_dim 32"),
+        (("--native-only",), 2, "--native-only restricts"),
+        (("--sweep", "2:3"), 2, "LOW:HIGH:STEP"),
     ],
 )
 def test_bad_words_are_one_line_and_a_usage_error(
