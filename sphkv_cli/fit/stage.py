@@ -164,9 +164,9 @@ def _candidates(
     design = design_codes(
         reader,
         fitted.frames,
-        fitted.sinks.thresholds,
         options.target_rates,
         progress,
+        sink_norms=fitted.sinks.thresholds,
         native_only=options.native_only,
     )
     return design.codes, design.tiers, design.tables
