@@ -11,21 +11,23 @@ Every query of a held-out document reads the coded past; the last 32 tokens befo
     python examples/quality_uniform.py capture.h5
 
 It prints next-token KL(dense || coded) per document, mean over seeds, perplexity ratio and top-1
-agreement.  Means and norms come from the capture's fit documents, scores from its judge documents.
+agreement.  Means and norms come from the capture's fit documents, "chosen frames" (centring and
+balancing per layer, sinks) are what `sphkv fit-codebooks` measures on its select documents, scores
+come from its judge documents.
 """
 
 import argparse
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sphkv_cli.artifacts.capture import CaptureReader
-from sphkv_cli.evaluation.calibration import KeyStatistics, key_statistics
+from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.coding import DenseCoding, KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
 from sphkv_cli.evaluation.frame_coding import FrameCoding
@@ -34,19 +36,27 @@ from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.evaluation.result import DocumentScore
 from sphkv_cli.evaluation.sinks import SinksKeptDense
+from sphkv_cli.fit.frames import FittedFrames, fit_frames
+from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.models.load import LoadOptions, load_model
 from sphkv_cli.models.source import resolve_model
+from sphkv_cli.progress import NullProgress
 from sphkv_codebooks.comparators.eden import Eden
 from sphkv_codebooks.comparators.float8 import Float8
 from sphkv_codebooks.comparators.integer import IntegerPerToken
 from sphkv_codebooks.comparators.interface import VectorQuantizer
 from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
 from sphkv_codebooks.comparators.turboquant_mse import TurboQuantMse
-from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
+LABELS = {
+    "none": "uncentred",
+    "post_rope": "post-RoPE mean removed",
+    "pre_rope": "pre-RoPE mean removed",
+    "auto": "chosen frames",
+}
 BASELINE = "TurboQuant-MSE 3 bit, Haar, uncentred"
 
 
@@ -55,7 +65,7 @@ class Rows:
     """Makes the codings of the table for one model."""
 
     shape: ModelCacheShape
-    statistics: KeyStatistics
+    frames: dict[str, FittedFrames]
     seeds: Sequence[int]
     everything: bool
 
@@ -88,38 +98,36 @@ class Rows:
         depth = self.shape.head_dim.bit_length() - 1
         full_bits = (4, *(2,) * (depth - 2), 3)
         full = self._code(f"full depth {'/'.join(map(str, full_bits))}", full_bits, "norm")
-        for tier, centred in ((paper, False), (paper, True), (block, True), (full, False)):
-            label = f"{tier.name}, {'post-RoPE mean removed' if centred else 'uncentred'}"
-            yield label, FrameCoding(tier, self._frames(seed, centred), self.shape)
-        before = self.statistics.pre_rope
-        for tier in (block, full):
-            plain = FrameCoding(tier, self._frames(seed, True), self.shape)
-            early = FrameCoding(tier, self._frames(seed, False), self.shape, centring=before)
-            if tier is full:
-                yield f"{tier.name}, post-RoPE mean removed", plain
-                yield f"{tier.name}, pre-RoPE mean removed", early
-            if tier is full or self.everything:
-                yield f"{tier.name}, post-RoPE mean, sinks dense", self._protect(plain)
-            if tier is full:
-                yield f"{tier.name}, pre-RoPE mean, sinks dense", self._protect(early)
+        rows = [(paper, "none"), (paper, "post_rope"), (block, "post_rope"), (full, "none")]
+        rows += [(full, "post_rope"), (full, "pre_rope"), (full, "auto"), (block, "auto")]
+        for tier, choice in rows:
+            if choice in self.frames:
+                yield f"{tier.name}, {LABELS[choice]}", self._coding(tier, choice, seed)
+        protected = [(full, "post_rope"), (full, "pre_rope"), (full, "auto"), (block, "auto")]
+        for tier, choice in protected:
+            if choice not in self.frames:
+                continue
+            sinks = self.frames[choice].sinks
+            if sinks.factor > 0 and (self.everything or choice != "post_rope"):
+                label = f"{tier.name}, {LABELS[choice]}, sinks < {sinks.factor:g} dense"
+                yield label, SinksKeptDense(self._coding(tier, choice, seed), sinks)
 
     def _code(self, name: str, bits: tuple[int, ...], radius: str) -> TierFormat:
         return TierFormat.spherical(SphericalCode.analytic(name, self.shape.head_dim, bits, radius))
 
-    def _frames(self, seed: int, centred: bool) -> FrameSet:
+    def _coding(self, tier: TierFormat, choice: str, seed: int) -> FrameCoding:
         rotation = Rotation("hadamard", self.shape.head_dim, seed)
-        if not centred:
-            return FrameSet(rotation)
-        return FrameSet(rotation, "post_rope", self.statistics.post_rope_mean.numpy())
-
-    def _protect(self, coding: KeyValueCoding) -> KeyValueCoding:
-        return SinksKeptDense(coding, self.statistics.median_norm)
+        return FrameCoding(tier, replace(self.frames[choice].frames, rotation=rotation), self.shape)
 
     def _pair(
         self, keys: VectorQuantizer, values: VectorQuantizer, *, centred: bool = False
     ) -> KeyValueCoding:
-        mean = self.statistics.post_rope_mean if centred else None
-        return ComparatorCoding("", keys, values, self.shape, mean)
+        frames = None
+        if centred:
+            plain = Rotation("none", self.shape.head_dim)
+            frames = replace(self.frames["auto"].frames, rotation=plain, balancing=None)
+            frames = None if frames.key_mean is None else frames
+        return ComparatorCoding("", keys, values, self.shape, frames)
 
 
 def main() -> None:
@@ -145,8 +153,8 @@ def main() -> None:
             JudgedDocument(info.name, torch.from_numpy(capture.token_ids(info)[: arguments.tokens]))
             for info in chosen
         ]
-        statistics = key_statistics(capture)
-    rows = Rows(model.shape, statistics, range(42, 42 + arguments.seeds), arguments.everything)
+        frames = choices(capture)
+    rows = Rows(model.shape, frames, range(42, 42 + arguments.seeds), arguments.everything)
     codings = [
         (name, coding)
         for name, coding in (*rows.published(), *rows.rotated())
@@ -161,6 +169,19 @@ def main() -> None:
             scores[name][document.name].append(score)
         print(f"\nafter {document.name} ({document.n_tokens} tokens)")
         print(table(scores), flush=True)
+
+
+def choices(capture: CaptureReader) -> dict[str, FittedFrames]:
+    """Every centring for all layers, where the model's RoPE allows it, and the measured choice."""
+    found = {}
+    for centring in ("none", "post_rope", "pre_rope", "auto"):
+        balancing = "auto" if centring == "auto" else "none"
+        options = FitOptions(centring=centring, balancing=balancing)
+        try:
+            found[centring] = fit_frames(options, capture, NullProgress())
+        except SphkvError as error:
+            print(error)
+    return found
 
 
 def table(scores: dict[str, dict[str, list[DocumentScore]]]) -> str:

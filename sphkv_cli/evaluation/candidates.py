@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from sphkv_cli.allocation.layout import (
     PageLayout,
@@ -22,6 +21,8 @@ from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.plan_coding import PlanCoding, uniform_plan
 from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol, UniformProtocol
 from sphkv_cli.evaluation.published import published_codings
+from sphkv_cli.evaluation.sinks import SinksKeptDense
+from sphkv_codebooks.sink_rule import SinkRule
 from sphkv_kernels.tier import TierFormat
 
 _SEED = re.compile(r", seed \d+$")
@@ -63,25 +64,44 @@ def uniform_work(
     protocol = UniformProtocol(options.window, options.first_tokens, options.first_scored)
     seeds = range(options.seed, options.seed + options.seeds)
     found: list[Candidate] = []
-    key_mean = None
+    frames = None
     if books is not None:
-        if books.frames.key_mean is not None:
-            key_mean = torch.from_numpy(np.array(books.frames.key_mean))
+        frames = books.frames
+        sinks = _sinks(options, books)
         for tier in _chosen_tiers(options.codes, books.tiers, str(books.path)):
-            found += [Candidate(c, True) for c in _with_seeds(tier, books, shape, options.seeds)]
+            for coding in _with_seeds(tier, books, shape, options.seeds):
+                protected = coding if sinks is None else SinksKeptDense(coding, sinks)
+                found.append(Candidate(protected, True))
     elif options.codes:
         raise UsageError(f"--code {options.codes[0]} needs codebooks", "pass codebooks.h5")
-    if key_mean is None and any(name.endswith(",centred") for name in options.methods):
+    is_centred = frames is not None and frames.key_mean is not None
+    if not is_centred and any(name.endswith(",centred") for name in options.methods):
         raise UsageError(
-            "centred methods need key means", "pass codebooks fitted with --centring post_rope"
+            "centred methods need key means",
+            "pass codebooks fitted with --centring auto, post_rope or pre_rope",
         )
-    published = published_codings(options.methods, shape, key_mean, seeds)
+    published = published_codings(options.methods, shape, frames, seeds)
     found += [Candidate(coding, False) for coding in published]
     for candidate in found:
         protocol.check_group(candidate.coding.name, candidate.coding.token_group)
     found.append(Candidate(DenseCoding(shape), False))
     work = Work(tuple(found), protocol)
     return lambda _: work
+
+
+def _sinks(options: EvaluateOptions, books: CodebooksReader) -> SinkRule | None:
+    """The rule of the codebooks, with the factor asked for; None where it finds nothing."""
+    rule = books.sinks
+    if rule is None:
+        if options.sinks != "auto" and options.sinks > 0:
+            raise UsageError(
+                f"{books.path} holds no norms to find sinks by",
+                "make it again with `sphkv fit-codebooks`, or pass --sinks 0",
+            )
+        return None
+    if options.sinks != "auto":
+        rule = replace(rule, factor=options.sinks)
+    return rule if rule.factor > 0 else None
 
 
 def _with_seeds(

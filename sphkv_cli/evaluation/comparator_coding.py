@@ -1,6 +1,6 @@
 """A published method as a cache: its quantiser of keys and its quantiser of values.
 
-Keys may be centred first, by a mean per (layer, KV head) after RoPE: khat = mu + Q(k - mu).  The
+Keys may be centred first, as the frames of the codebooks centre them: khat = c_t + Q(k - c_t).  The
 methods' sources are theirs (`sphkv_codebooks.comparators`); centring them is ours, and named.
 """
 
@@ -9,20 +9,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sphkv_cli.allocation.layout import fixed_table_bytes
 from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding, ModelCacheShape
 from sphkv_codebooks.comparators.interface import VectorQuantizer
+from sphkv_codebooks.frame import FrameSet
 
 
 @dataclass(frozen=True, eq=False)
 class ComparatorCoding(KeyValueCoding):
-    """keys, values: what quantises them; key_mean: (n_layers, n_kv_heads, head_dim) or None."""
+    """keys, values: what quantises them; centring: frames that only centre, or None."""
 
     method: str
     keys: VectorQuantizer
     values: VectorQuantizer
     shape: ModelCacheShape
-    key_mean: Tensor | None = None
+    centring: FrameSet | None = None
 
     def __post_init__(self) -> None:
         if self.values.token_group != 1:
@@ -40,14 +42,13 @@ class ComparatorCoding(KeyValueCoding):
 
     def code(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> CodedTokens:
         # Quantisers take (..., n_tokens, head_dim): heads lead.
-        by_head = keys.transpose(0, 1)
-        if self.key_mean is None:
-            coded = self.keys.reconstruct(by_head)
-        else:
-            mean = self.key_mean[layer][:, None].to(by_head)
-            coded = self.keys.reconstruct(by_head - mean) + mean
+        if self.centring is not None:
+            keys = self.centring.keys_to_frame(layer, keys, positions)
+        coded = self.keys.reconstruct(keys.transpose(0, 1)).transpose(0, 1)
+        if self.centring is not None:
+            coded = self.centring.keys_from_frame(layer, coded, positions)
         coded_values = self.values.reconstruct(values.transpose(0, 1))
-        return CodedTokens(coded.transpose(0, 1), coded_values.transpose(0, 1))
+        return CodedTokens(coded, coded_values.transpose(0, 1))
 
     def code_rate(self, n_tokens: int) -> float:
         # A group that is not full counts in the laid-out rate: its tokens lie dense.
@@ -65,4 +66,4 @@ class ComparatorCoding(KeyValueCoding):
     def table_bytes(self) -> int:
         heads = self.shape.n_layers * self.shape.n_kv_heads
         fitted = heads * (self.keys.table_bytes + self.values.table_bytes)
-        return fitted + (0 if self.key_mean is None else 4 * self.key_mean.numel())
+        return fitted + (0 if self.centring is None else fixed_table_bytes(self.centring, []))

@@ -2,17 +2,15 @@
 
     khat = c_t + A^-1 S^T Q(S A (k - c_t)),   vhat = S^T Q(S v)
 
-with the centring c_t, balancing A and rotation S of `FrameSet`; c_t may also be the mean of keys
-before RoPE, rotated to each position (`KeyCentring`).  Source: frames, ours; codes, PolarQuant,
-arXiv 2502.02617.
+with the centring c_t, balancing A and rotation S of `FrameSet`.  Source: frames, ours; codes,
+PolarQuant, arXiv 2502.02617.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sphkv_cli.allocation.layout import ENTRY_BYTES, START_BYTES, fixed_table_bytes, tier_bits
-from sphkv_cli.evaluation.centring import FrameCentring, KeyCentring
 from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding, ModelCacheShape
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.spherical_code import SphericalCode
@@ -28,14 +26,12 @@ class FrameCoding(KeyValueCoding):
     """One tier for every token of every layer.
 
     label: what reports add to the tier's name, such as its rotation seed.
-    centring: what is taken from the keys on top of the frames' own centring.
     """
 
     tier: TierFormat
     frames: FrameSet
     shape: ModelCacheShape
     label: str = ""
-    centring: KeyCentring = field(default_factory=FrameCentring)
 
     @property
     def name(self) -> str:
@@ -46,13 +42,9 @@ class FrameCoding(KeyValueCoding):
         return 1
 
     def code(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> CodedTokens:
-        offset = self.centring.offset(layer, positions, keys)
-        centred = keys if offset is None else keys - offset
-        framed = self.frames.keys_to_frame(layer, centred, positions)
+        framed = self.frames.keys_to_frame(layer, keys, positions)
         decoded = through(self.tier.key_format, framed)
         coded = self.frames.keys_from_frame(layer, decoded, positions)
-        if offset is not None:
-            coded = coded + offset
         coded_values = through(self.tier.value_format, self.frames.values_to_frame(values))
         return CodedTokens(coded, self.frames.output_from_frame(coded_values))
 
@@ -69,7 +61,7 @@ class FrameCoding(KeyValueCoding):
         return self.shape.n_layers * heads
 
     def table_bytes(self) -> int:
-        return fixed_table_bytes(self.frames, [self.tier]) + self.centring.table_bytes
+        return fixed_table_bytes(self.frames, [self.tier])
 
 
 def through(region_format: RegionFormat, framed: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ class EvaluateOptions:
     tiers: tiers of the allocation that are also run for every page, with and without a dense sink
         page (retention); "best" is the largest that fits the plan's bytes.
     window, first_tokens: dense in the uniform protocol; first_scored: first compared position.
+    sinks: keys shorter than this share of their head's median norm stay dense (uniform, our codes);
+        "auto" is what the codebooks chose, 0 none.
     seeds: how many rotation seeds rotated codes are run with (uniform); a row is their mean. Those
         of codebooks count from their own seed on, those of published methods from `seed` on.
     split: whose documents are scored; max_documents: at most so many, spread evenly; None for all.
@@ -41,6 +43,7 @@ class EvaluateOptions:
     window: int = 32
     first_tokens: int = 4
     first_scored: int = 64
+    sinks: float | Literal["auto"] = "auto"
     seeds: int = 1
     split: Split = "judge"
     max_documents: int | None = None
@@ -65,6 +68,8 @@ class EvaluateOptions:
             raise UsageError(
                 f"--split {self.split} cannot be scored", "choose judge, or select while developing"
             )
+        if self.sinks != "auto" and not 0 <= self.sinks < 1:
+            raise UsageError(f"--sinks is {self.sinks}", "give 0 or more and less than 1, or auto")
         for name in self.methods:
             if name not in METHOD_NAMES:
                 raise UsageError(f"--method {name} is unknown", f"one of {', '.join(METHOD_NAMES)}")
@@ -86,3 +91,13 @@ class EvaluateOptions:
             if value is not None and not (math.isfinite(value) and value > 0):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} is {value}", "give a number above 0")
+
+
+def parse_sinks(text: str) -> float | Literal["auto"]:
+    """A factor, or "auto"; raises UsageError on anything else."""
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--sinks is {text!r}", "give a factor such as 0.6, or auto") from None

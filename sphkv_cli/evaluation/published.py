@@ -1,12 +1,11 @@
 """Published methods by the names that options have, as codings of a whole cache.
 
-TurboQuant and EDEN carry their own Haar rotation, as published; ",centred" removes the codebooks'
-mean key after RoPE first, which is not in their papers but is what our codes get too.
+TurboQuant and EDEN carry their own Haar rotation, as published; ",centred" centres keys first as
+the frames of the codebooks do, which is not in their papers but is what our codes get too.
 """
 
 from collections.abc import Iterator, Sequence
-
-from torch import Tensor
+from dataclasses import replace
 
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
@@ -16,6 +15,7 @@ from sphkv_codebooks.comparators.integer import IntegerPerToken
 from sphkv_codebooks.comparators.interface import VectorQuantizer
 from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
 from sphkv_codebooks.comparators.turboquant_mse import TurboQuantMse
+from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 
 _UNROTATED = ("kivi:2", "kivi:4", "fp8", "fp8-scaled", "int8", "int4")
@@ -29,16 +29,19 @@ METHOD_NAMES = _UNROTATED + _ROTATED
 
 
 def published_codings(
-    names: Sequence[str], shape: ModelCacheShape, key_mean: Tensor | None, seeds: Sequence[int]
+    names: Sequence[str], shape: ModelCacheShape, frames: FrameSet | None, seeds: Sequence[int]
 ) -> Iterator[KeyValueCoding]:
     """Codings of the methods called `names`; rotated ones once per seed.
 
     Args:
-        key_mean: (n_layers, n_kv_heads, head_dim) for ",centred"; None refuses those.
+        frames: whose centring ",centred" takes; None, or frames without any, refuse those.
 
     Raises:
-        ValueError: a name that is not one of METHOD_NAMES, or a mean that is missing.
+        ValueError: a name that is not one of METHOD_NAMES, or a centring that is missing.
     """
+    centring = None
+    if frames is not None and frames.key_mean is not None:
+        centring = replace(frames, rotation=Rotation("none", shape.head_dim), balancing=None)
     for name in names:
         if name in _UNROTATED:
             keys, values = _unrotated(name)
@@ -48,8 +51,8 @@ def published_codings(
             raise ValueError(f"no published method {name!r}")
         method, _, rest = name.partition(":")
         bits, _, centred = rest.partition(",")
-        if centred and key_mean is None:
-            raise ValueError(f"{name} needs key means")
+        if centred and centring is None:
+            raise ValueError(f"{name} needs frames that centre keys")
         for seed in seeds:
             rotation = Rotation("haar", shape.head_dim, seed)
             quantizer: VectorQuantizer = (
@@ -61,7 +64,7 @@ def published_codings(
             if len(seeds) > 1:
                 label += f", seed {seed}"
             yield ComparatorCoding(
-                label, quantizer, quantizer, shape, key_mean if centred else None
+                label, quantizer, quantizer, shape, centring if centred else None
             )
 
 

@@ -1,9 +1,8 @@
 """Attention sinks kept dense: keys of small norm, found by a calibrated threshold per head.
 
-    key t of head h stays dense  iff  ||k_t|| < factor * median_h ||k||
+    key t of head h stays dense  iff  ||k_t|| < factor * median_h ||k||        (`SinkRule`)
 
-The rule is ours, tried on small models: such keys sit anywhere in a text, draw much of the softmax
-and lie far from the mean that centring removes.  Each costs its dense bytes and a position.
+Each costs its dense bytes and a position.  Ours.
 """
 
 from dataclasses import dataclass
@@ -12,22 +11,21 @@ from torch import Tensor
 
 from sphkv_cli.allocation.layout import position_bytes
 from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding, through_bfloat16
+from sphkv_codebooks.sink_rule import SinkRule
 
 
 @dataclass(frozen=True, eq=False)
 class SinksKeptDense(KeyValueCoding):
-    """inner: codes the other keys.  median_norm: (n_layers, n_kv_heads) of calibration keys.
-
-    factor: of the median; 0 protects nothing.  The value of a sink stays coded.
-    """
+    """inner: codes the other keys; rule: finds the sinks.  The value of a sink stays coded."""
 
     inner: KeyValueCoding
-    median_norm: Tensor
-    factor: float = 0.6
+    rule: SinkRule
 
     @property
     def name(self) -> str:
-        return f"{self.inner.name}, sinks dense"
+        # What `inner` says of its seed stays last, where rows of one code are joined by it.
+        name, comma, seed = self.inner.name.partition(", seed ")
+        return f"{name}, sinks < {self.rule.factor:g} dense{comma}{seed}"
 
     @property
     def token_group(self) -> int:
@@ -35,8 +33,7 @@ class SinksKeptDense(KeyValueCoding):
 
     def code(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> CodedTokens:
         coded = self.inner.code(layer, keys, values, positions)
-        threshold = self.factor * self.median_norm[layer].to(keys)
-        is_sink = keys.norm(dim=-1) < threshold
+        is_sink = self.rule.finds(layer, keys)
         protected = coded.keys.clone()
         protected[is_sink] = through_bfloat16(keys[is_sink])
         return CodedTokens(protected, coded.values, coded.kept, is_sink)
@@ -48,7 +45,7 @@ class SinksKeptDense(KeyValueCoding):
         return self.inner.stored_bytes(n_tokens)
 
     def table_bytes(self) -> int:
-        return self.inner.table_bytes() + 4 * self.median_norm.numel()
+        return self.inner.table_bytes() + 4 * self.rule.median_norm.size
 
 
 def dense_key_bytes(n_keys: int, head_dim: int, n_tokens: int) -> int:

@@ -22,6 +22,7 @@ from sphkv_cli.evaluation.summary import position_bins
 from sphkv_cli.evaluation.token_scores import TokenScores, score_tokens
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
+from sphkv_codebooks.sink_rule import SinkRule
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
@@ -105,8 +106,8 @@ def test_a_wrong_rotation_is_visibly_worse(judged: Judged, token_ids: Tensor) ->
 def test_sinks_kept_dense_are_counted_and_help(judged: Judged, token_ids: Tensor) -> None:
     model = judged("llama")
     plain = coding(model, (2, 1, 1, 1))
-    everything = torch.full((3, 2), 1e9)
-    nothing = torch.zeros(3, 2)
+    everything = SinkRule(np.full((3, 2), 1e9), 0.6)
+    nothing = SinkRule(np.full((3, 2), 1e9), 0.0)
     document = JudgedDocument("text", token_ids)
     (bare, _), (same, _), (dense_keys, _) = judge_document(
         model,
@@ -119,12 +120,14 @@ def test_sinks_kept_dense_are_counted_and_help(judged: Judged, token_ids: Tensor
     assert dense_keys.dense_keys == 6 * (token_ids.numel() - 8 - 2)
     assert dense_keys.kl < bare.kl
     extra = dense_keys.coded_bytes - same.coded_bytes
-    assert extra == dense_keys.dense_keys * (2 * HEAD_DIM + 4)
+    assert extra == dense_keys.dense_keys * (2 * HEAD_DIM + 2)
 
 
 def test_every_published_method_runs_and_states_its_rate(judged: Judged, token_ids: Tensor) -> None:
     model = judged("llama")
-    codings = list(published_codings(METHOD_NAMES, model.shape, torch.zeros(3, 2, HEAD_DIM), [42]))
+    mean = np.zeros((3, 2, HEAD_DIM), dtype=np.float32)
+    centred = FrameSet(Rotation("hadamard", HEAD_DIM, 1), "post_rope", mean)
+    codings = list(published_codings(METHOD_NAMES, model.shape, centred, [42]))
     found = judge_document(
         model, JudgedDocument("text", token_ids), codings, UniformProtocol(31, 4, 40)
     )

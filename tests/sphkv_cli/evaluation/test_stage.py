@@ -19,11 +19,12 @@ from sphkv_cli.capture.options import CaptureOptions, SyntheticOptions, TextSour
 from sphkv_cli.capture.stage import capture
 from sphkv_cli.capture.synthetic import capture_synthetic
 from sphkv_cli.errors import ArtifactError, GateFailed, SphkvError, UsageError
-from sphkv_cli.evaluation.calibration import key_statistics
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.stage import evaluate, require_gates
 from sphkv_cli.evaluation.view import view
+from sphkv_cli.fit.key_means import layer_keys
 from sphkv_cli.fit.options import FitOptions
+from sphkv_cli.fit.rope_frequencies import rope_frequencies
 from sphkv_cli.fit.stage import fit_codebooks
 
 
@@ -200,31 +201,32 @@ def test_the_quality_table_runs(
 ) -> None:
     script = Path(__file__).parents[3] / "examples" / "quality_uniform.py"
     arguments = [str(chain.capture), "--model", str(chain.model), "--seeds", "2"]
-    monkeypatch.setattr("sys.argv", [str(script), *arguments, "--only", "sinks dense"])
+    monkeypatch.setattr("sys.argv", [str(script), *arguments, "--only", "full depth"])
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "full depth 4/2/2/2/3, pre-RoPE mean, sinks dense" in printed
+    assert "full depth 4/2/2/2/3, pre-RoPE mean removed" in printed
+    assert "full depth 4/2/2/2/3, chosen frames" in printed
     assert "uniform: every query reads the coded past" in printed
 
 
-def test_key_statistics_come_from_the_fit_documents(chain: Chain) -> None:
+def test_layer_keys_come_from_the_fit_documents(chain: Chain) -> None:
     with CaptureReader(chain.capture) as reader:
-        statistics = key_statistics(reader)
+        inv_freq = rope_frequencies(reader)[1]
+        statistics = layer_keys(reader, 1, inv_freq)
         fit = [reader.keys(document, 1) for document in reader.documents_of("fit")]
     together = np.concatenate(fit)
     norms = np.linalg.norm(together, axis=-1)
-    assert np.allclose(statistics.post_rope_mean[1], together.mean(axis=0), atol=1e-5)
+    assert np.allclose(statistics.post_rope, together.mean(axis=0), atol=1e-5)
     # torch's median is the lower of the two middle ones.
-    ranks = (norms < statistics.median_norm[1].numpy() - 1e-5).mean(axis=0)
+    ranks = (norms < statistics.median_norm - 1e-5).mean(axis=0)
     assert (abs(ranks - 0.5) < 0.01).all()
-    # Rotated to position 0 the mean before RoPE is itself, and all pairs together are everything.
-    before = statistics.pre_rope
-    at_zero = before.offset(1, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-    assert torch.equal(at_zero[0], before.mean[1])
-    assert torch.equal(before.truncated(16).mean, before.mean)
-    kept = before.truncated(3).mean
-    assert ((kept != 0).sum(dim=-1) == 6).all()
-    assert kept.norm() > 0.3 * before.mean.norm()
+    # The mean before RoPE, by turning every key back with complex numbers.
+    half = together.shape[-1] // 2
+    turns = np.exp(-1j * np.concatenate([np.arange(len(keys)) for keys in fit])[:, None] * inv_freq)
+    before = ((together[..., :half] + 1j * together[..., half:]) * turns[:, None]).mean(axis=0)
+    assert statistics.pre_rope is not None
+    expected = np.concatenate([before.real, before.imag], axis=-1)
+    assert np.allclose(statistics.pre_rope, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

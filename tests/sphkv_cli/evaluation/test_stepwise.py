@@ -17,7 +17,6 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from sphkv_cli.errors import UsageError
-from sphkv_cli.evaluation.centring import PreRopeCentring, rotate
 from sphkv_cli.evaluation.coding import KeyValueCoding
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
 from sphkv_cli.evaluation.frame_coding import FrameCoding
@@ -26,6 +25,7 @@ from sphkv_cli.evaluation.plan_coding import PlanCoding
 from sphkv_cli.evaluation.protocol import RetentionProtocol, UniformProtocol
 from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
 from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotary import rotate
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
@@ -186,14 +186,12 @@ def test_a_window_shorter_than_a_group_is_refused(judged: Judged, token_ids: Ten
 
 def test_pre_rope_centring_uses_each_tokens_position(judged: Judged, token_ids: Tensor) -> None:
     model, protocol = judged("llama"), UniformProtocol(window=4, first_tokens=1)
-    inv_freq = model.model.model.rotary_emb.inv_freq.double()
+    inv_freq = model.model.model.rotary_emb.inv_freq.float()
     mean = torch.from_numpy(key_mean())
     rotation = Rotation("haar", HEAD_DIM, 1)
-    centring = PreRopeCentring(mean, inv_freq.expand(3, -1))
+    frames = FrameSet(rotation, "pre_rope", key_mean(), inv_freq=inv_freq.expand(3, -1).numpy())
     code = code_4222()
-    coding = FrameCoding(
-        TierFormat.spherical(code), FrameSet(rotation), model.shape, centring=centring
-    )
+    coding = FrameCoding(TierFormat.spherical(code), frames, model.shape)
     plain = stored_codes(rotation, None, code)
 
     def store(layer: int, keys: Tensor, values: Tensor, first: int) -> Any:
