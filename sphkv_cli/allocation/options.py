@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.estimator_names import COMBINATION, require_utility
 from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import require_at_least
 
 HeadWeights = Literal["auto", "fisher", "output", "none"]
 PAGE_SIZES = (16, 32, 64)
@@ -48,10 +49,8 @@ class AllocateOptions:
         require_utility(self.utility)
         if self.page_size not in PAGE_SIZES:
             raise UsageError(f"the page size is {self.page_size}", "choose one of 16, 32, 64")
-        if self.horizon < 1:
-            raise UsageError(f"the horizon is {self.horizon} tokens", "give --horizon 1 or more")
-        if self.window < 1:
-            raise UsageError(f"the window is {self.window} tokens", "give --window 1 or more")
+        require_at_least("--horizon", self.horizon, 1)
+        require_at_least("--window", self.window, 1)
         given = self.drop_coefficient
         if given is not None and not (math.isfinite(given) and given > 0):
             raise UsageError(
@@ -67,5 +66,4 @@ class AllocateOptions:
                 f"the score {self.utility!r} is no damage, only an order",
                 "leave calibration on, or use --utility window",
             )
-        if self.seed < 0:
-            raise UsageError(f"the seed is {self.seed}", "give --seed 0 or more")
+        require_at_least("--seed", self.seed, 0)

@@ -7,6 +7,7 @@ from typing import Self
 from sphkv_cli.artifacts.capture_info import SPLITS, STORAGE_DTYPES, Split
 from sphkv_cli.errors import UsageError
 from sphkv_cli.models.load import LoadOptions
+from sphkv_cli.option_checks import require_at_least
 
 ATTENTIONS = ("auto", "sdpa", "eager")
 
@@ -81,17 +82,17 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         if not self.texts:
             raise UsageError("no text to capture", "pass --text-file or --jsonl")
-        _at_least("--min-tokens", self.min_tokens, 2)
-        _at_least("--document-tokens", self.document_tokens, self.min_tokens)
-        _at_least("--query-stride", self.query_stride, 1)
-        _at_least("--query-tail", self.query_tail, 1)
-        _at_least("--prefill-tokens", self.prefill_tokens, 16)
-        _at_least("--fisher-samples", self.fisher_samples, 1)
-        _at_least("--fisher-tokens", self.fisher_tokens, 16)
-        _at_least("--seed", self.seed, 0)
+        require_at_least("--min-tokens", self.min_tokens, 2)
+        require_at_least("--document-tokens", self.document_tokens, self.min_tokens)
+        require_at_least("--query-stride", self.query_stride, 1)
+        require_at_least("--query-tail", self.query_tail, 1)
+        require_at_least("--prefill-tokens", self.prefill_tokens, 16)
+        require_at_least("--fisher-samples", self.fisher_samples, 1)
+        require_at_least("--fisher-tokens", self.fisher_tokens, 16)
+        require_at_least("--seed", self.seed, 0)
         if self.max_tokens is not None:
             # One document at least for each of fitting, selecting and judging.
-            _at_least("--max-tokens", self.max_tokens, len(SPLITS) * self.document_tokens)
+            require_at_least("--max-tokens", self.max_tokens, len(SPLITS) * self.document_tokens)
         if self.store_dtype not in STORAGE_DTYPES:
             raise UsageError(
                 f"--store-dtype {self.store_dtype} is unknown",
@@ -120,12 +121,12 @@ class SyntheticOptions:
     store_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _at_least("--synthetic: number of layers", self.n_layers, 1)
-        _at_least("--synthetic: number of KV heads", self.n_kv_heads, 1)
-        _at_least("number of documents", self.n_documents, len(SPLITS))
-        _at_least("--document-tokens", self.document_tokens, 2)
-        _at_least("--query-stride", self.query_stride, 1)
-        _at_least("--query-tail", self.query_tail, 1)
+        require_at_least("--synthetic: number of layers", self.n_layers, 1)
+        require_at_least("--synthetic: number of KV heads", self.n_kv_heads, 1)
+        require_at_least("--synthetic: number of documents", self.n_documents, len(SPLITS))
+        require_at_least("--document-tokens", self.document_tokens, 2)
+        require_at_least("--query-stride", self.query_stride, 1)
+        require_at_least("--query-tail", self.query_tail, 1)
         if self.n_q_heads < 1 or self.n_q_heads % self.n_kv_heads:
             raise UsageError(
                 f"--synthetic: {self.n_q_heads} query heads are not a multiple of "
@@ -143,15 +144,9 @@ class SyntheticOptions:
                 f"{self.document_tokens}",
                 "fewer heavy tokens or longer documents",
             )
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is negative", "zero or more")
+        require_at_least("--seed", self.seed, 0)
         if self.store_dtype not in STORAGE_DTYPES:
             raise UsageError(
                 f"--store-dtype {self.store_dtype} is unknown",
                 f"one of {', '.join(STORAGE_DTYPES)}",
             )
-
-
-def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{option} {value} is too small", f"at least {least}")

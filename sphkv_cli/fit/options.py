@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import require_at_least
 
 RotationKind = Literal["hadamard", "haar", "none"]
 Centring = Literal["auto", "none", "post_rope", "pre_rope"]
@@ -50,8 +51,7 @@ class FitOptions:
         if self.rope_pairs != "auto" and self.rope_pairs < 1:
             raise UsageError(f"--rope-pairs is {self.rope_pairs}", "give 1 or more, or auto")
         _one_of("density", self.density, get_args(Density))
-        if self.seed < 0:
-            raise UsageError(f"the seed is {self.seed}", "give --seed 0 or more")
+        require_at_least("--seed", self.seed, 0)
         if not self.page_sizes or any(size not in (16, 32, 64) for size in self.page_sizes):
             raise UsageError(f"the page sizes are {self.page_sizes}", "choose among 16, 32, 64")
         self._check_target_rates()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import require_at_least
 
 Backend = Literal["auto", "reference", "cuda"]
 
@@ -49,8 +50,8 @@ class ProfileOptions:
     def __post_init__(self) -> None:
         if self.backend not in get_args(Backend):
             raise UsageError(f"the backend is {self.backend!r}", "choose auto, reference or cuda")
-        if self.max_queries < 1:
-            raise UsageError(f"max_queries is {self.max_queries}", "give --max-queries 1 or more")
+        require_at_least("--max-queries", self.max_queries, 1)
+        require_at_least("--seed", self.seed, 0)
         if self.gates.min_speedup is not None and self.backend == "reference":
             raise UsageError(
                 "--min-speedup needs a time, and the reference backend has none",

@@ -10,6 +10,7 @@ from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo, Split
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.captured_vectors import documents_of
+from sphkv_cli.option_checks import require_at_least
 from sphkv_cli.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
@@ -31,11 +32,8 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_documents", "max_queries", "max_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}", "give 1 or more")
-        if self.seed < 0:
-            raise UsageError(f"the seed is {self.seed}", "give --seed 0 or more")
+            require_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        require_at_least("--seed", self.seed, 0)
 
 
 @dataclass(frozen=True, eq=False)
