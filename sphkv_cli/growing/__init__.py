@@ -1,0 +1,1 @@
+"""A cache that grows under a budget: sealed pages whose precision only goes down."""
