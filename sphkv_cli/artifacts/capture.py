@@ -216,11 +216,11 @@ class CaptureReader:
     @property
     def query_mean(self) -> Float32:
         """Mean query over all positions of the fit documents: (n_layers, n_q_heads, head_dim)."""
-        return self._float32("query_mean", slice(None))
+        return self._finite("query_mean", slice(None))
 
     def query_second_moment(self, layer: int) -> Float32:
         """E[q q^T] over all positions of the fit documents: (n_q_heads, head_dim, head_dim)."""
-        moments: Float32 = self._float32("query_second_moment", slice(layer, layer + 1))[0]
+        moments: Float32 = self._finite("query_second_moment", slice(layer, layer + 1))[0]
         return moments
 
     @property
@@ -283,6 +283,12 @@ class CaptureReader:
         if dataset.attrs.get(STORED_AS) == BFLOAT16:
             return from_bfloat16_bits(raw)
         return np.ascontiguousarray(raw, dtype=np.float32)
+
+    def _finite(self, name: str, rows: slice) -> Float32:
+        values = self._float32(name, rows)
+        if not np.isfinite(values).all():
+            raise self._damaged(f"{name} holds NaN or Inf")
+        return values
 
     def _damaged(self, why: str) -> ArtifactError:
         return ArtifactError(

@@ -65,6 +65,21 @@ def test_a_truncated_capture_is_refused(kept: float, tmp_path: Path) -> None:
                 reader.keys(document, layer)
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", ["query_mean", "query_second_moment"])
+def test_statistics_that_are_no_numbers_are_refused(
+    name: str, value: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "capture.h5"
+    shutil.copy(ARCHIVED, path)
+    with h5py.File(path, "a") as file:
+        file[name][1, 0, 2] = value
+    with CaptureReader(path) as reader:
+        _ = reader.query_second_moment(0)  # the other layer is whole
+        with pytest.raises(ArtifactError, match=f"{name} holds NaN or Inf.*sphkv capture"):
+            _ = reader.query_mean if name == "query_mean" else reader.query_second_moment(1)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 def test_weights_that_cannot_be_are_refused(value: float, tmp_path: Path) -> None:
     path = tmp_path / "capture.h5"
