@@ -5,9 +5,10 @@ A specification is ``[NAME=]LEVELS[:RADIUS][+OPTION...]``:
 - LEVELS: one word per level, outermost pairs first, joined by ``/``: bits of an angle, or ``n`` and
   any number of cells: ``4/2/2/2``, ``n12/n5/2``. A level of 0 bits keeps one cell. Its length is
   the depth. Levels whose number of cells is no power of two are packed in mixed radix.
-- RADIUS: ``fp16`` (one per block), ``rB`` or ``lloyd_max:B`` (B-bit Lloyd-Max radii against one
-  fp16 norm), ``eEmM`` or ``minifloat:E,M``, ``norm`` (full depth: the radius is the norm, fp16).
-  Left out it is ``norm`` at full depth and ``fp16`` otherwise.
+- RADIUS: ``fp16`` (one per block), ``rB`` (B-bit Lloyd-Max radii against one fp16 norm), ``eEmM``
+  (minifloat of E exponent and M mantissa bits), ``norm`` (full depth: the radius is the norm,
+  fp16).  Left out it is ``norm`` at full depth and ``fp16`` otherwise.  What codebooks.h5 writes
+  for them (``lloyd_max:B``, ``minifloat:E,M``) is read as well.
 - OPTION: ``adjacent`` | ``rope`` (pairing), ``least_squares`` | ``unbiased`` (gain).
 
 The paper's code (PolarQuant, arXiv 2502.02617) is ``4/2/2/2:fp16``; the other candidates spend the
