@@ -2,7 +2,8 @@
 
     step        sum over layers of the median latency, cold L2, CUDA graphs (sphkv_kernels.timing)
     speed-up    step of the best bf16 backend of torch at the same shape / step of the kernel
-    bytes       pages, metadata (the planner's records), query and output: what one step moves
+    bytes       pages, metadata (the planner's records), positions where a layer is centred before
+                RoPE, query and output: what one step moves
     fraction    bytes / step over the read rate measured in this run
 
 The pages are those of the first judge document, tiled to longer contexts and larger batches at
@@ -17,6 +18,7 @@ import torch
 
 from sphkv_cli.profile.result import SpeedReport, SpeedRow
 from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.tiling import tile_pages
 
 CONTEXTS = (8192, 32768)
@@ -25,12 +27,14 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class LayerPages:
-    """The plan's cache of one layer and document, on the CPU, and the layer's softmax scale."""
+    """The plan's cache of one layer and document, on the CPU, and the layer's softmax scale;
+    position_term: of one query, where the layer is centred before RoPE."""
 
     cache: PagedCache
     n_context: int
     softmax_scale: float
     logit_softcap: float
+    position_term: PositionTerm | None = None
 
 
 def measure_speed(
@@ -98,22 +102,36 @@ def _time_layer(layer: LayerPages, n_q_heads: int, batch: int, repeats: int) -> 
     from sphkv_kernels.decode import ada_decode, plan
     from sphkv_kernels.timing import measure
 
-    cache = tile_pages(layer.cache.to("cuda"), batch, repeats)
+    span = None if layer.position_term is None else layer.n_context
+    cache = tile_pages(layer.cache.to("cuda"), batch, repeats, span=span)
+    term = None
+    if layer.position_term is not None:
+        every = torch.zeros(batch, dtype=torch.int64)
+        term = layer.position_term.select(every).to("cuda")
     generator = torch.Generator(device="cuda").manual_seed(0)
     shape = (batch, n_q_heads, cache.head_dim)
     query = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
     steps = plan(cache, n_q_heads // cache.n_kv_heads)
 
     def step() -> None:
-        ada_decode(query, cache, layer.softmax_scale, logit_softcap=layer.logit_softcap, plan=steps)
+        ada_decode(
+            query,
+            cache,
+            layer.softmax_scale,
+            logit_softcap=layer.logit_softcap,
+            position_term=term,
+            plan=steps,
+        )
 
     latency = measure(step)
+    positions = cache.positions
     return _LayerStep(
         latency.median_us,
         latency.p20_us,
         latency.p80_us,
         steps.work.code_bytes,
-        steps.work.n_bytes,
+        steps.work.n_bytes
+        + (0 if positions is None else positions.numel() * positions.element_size()),
     )
 
 

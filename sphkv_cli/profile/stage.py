@@ -145,7 +145,15 @@ def _speed(
         inputs = read_layer(capture, document.info, layer, rows, allocation.frames)
         tier, page = placement(plan, document, layer, allocation.page_size)
         cache = lay_out(allocation.tiers, allocation.page_size, inputs, tier, page)
-        layers.append(LayerPages(cache, inputs.n_context, info.softmax_scale, info.logit_softcap))
+        layers.append(
+            LayerPages(
+                cache,
+                inputs.n_context,
+                info.softmax_scale,
+                info.logit_softcap,
+                inputs.position_term,
+            )
+        )
     return measure_speed(layers, capture.n_q_heads) if layers else None
 
 

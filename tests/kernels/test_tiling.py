@@ -1,6 +1,7 @@
 """Laws of tiling: every copy at its own address, the same attention, ln r more log-sum-exp."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,28 @@ def test_tiling_repeats_attention_at_addresses_of_its_own() -> None:
     torch.testing.assert_close(many.output, one.output.expand(3, 4, 64), rtol=0, atol=1e-13)
     expected = (one.log_sum_exp + math.log(5)).expand(3, 4)
     torch.testing.assert_close(many.log_sum_exp, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
+def test_positions_move_with_every_repeat(dtype: torch.dtype) -> None:
+    tokens = replace(random_tokens(70, 2, 64, len(TIERS), 16, seed=1), positions=torch.arange(70))
+    cache = build_cache(TIERS, 16, [tokens], position_dtype=dtype)
+    tiled = tile_pages(cache, 2, 3, span=70)
+    assert tiled.positions is not None and cache.positions is not None
+    live = torch.arange(16) < tiled.page_table.live_tokens[:, None]
+    positions = tiled.positions.to(torch.int64)
+    kept = (tokens.tier_of_token >= 0)[:, 0].nonzero().flatten()
+    first_head = tiled.page_table.head_of_entry() == 0
+    expected = torch.cat([kept + 70 * repeat for repeat in range(3)])
+    found = positions[first_head][live[first_head]]
+    assert found.sort().values.tolist() == expected.tolist()
+    dead = {torch.int32: -1, torch.uint16: 0xFFFF}[dtype]
+    assert bool((positions[~live] == dead).all())
+    with pytest.raises(PageError, match="built with positions"):
+        tile_pages(replace(cache, positions=None), 1, 2, span=70)
+    if dtype == torch.uint16:
+        with pytest.raises(PageError, match=r"which torch\.uint16 does not hold"):
+            tile_pages(cache, 1, 3, span=40_000)
 
 
 def test_tiling_refuses_what_it_cannot_repeat() -> None:
