@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
+from sphkv_cli.errors import UsageError
 
 
 @command("evaluate")
@@ -36,6 +37,13 @@ def evaluate_command(
     window: Annotated[int, typer.Option(help="Last tokens kept dense (uniform).")] = 32,
     first_tokens: Annotated[int, typer.Option(help="First tokens kept dense (uniform).")] = 4,
     first_scored: Annotated[int, typer.Option(help="First position compared (uniform).")] = 64,
+    sinks: Annotated[
+        str,
+        typer.Option(
+            help="Keys below this share of their head's median norm stay dense (uniform, our "
+            "codes, bytes counted); auto as the codebooks chose, 0 none."
+        ),
+    ] = "auto",
     seeds: Annotated[int, typer.Option(help="Rotation seeds to average over (uniform).")] = 1,
     split: Annotated[
         Literal["select", "judge"], typer.Option(help="select only while developing.")
@@ -45,6 +53,27 @@ def evaluate_command(
     gate_top1: Annotated[float | None, typer.Option(help="Gate: least top-1 agreement.")] = None,
     gate_perplexity: Annotated[
         float | None, typer.Option(help="Gate: largest perplexity ratio.")
+    ] = None,
+    probe: Annotated[
+        Literal["copy-back", "needle"] | None,
+        typer.Option(help="Instead: ask for codes that a context states, dense and coded."),
+    ] = None,
+    probe_length: Annotated[
+        list[int] | None, typer.Option(help="Context tokens of a probe, repeatable; 512.")
+    ] = None,
+    probe_depth: Annotated[
+        list[float] | None, typer.Option(help="Depth of the needle, 0 to 1, repeatable.")
+    ] = None,
+    probe_keys: Annotated[int, typer.Option(help="Statements in a context (copy-back).")] = 4,
+    probe_values: Annotated[int, typer.Option(help="Codes in each statement.")] = 1,
+    probe_prompts: Annotated[
+        int, typer.Option(help="Prompts per length (copy-back) or per cell (needle).")
+    ] = 4,
+    gate_recall: Annotated[
+        float | None, typer.Option(help="Gate: least fraction of digits that come back.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the needle's grid to this .png or .svg.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the captured model is, if not under its name.")
@@ -63,7 +92,7 @@ def evaluate_command(
     json_output: JsonFlag = False,
 ) -> None:
     """Run the model with the coded cache beside the dense one: KL, top-1 and perplexity."""
-    from sphkv_cli.evaluation.options import DEFAULT_METHODS, EvaluateOptions
+    from sphkv_cli.evaluation.options import DEFAULT_METHODS, EvaluateOptions, parse_sinks
     from sphkv_cli.evaluation.stage import evaluate, require_gates
     from sphkv_cli.evaluation.view import view
     from sphkv_cli.models.load import LoadOptions
@@ -77,6 +106,7 @@ def evaluate_command(
         window=window,
         first_tokens=first_tokens,
         first_scored=first_scored,
+        sinks=parse_sinks(sinks),
         seeds=seeds,
         split=split,
         max_documents=max_documents,
@@ -90,6 +120,42 @@ def evaluate_command(
         gguf_file=gguf_file,
         seed=seed,
     )
+    if probe is not None:
+        from sphkv_cli.evaluation.probe_options import ProbeOptions
+        from sphkv_cli.evaluation.probe_plot import checked_plot, draw_grids
+        from sphkv_cli.evaluation.probe_reading import view_probe
+        from sphkv_cli.evaluation.probe_stage import probe as run_probe
+
+        asked = ProbeOptions(
+            kind=probe,
+            lengths=tuple(probe_length) if probe_length else (512,),
+            depths=tuple(probe_depth) if probe_depth else (0.0, 0.25, 0.5, 0.75, 1.0),
+            keys=probe_keys,
+            values=probe_values,
+            prompts=probe_prompts,
+            gate=gate_recall,
+        )
+        checked_plot(plot, asked)
+        with TerminalProgress() as progress:
+            found = run_probe(
+                options,
+                asked,
+                capture,
+                codebooks,
+                allocation,
+                output,
+                progress=progress,
+                force=force,
+            )
+        Output(json_output).show(found, view_probe(found))
+        if plot is not None:
+            draw_grids(found, plot)
+        require_gates(found)
+        return
+    if gate_recall is not None or plot is not None:
+        raise UsageError(
+            "--gate-recall and --plot need --probe", "pass --probe copy-back or needle"
+        )
     with TerminalProgress() as progress:
         result = evaluate(
             options, capture, codebooks, allocation, output, progress=progress, force=force

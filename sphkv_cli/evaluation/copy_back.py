@@ -19,6 +19,7 @@ from sphkv_cli.evaluation.intervals import Interval, mean_interval
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol
 from sphkv_cli.evaluation.recall_prompts import Encode, PromptShape, RecallPrompt, recall_prompt
+from sphkv_cli.evaluation.sinks import dense_key_bytes
 from sphkv_cli.progress import NullProgress, Progress
 
 LEAST_DENSE_ACCURACY = 0.9
@@ -123,9 +124,10 @@ def copy_back_recall(
         else:
             of_prompt = coding if isinstance(coding, KeyValueCoding) else coding(prompt)
             reads = protocol or RetentionProtocol(prompt.n_context)
-            hidden, _ = model.coded_hidden(ids, of_prompt, reads)
+            hidden, run = model.coded_hidden(ids, of_prompt, reads)
             n_coded = len(reads.coded_positions(prompt.n_tokens))
             n_bytes = of_prompt.stored_bytes(n_coded) + of_prompt.table_bytes()
+            n_bytes += dense_key_bytes(run.n_dense_keys, model.shape.head_dim, prompt.n_tokens)
             name, rate = of_prompt.name, 8.0 * n_bytes / model.shape.n_coordinates(max(n_coded, 1))
         found.append(_recalled(model, prompt, hidden, rate))
         progress.advance()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -171,11 +171,18 @@ def softmax_attention(
     return torch.softmax((capped + bias).float(), dim=-1).to(values.dtype) @ values
 
 
-_ACTIVE: ContextVar[CodedRun | None] = ContextVar("sphkv_coded_run", default=None)
+class AttentionRun(Protocol):
+    """One forward pass that attends in a way of its own."""
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `CodedRun.attend`."""
+
+
+_ACTIVE: ContextVar[AttentionRun | None] = ContextVar("sphkv_coded_run", default=None)
 
 
 @contextmanager
-def reading_coded(model: Any, run: CodedRun) -> Iterator[None]:
+def reading_coded(model: Any, run: AttentionRun) -> Iterator[None]:
     """While inside, `model` attends through `run`; afterwards it is as before."""
     before = model.config._attn_implementation
     token = _ACTIVE.set(run)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.reading import gate_outcomes, read
-from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, Row
+from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, GateOutcome, Row
 from sphkv_cli.evaluation.summary import mean_over_seeds, summarise
 from sphkv_cli.evaluation.token_scores import TokenScores
 from sphkv_cli.progress import NullProgress, Progress
@@ -113,7 +114,19 @@ def evaluate(
     return replace(result, path=str(output), digest=ref.digest)
 
 
-def require_gates(result: EvaluationResult) -> None:
+class Gated(Protocol):
+    """A report with gates."""
+
+    @property
+    def path(self) -> str:
+        """Where it was written."""
+
+    @property
+    def gates(self) -> tuple[GateOutcome, ...]:
+        """What was asked for and found."""
+
+
+def require_gates(result: Gated) -> None:
     """Raise GateFailed, naming the worst row, if a limit does not hold."""
     failed = [gate for gate in result.gates if not gate.holds]
     if failed:
@@ -152,7 +165,19 @@ def _documents(
 
 
 def _load(options: EvaluateOptions, reader: CaptureReader, progress: Progress) -> JudgedModel:
-    from sphkv_cli.models.load import load_model
+    return load_captured(options, reader, progress)[0]
+
+
+def load_captured(
+    options: EvaluateOptions, reader: CaptureReader, progress: Progress
+) -> tuple[JudgedModel, Any]:
+    """The captured model and its tokenizer.
+
+    Raises:
+        ArtifactError: it is not the captured one.
+        EnvironmentUnable, SphkvError: it cannot be loaded or listened to.
+    """
+    from sphkv_cli.models.load import load_model, load_tokenizer
     from sphkv_cli.models.source import resolve_model
 
     source = resolve_model(
@@ -167,7 +192,7 @@ def _load(options: EvaluateOptions, reader: CaptureReader, progress: Progress) -
     model = JudgedModel.of(load_model(source, options.load))
     progress.finish()
     model.require_captured(reader.info, str(reader.path))
-    return model
+    return model, load_tokenizer(source)
 
 
 def _judge(

@@ -27,6 +27,8 @@ from sphkv_cli.artifacts.capture_info import LayerInfo
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_codebooks.frame import FrameSet
 
+_QUERY_STRIDE = 4
+
 
 @dataclass(frozen=True, eq=False)
 class ContextPolicy:
@@ -115,13 +117,24 @@ class ContextPolicy:
         """Bytes of a placed context, fixed tables included."""
         return self.layout.measure(self.options_of_pages(n_context), n_context).total
 
+    def asked_tokens(self, n_context: int) -> Tensor:
+        """(n) int64, ascending: the context's tokens whose queries `place` wants.
+
+        Those of the window; where the score looks at all queries, also one in _QUERY_STRIDE before.
+        """
+        start = max(n_context - self.info.window, 0)
+        before = torch.arange(0, start, _QUERY_STRIDE)
+        if not self.estimator.reads_all_queries:
+            before = before[:0]
+        return torch.cat([before, torch.arange(start, n_context)])
+
     def place(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Tier (-1 drops) and page of each token of one layer.
 
         Args:
-            queries: (n_window, n_q_heads, head_dim), those of the context's last tokens.
+            queries: (n, n_q_heads, head_dim), those of `asked_tokens`.
             keys, values: (n_context, n_kv_heads, head_dim), dense, after RoPE.
             positions: (n_context) int64, one after the other.
 
@@ -140,20 +153,26 @@ class ContextPolicy:
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
     ) -> npt.NDArray[np.float64]:
         """(n_kv_heads, n_context): `place` orders by it; arguments as there."""
-        info = self.layers[layer]
-        n_window, n_context = queries.shape[0], keys.shape[0]
+        info, n_context = self.layers[layer], keys.shape[0]
+        asked = self.asked_tokens(n_context)
+        if queries.shape[0] != asked.numel():
+            raise ValueError(f"{queries.shape[0]} queries, {asked.numel()} were asked for")
+        n_window = min(self.info.window, n_context)
         # How far the future reaches is part of the score of a windowed layer; its keys are not.
         future = torch.zeros((self.info.horizon, *keys.shape[1:]), dtype=keys.dtype)
-        every = slice(0, n_window)
         # What the estimators make anew lies where the keys lie.
         with torch.device(keys.device):
             future = future.to(keys.device)
             context = LayerContext(
                 layer=layer,
-                split=Split(n_context, every, slice(n_window, n_window)),
+                split=Split(
+                    n_context,
+                    slice(asked.numel() - n_window, asked.numel()),
+                    slice(asked.numel(), asked.numel()),
+                ),
                 geometry=LayerGeometry(info.softmax_scale, info.window, info.logit_softcap),
                 head_weights=self.head_weights[layer].to(keys.device),
-                positions=torch.arange(n_context - n_window, n_context),
+                positions=asked.to(keys.device),
                 queries=queries,
                 keys=torch.cat([keys, future]),
                 values=torch.cat([values, future]),

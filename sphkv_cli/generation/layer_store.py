@@ -133,7 +133,7 @@ class LayerStore:
         )
 
     def prompt_placed(self, state: StoreState, queries: Sequence[Tensor]) -> StoreState:
-        """The state after the prompt was read; queries: (n_window, n_q_heads, d) per sequence."""
+        """The state after the prompt was read; queries: those asked for, (n, n_q_heads, d) each."""
         placements = []
         for s, n_tail in enumerate(state.n_tail):
             keys, values, positions = self._tail(state, s, n_tail)

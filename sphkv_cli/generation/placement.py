@@ -46,15 +46,9 @@ class PlacementRule(ABC):
     page_size: int
     frames: FrameSet
 
-    @property
     @abstractmethod
-    def n_window_queries(self) -> int:
-        """Last queries of the prompt that `place_prompt` wants to see; 0: none."""
-
-    @property
-    @abstractmethod
-    def keeps_last(self) -> int:
-        """So many last tokens are in the tail whenever there are as many; `crop` reaches them."""
+    def asked_tokens(self, n_prompt: int) -> Tensor:
+        """(n) int64, ascending: the prompt's tokens whose queries `place_prompt` wants to see."""
 
     @abstractmethod
     def place_prompt(
@@ -86,14 +80,8 @@ class PolicyRule(PlacementRule):
         layout = policy.layout
         return PolicyRule(layout.tiers, layout.page_size, policy.frames, policy, window)
 
-    @property
-    def n_window_queries(self) -> int:
-        return self.policy.info.window
-
-    @property
-    def keeps_last(self) -> int:
-        # A prompt is placed to its last token.
-        return 0
+    def asked_tokens(self, n_prompt: int) -> Tensor:
+        return self.policy.asked_tokens(n_prompt)
 
     @property
     def later_tier(self) -> int:
@@ -146,13 +134,8 @@ class UniformRule(PlacementRule):
         tiers = (tier, TierFormat.dense()) if first_tokens else (tier,)
         return UniformRule(tiers, page_size, frames, window, first_tokens)
 
-    @property
-    def n_window_queries(self) -> int:
-        return 0
-
-    @property
-    def keeps_last(self) -> int:
-        return self.window
+    def asked_tokens(self, n_prompt: int) -> Tensor:
+        return torch.arange(0)
 
     def place_prompt(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor

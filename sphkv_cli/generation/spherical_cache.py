@@ -262,11 +262,11 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         state = store.appended(before, key, value, tokens)
         if before is None:
             output = attend_dense(query, key, value, call)
-            n_window = self.rule.n_window_queries
             asked = [
-                q[:, columns[-n_window:] if n_window else []].transpose(0, 1).float()
-                for q, columns in zip(query, map(list, tokens.stored), strict=True)
+                q[:, torch.tensor(columns, dtype=torch.int64)[self.rule.asked_tokens(len(columns))]]
+                for q, columns in zip(query, tokens.stored, strict=True)
             ]
+            asked = [q.transpose(0, 1).float() for q in asked]
             state = store.prompt_placed(state, asked)
         else:
             output = self._readers[layer].attend(state, query, tokens).transpose(1, 2).contiguous()

@@ -1,0 +1,55 @@
+"""The needle's grids as a picture: one panel per coding, lengths against depths."""
+
+from pathlib import Path
+
+from sphkv_cli.errors import UsageError
+from sphkv_cli.evaluation.probe_options import ProbeOptions
+from sphkv_cli.evaluation.probe_result import ProbeResult
+from sphkv_cli.plots.figures import Figure, GridPanel
+
+
+def checked_plot(path: Path | None, asked: ProbeOptions) -> None:
+    """Refuse a picture that cannot be drawn before anything runs.
+
+    Raises:
+        UsageError: no needle, or a suffix other than .png and .svg.
+        EnvironmentUnable: matplotlib is not installed.
+    """
+    if path is None:
+        return
+    from sphkv_cli.plots.draw import require_matplotlib
+
+    if asked.kind != "needle":
+        raise UsageError(f"--plot draws a needle's grid, not {asked.kind}", "pass --probe needle")
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {path} is neither .png nor .svg", "give one of these suffixes")
+    require_matplotlib("--plot")
+
+
+def grid_figure(result: ProbeResult) -> Figure:
+    """One panel per row; a cell is a length (row, short first) at a depth (column)."""
+    grids = [row.grid for row in result.rows if row.grid is not None]
+    lengths = ", ".join(map(str, result.lengths))
+    depths = ", ".join(f"{depth:g}" for depth in grids[0].depths)
+    return Figure(
+        "needle",
+        f"{result.model}: digits of one code that come back, contexts of {lengths} tokens, "
+        f"stated at depths {depths}",
+        tuple(
+            GridPanel(
+                f"{grid.coding}, {grid.laid_out_rate:.2f} b",
+                f"depth ({depths})",
+                f"context ({lengths})",
+                grid.digit_accuracy,
+                "digits that come back",
+            )
+            for grid in grids
+        ),
+    )
+
+
+def draw_grids(result: ProbeResult, path: Path) -> None:
+    """Draw it; the suffix says how."""
+    from sphkv_cli.plots.draw import draw
+
+    draw(grid_figure(result), path, "svg" if path.suffix == ".svg" else "png")

@@ -1,0 +1,288 @@
+"""`sphkv evaluate --probe`: does the coded cache still hold what a later question needs?
+
+The captured model answers for codes stated in a text of the judged domain (copy-back, needle), once
+dense and once per code, policy or uniform tier, in the same run.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sphkv_cli.artifacts.allocation import AllocationReader
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
+from sphkv_cli.artifacts.report import save_report
+from sphkv_cli.artifacts.store import check_output, require_unchanged
+from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.evaluation.candidates import uniform_work
+from sphkv_cli.evaluation.coding import DenseCoding, KeyValueCoding
+from sphkv_cli.evaluation.copy_back import (
+    CodingOf,
+    RecallScore,
+    copy_back_prompts,
+    copy_back_recall,
+)
+from sphkv_cli.evaluation.judged_model import JudgedModel
+from sphkv_cli.evaluation.needle import needle_grid, needle_prompts
+from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.plan_coding import PlanCoding, uniform_plan
+from sphkv_cli.evaluation.policy_coding import policy_coding
+from sphkv_cli.evaluation.probe_options import ProbeOptions
+from sphkv_cli.evaluation.probe_reading import gates_of, read_probe
+from sphkv_cli.evaluation.probe_result import ProbeResult, ProbeRow
+from sphkv_cli.evaluation.protocol import ReadProtocol
+from sphkv_cli.evaluation.recall_prompts import (
+    PromptShape,
+    RecallPrompt,
+    encoder_of,
+    start_tokens,
+)
+from sphkv_cli.evaluation.stage import load_captured
+from sphkv_cli.generation.context_policy import ContextPolicy
+from sphkv_cli.progress import NullProgress, Progress
+
+_RETENTION = (
+    "retention: each prompt's context is prefilled dense and coded once, the question and the "
+    "answer after it stay dense and read it"
+)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A row to fill: its coding for each prompt."""
+
+    name: str
+    is_ours: bool
+    coding: KeyValueCoding | CodingOf
+
+
+def probe(
+    options: EvaluateOptions,
+    asked: ProbeOptions,
+    capture: Path,
+    codebooks: Path | None,
+    allocation: Path | None,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> ProbeResult:
+    """Probe the captured model and write a report (JSON) to `output`.
+
+    Args:
+        options: model, protocol, codes, methods and tiers as `evaluate` takes them.
+        codebooks: whose tiers the uniform protocol runs; allocation: whose policy and tiers the
+            retention protocol runs.
+
+    Raises:
+        ArtifactError: an input is missing, damaged or of another model; `output` cannot be written.
+        UsageError: a protocol without its input, an unknown code, method or tier.
+        EnvironmentUnable: the model cannot be loaded here.
+        SphkvError: prompts longer than the model's context, or no text to fill them with.
+
+    Gates are not raised here: show the result, then call `stage.require_gates`.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    check_output(output, force=force)
+    inputs: dict[str, ArtifactRef] = {}
+    with CaptureReader(capture) as reader:
+        inputs["capture"] = reader.ref
+        if reader.architecture == "synthetic":
+            raise SphkvError(f"{capture} is synthetic, there is no model to probe", "capture one")
+        filler = [
+            int(token)
+            for info in reader.documents_of(options.split)
+            for token in reader.token_ids(info)
+        ]
+        model, tokenizer = load_captured(options, reader, progress)
+        shape = PromptShape(
+            n_context=asked.lengths[0],
+            n_keys=1 if asked.kind == "needle" else asked.keys,
+            n_values=asked.values,
+            n_digits=asked.digits,
+            start=start_tokens(tokenizer),
+        )
+        prompts = _prompts(asked, shape, encoder_of(tokenizer), filler, options.seed)
+        for prompt in prompts:
+            model.require_length(prompt.name, prompt.n_tokens)
+        is_uniform = options.protocol == "uniform" or allocation is None
+        protocol: ReadProtocol | None = None
+        if is_uniform:
+            books = None if codebooks is None else CodebooksReader.open(codebooks)
+            if codebooks is not None and books is not None:
+                require_unchanged(codebooks)
+                books.require_capture(reader)
+                inputs["codebooks"] = books.ref
+            work = uniform_work(options, books, model.shape)(0)
+            protocol = work.protocol
+            rows = [_Asked(c.coding.name, c.is_ours, c.coding) for c in work.candidates]
+        else:
+            assert allocation is not None
+            require_unchanged(allocation)
+            with AllocationReader(allocation) as plans:
+                plans.require_capture(reader.ref)
+                inputs["allocation"] = plans.ref
+                rows = _retention_rows(options, asked.lengths, model, ContextPolicy.of(plans))
+        description = _RETENTION if protocol is None else protocol.description
+        progress.start("asking", len(rows) * len(prompts), "prompts")
+        filled = [_fill(asked, model, row, prompts, protocol, progress) for row in rows]
+        progress.finish()
+        gates = gates_of(asked, filled)
+        result = ProbeResult(
+            path="",
+            digest="",
+            model=reader.model,
+            kind=asked.kind,
+            protocol_description=description,
+            filler=f"{len(filler):,} tokens of {options.split} documents, repeated where they end",
+            lengths=asked.lengths,
+            n_prompts=len(prompts),
+            n_codes=sum(len(prompt.answers) for prompt in prompts),
+            n_digits=sum(stop - start for prompt in prompts for start, stop in prompt.answers),
+            is_usable=filled[-1].score.is_usable_control,
+            rows=tuple(filled),
+            gates=gates,
+            reading=read_probe(filled),
+            seconds=time.perf_counter() - started,
+        )
+        ref = save_report(
+            output,
+            {"stage": "evaluate", "probe": replace(result, path=output.name)},
+            inputs=inputs,
+            provenance=collect_provenance(seed=options.seed) | {"device": str(model.model.device)},
+            force=force,
+        )
+    return replace(result, path=str(output), digest=ref.digest)
+
+
+def _prompts(
+    asked: ProbeOptions,
+    shape: PromptShape,
+    encode: Callable[[str], list[int]],
+    filler: Sequence[int],
+    seed: int,
+) -> tuple[RecallPrompt, ...]:
+    if asked.kind == "needle":
+        return needle_prompts(
+            encode,
+            filler,
+            shape,
+            lengths=asked.lengths,
+            depths=asked.depths,
+            n_prompts=asked.prompts,
+            seed=seed,
+        )
+    return tuple(
+        prompt
+        for length in asked.lengths
+        for prompt in copy_back_prompts(
+            encode,
+            filler,
+            replace(shape, n_context=length),
+            n_prompts=asked.prompts,
+            seed=seed,
+        )
+    )
+
+
+def _fill(
+    asked: ProbeOptions,
+    model: JudgedModel,
+    row: _Asked,
+    prompts: Sequence[RecallPrompt],
+    protocol: ReadProtocol | None,
+    progress: Progress,
+) -> ProbeRow:
+    if asked.kind == "copy-back":
+        score = copy_back_recall(model, row.coding, prompts, protocol=protocol, progress=progress)
+        return ProbeRow(row.name, row.is_ours, _named(score, row.name), None)
+    grid, score = needle_grid(
+        model,
+        row.coding,
+        prompts,
+        lengths=asked.lengths,
+        depths=asked.depths,
+        protocol=protocol,
+        progress=progress,
+    )
+    return ProbeRow(row.name, row.is_ours, _named(score, row.name), replace(grid, coding=row.name))
+
+
+def _named(score: RecallScore, name: str) -> RecallScore:
+    return replace(score, coding=name)
+
+
+def _retention_rows(
+    options: EvaluateOptions, lengths: Sequence[int], model: JudgedModel, policy: ContextPolicy
+) -> list[_Asked]:
+    """The policy, the uniform tiers asked for beside it, and the dense control.
+
+    The best uniform tier has a row where some tier fits the budget at every length.
+    """
+    tiers = policy.layout.tiers
+    known = {tier.name: index for index, tier in enumerate(tiers)}
+    for name in options.tiers:
+        if name != "best" and name not in known:
+            raise UsageError(f"there is no tier {name!r}", f"one of {', '.join(known)}, or best")
+
+    def of_policy(prompt: RecallPrompt) -> PlanCoding:
+        return policy_coding(model, policy, prompt.token_ids[: prompt.n_context])
+
+    def uniform(tier: int, prompt: RecallPrompt, sink_page: bool) -> PlanCoding:
+        n_context = prompt.n_context
+        return uniform_plan(
+            tier, policy.layout, policy.frames, model.shape, n_context, sink_page=sink_page
+        )
+
+    def uniform_bytes(n_context: int, tier: int, sink_page: bool) -> int:
+        options = np.full(
+            (model.shape.n_layers, model.shape.n_kv_heads, policy.layout.n_pages(n_context)),
+            tier + 1,
+            dtype=np.int8,
+        )
+        if sink_page:
+            options[:, :, 0] = len(tiers)
+        return policy.layout.measure(options, n_context).total
+
+    def best_tier(n_context: int, sink_page: bool) -> int | None:
+        budget = policy.budget_bytes(n_context)
+        sizes = [uniform_bytes(n_context, tier, sink_page) for tier in range(len(tiers))]
+        fitting = [tier for tier, size in enumerate(sizes) if size <= budget]
+        return max(fitting, key=lambda tier: sizes[tier]) if fitting else None
+
+    def best(prompt: RecallPrompt, sink_page: bool) -> PlanCoding:
+        tier = best_tier(prompt.n_context, sink_page)
+        assert tier is not None, "rows are made where some tier fits every length"
+        return uniform(tier, prompt, sink_page)
+
+    rows = [_Asked("policy", True, of_policy)]
+    for name in options.tiers:
+        for sink_page in (False, True):
+            label = ("best uniform tier" if name == "best" else f"uniform {name}") + (
+                " + sink page" if sink_page else ""
+            )
+            coding: CodingOf
+            if name == "best":
+                if any(best_tier(n_context, sink_page) is None for n_context in lengths):
+                    continue
+                coding = _bind_best(best, sink_page)
+            else:
+                coding = _bind(uniform, known[name], sink_page)
+            rows.append(_Asked(label, False, coding))
+    rows.append(_Asked("dense", False, DenseCoding(model.shape)))
+    return rows
+
+
+def _bind(
+    uniform: Callable[[int, RecallPrompt, bool], PlanCoding], tier: int, sink_page: bool
+) -> CodingOf:
+    return lambda prompt: uniform(tier, prompt, sink_page)
+
+
+def _bind_best(best: Callable[[RecallPrompt, bool], PlanCoding], sink_page: bool) -> CodingOf:
+    return lambda prompt: best(prompt, sink_page)
