@@ -20,6 +20,7 @@ from sphkv_cli.artifacts.empirical_books import (
 )
 from sphkv_cli.artifacts.fit_tables import (
     CodeRow,
+    DesignRow,
     EmpiricalRow,
     FitTables,
     FrameRow,
@@ -43,8 +44,9 @@ _TABLES: Mapping[str, type[Any]] = {
     "kurtosis": KurtosisRow,
     "empirical": EmpiricalRow,
     "frames": FrameRow,
+    "design": DesignRow,
 }
-_LATER_TABLES = ("frames",)
+_LATER_TABLES = ("frames", "design")
 """Not in files of version 1."""
 _COUNTS = ("n_layers", "n_q_heads", "n_kv_heads", "head_dim")
 

@@ -130,6 +130,41 @@ class FrameRow:
 
 
 @dataclass(frozen=True)
+class DesignRow:
+    """One pair of codes at a rate that was asked for, measured on the `select` documents.
+
+    code_rate, laid_out_rate (pages of 32), predicted_distortion, gap_db: means of keys and values.
+    instructions: per coordinate decoded by the CUDA kernel, NaN where only the reference reads it.
+    output_error: mean over layers and heads of the squared relative attention-output error;
+    worst_output_error: relative, of the worst query head; logit_rms: of a scaled logit, nats.
+    """
+
+    target_rate: float
+    key_code: str
+    value_code: str
+    code_rate: float
+    laid_out_rate: float
+    has_kernel_layout: int
+    predicted_distortion: float
+    gap_db: float
+    instructions: float
+    output_error: float
+    logit_rms: float
+    worst_output_error: float
+    worst_layer: int
+    worst_head: int
+    is_vetoed: int
+    is_chosen: int
+
+    @property
+    def name(self) -> str:
+        """KEY/VALUE, or one name for both."""
+        if self.key_code == self.value_code:
+            return self.key_code
+        return f"{self.key_code}/{self.value_code}"
+
+
+@dataclass(frozen=True)
 class FitTables:
     """Everything a fit measured; codes ordered by laid-out rate, then predicted distortion."""
 
@@ -139,3 +174,4 @@ class FitTables:
     kurtosis: tuple[KurtosisRow, ...]
     empirical: tuple[EmpiricalRow, ...] = ()
     frames: tuple[FrameRow, ...] = ()
+    design: tuple[DesignRow, ...] = ()

@@ -11,10 +11,10 @@ The chosen pair of each rate becomes a tier, and so does the best one that the C
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sphkv_cli.artifacts.capture import CaptureReader
-from sphkv_cli.errors import UsageError
+from sphkv_cli.artifacts.fit_tables import DesignRow
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.fit.attention_error import (
     AttentionErrors,
@@ -25,14 +25,14 @@ from sphkv_cli.fit.attention_error import (
 from sphkv_cli.fit.candidates import laid_out_rate
 from sphkv_cli.fit.design_codes import (
     GainPair,
+    Leaders,
     allowed_gains,
     build_code,
-    leading_designs,
     native_designs,
     rows_fit,
     split_rates,
 )
-from sphkv_cli.fit.design_rows import DesignRow, DesignTables, frontier_rows
+from sphkv_cli.fit.design_rows import DesignTables, frontier_rows
 from sphkv_cli.progress import Progress
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.frame import FrameSet
@@ -72,27 +72,22 @@ class Design:
 def design_codes(
     capture: CaptureReader,
     frames: FrameSet,
-    rates: Sequence[float],
+    leaders: Leaders,
     progress: Progress,
     *,
-    sink_norms: FloatArray | None = None,
+    sink_norms: FloatArray | None,
     native_only: bool = False,
     protocol: UniformProtocol | None = None,
 ) -> Design:
-    """Find, measure and choose a pair of codes for every rate.
+    """Measure the leaders of every rate and choose a pair of codes.
 
     sink_norms: (n_layers, n_kv_heads), the norm below which a key stays dense; None for none.
 
     Raises:
-        UsageError: a rate below every code.
         SphkvError: no `select` document that is long enough to rank codes on.
     """
     protocol = protocol or UniformProtocol()
     head_dim = capture.head_dim
-    try:
-        leaders = {rate: leading_designs(head_dim, rate, native_only=native_only) for rate in rates}
-    except CodeError as error:
-        raise UsageError(str(error), "ask for a larger --target-rate") from error
 
     def measured(pairs: Sequence[CodePair], title: str) -> AttentionErrors:
         return attention_errors(capture, frames, pairs, protocol, sink_norms, progress, title)
@@ -120,10 +115,10 @@ def design_codes(
                 tier = TierFormat.spherical(*pair)
                 tiers.setdefault(tier.name, tier)
         ordered = sorted(measured_rows, key=lambda row: (row.is_vetoed, row.output_error))
-        rows += [row.marked(is_chosen=row is chosen) for row in ordered]
+        rows += [replace(row, is_chosen=int(row is chosen)) for row in ordered]
     return Design(
         tables=DesignTables(
-            frontier=frontier_rows(head_dim, rates),
+            frontier=frontier_rows(head_dim, tuple(leaders)),
             rows=tuple(rows),
             protocol=f"{protocol.description}; sinks, {errors.dense_share:.2%} of keys, as well",
         ),

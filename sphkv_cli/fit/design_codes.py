@@ -5,9 +5,10 @@ cells, whole bits per angle, the norm as a float16, a shallower code, what the C
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.code_spec import GAINS, default_name
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.search import CodeDesign, SearchSpace, best_codes
@@ -17,6 +18,10 @@ from sphkv_kernels.layout import NATIVE_LAYOUTS
 from sphkv_kernels.token_stream import angle_bits
 
 _MINIFLOAT_SPEC = "minifloat:5,6"  # the only minifloat that LAYOUT.md has
+
+
+Leaders = Mapping[float, Sequence[CodeDesign]]
+"""By rate, the analytically best first."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,18 @@ def rows_fit(head_dim: int, rate: float) -> Callable[[CodeDesign], bool]:
         return angles + overhead <= 8 * n_bytes
 
     return fits
+
+
+def leaders_of(head_dim: int, rates: Sequence[float], *, native_only: bool) -> Leaders:
+    """The leaders at every rate.
+
+    Raises:
+        UsageError: a rate below every code.
+    """
+    try:
+        return {rate: leading_designs(head_dim, rate, native_only=native_only) for rate in rates}
+    except CodeError as error:
+        raise UsageError(str(error), "ask for a larger --target-rate") from error
 
 
 def _searched(head_dim: int, rate: float) -> list[CodeDesign]:

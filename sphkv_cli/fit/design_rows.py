@@ -1,8 +1,9 @@
 """The tables of the designer: D(R) by the formula, and the measured pairs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from sphkv_cli.artifacts.fit_tables import DesignRow
 from sphkv_cli.fit.code_spec import spec_text
 from sphkv_cli.fit.design_codes import native_designs
 from sphkv_codebooks.search import CodeDesign, SearchSpace, best_codes, gaussian_limit
@@ -26,45 +27,6 @@ class FrontierRow:
     def spec(design: CodeDesign | None) -> str:
         """As --code takes it."""
         return "-" if design is None else spec_text(design.n_cells, design.radius)
-
-
-@dataclass(frozen=True)
-class DesignRow:
-    """One pair of codes at a rate that was asked for, measured on the `select` documents.
-
-    code_rate, laid_out_rate (pages of 32), predicted_distortion, gap_db: means of keys and values.
-    instructions: per coordinate decoded by the CUDA kernel, NaN where only the reference reads it.
-    output_error: mean over layers and heads of the squared relative attention-output error;
-    worst_output_error: relative, of the worst query head; logit_rms: of a scaled logit, nats.
-    """
-
-    target_rate: float
-    key_code: str
-    value_code: str
-    code_rate: float
-    laid_out_rate: float
-    has_kernel_layout: int
-    predicted_distortion: float
-    gap_db: float
-    instructions: float
-    output_error: float
-    logit_rms: float
-    worst_output_error: float
-    worst_layer: int
-    worst_head: int
-    is_vetoed: int
-    is_chosen: int
-
-    @property
-    def name(self) -> str:
-        """KEY/VALUE, or one name for both."""
-        if self.key_code == self.value_code:
-            return self.key_code
-        return f"{self.key_code}/{self.value_code}"
-
-    def marked(self, *, is_chosen: bool) -> "DesignRow":
-        """The same row, chosen or not."""
-        return replace(self, is_chosen=int(is_chosen))
 
 
 @dataclass(frozen=True)

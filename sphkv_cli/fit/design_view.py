@@ -2,8 +2,9 @@
 
 import math
 
-from sphkv_cli.blocks import Block, Table
-from sphkv_cli.fit.design_rows import DesignRow, DesignTables, FrontierRow
+from sphkv_cli.artifacts.fit_tables import DesignRow
+from sphkv_cli.blocks import Block, Line, Table
+from sphkv_cli.fit.design_rows import DesignTables, FrontierRow
 from sphkv_codebooks.search import CodeDesign
 
 NOISE = 0.05
@@ -11,7 +12,7 @@ NOISE = 0.05
 
 
 def design_blocks(design: DesignTables) -> tuple[Block, ...]:
-    """Two tables."""
+    """D(R) by the formula, then one table per rate."""
     return (
         Table(
             "The best codes by the formula, isotropic vectors (D = E|x-xhat|^2/|x|^2, unit gain; "
@@ -23,14 +24,22 @@ def design_blocks(design: DesignTables) -> tuple[Block, ...]:
             [_frontier_row(row) for row in design.frontier],
             text_columns=3,
         ),
-        Table(
-            f"Measured on the select documents ({design.protocol})",
-            (
-                *("keys / values", "decoder", "verdict", "target", "rate", "laid out", "D", "dB"),
-                *("instr./coord.", "output error^2", "worst head", "layer, head", "logit rms"),
-            ),
-            [_measured_row(row) for row in design.rows],
-            text_columns=3,
+        Line(
+            f"Measured on the select documents; {design.protocol}. Names: cells (n) or bits per "
+            "level, radii; ls and ub: least-squares and unbiased gain. Error: mean over layers and "
+            "heads of |o^-o|^2/|o|^2; instr.: SASS instructions per coordinate."
+        ),
+        *(
+            Table(
+                f"At {rate:g} bits",
+                (
+                    *("keys / values", "decoder", "", "rate", "laid out", "D", "dB", "instr."),
+                    *("error", "worst head", "layer, head", "logit rms"),
+                ),
+                [_measured_row(row) for row in design.of_rate(rate)],
+                text_columns=3,
+            )
+            for rate in design.rates
         ),
     )
 
@@ -55,14 +64,11 @@ def _frontier_row(row: FrontierRow) -> tuple[object, ...]:
 
 
 def _measured_row(row: DesignRow) -> tuple[object, ...]:
-    verdict = "loses a head" if row.is_vetoed else ""
-    if row.is_chosen:
-        verdict = f"chosen, {verdict}" if verdict else "chosen"
+    verdict = ["chosen"] * row.is_chosen + ["loses a head"] * row.is_vetoed
     return (
-        row.name,
+        _short(row.name),
         "CUDA" if row.has_kernel_layout else "reference",
-        verdict,
-        row.target_rate,
+        ", ".join(verdict),
         row.code_rate,
         row.laid_out_rate,
         row.predicted_distortion,
@@ -73,6 +79,11 @@ def _measured_row(row: DesignRow) -> tuple[object, ...]:
         f"{row.worst_layer}, {row.worst_head}",
         row.logit_rms,
     )
+
+
+def _short(name: str) -> str:
+    short = name.replace("polar-", "").replace("/", " / ")
+    return short.replace("-least-squares", " ls").replace("-unbiased", " ub")
 
 
 def _read_rate(rate: float, rows: tuple[DesignRow, ...]) -> str:

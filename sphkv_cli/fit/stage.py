@@ -28,6 +28,7 @@ from sphkv_cli.fit.candidates import candidate_codes, candidate_tiers
 from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks
 from sphkv_cli.fit.code_measurement import LayerMeasurement, measure_layer
 from sphkv_cli.fit.design import design_codes
+from sphkv_cli.fit.design_codes import Leaders, leaders_of
 from sphkv_cli.fit.design_rows import DesignTables
 from sphkv_cli.fit.design_view import read_design
 from sphkv_cli.fit.empirical_fit import LayerBooks, codes_of_heads, fit_layer_books, stack_books
@@ -93,9 +94,10 @@ def fit_codebooks(
     progress = progress or NullProgress()
     check_output(output, force=force)
     with CaptureReader(capture) as reader:
+        candidates = _Candidates.of(options, reader.head_dim)
         fitted = fit_frames(options, reader, progress)
         frames = fitted.frames
-        codes, tiers, design = _candidates(options, reader, fitted, progress)
+        codes, tiers, design = candidates.measured(options, reader, fitted, progress)
         survey, measured, empirical, books = _measure(options, reader, frames, codes, progress)
         tables = FitTables(
             codes=code_rows(codes, options.page_sizes, measured),
@@ -104,6 +106,7 @@ def fit_codebooks(
             kurtosis=survey.kurtosis_rows(),
             empirical=empirical_rows(codes, measured, empirical) if empirical else (),
             frames=fitted.rows,
+            design=design.rows if design else (),
         )
         content = CodebooksContent(
             shape=ModelShape(
@@ -154,22 +157,40 @@ def fit_codebooks(
     )
 
 
-def _candidates(
-    options: FitOptions, reader: CaptureReader, fitted: FittedFrames, progress: Progress
-) -> tuple[tuple[SphericalCode, ...], tuple[TierFormat, ...], DesignTables | None]:
-    """Codes and tiers: those named or the usual ones, or what the designer chooses."""
-    if not options.target_rates:
-        codes = candidate_codes(options, reader.head_dim)
-        return codes, candidate_tiers(options, codes), None
-    design = design_codes(
-        reader,
-        fitted.frames,
-        options.target_rates,
-        progress,
-        sink_norms=fitted.sinks.thresholds,
-        native_only=options.native_only,
-    )
-    return design.codes, design.tiers, design.tables
+@dataclass(frozen=True)
+class _Candidates:
+    """Codes and tiers that are named or the usual ones, or the leaders of target rates.
+
+    Made before anything is measured, so that what cannot be meant is refused at once.
+    """
+
+    codes: tuple[SphericalCode, ...]
+    tiers: tuple[TierFormat, ...]
+    leaders: Leaders
+
+    @staticmethod
+    def of(options: FitOptions, head_dim: int) -> "_Candidates":
+        if options.target_rates:
+            rates, native_only = options.target_rates, options.native_only
+            return _Candidates((), (), leaders_of(head_dim, rates, native_only=native_only))
+        codes = candidate_codes(options, head_dim)
+        return _Candidates(codes, candidate_tiers(options, codes), {})
+
+    def measured(
+        self, options: FitOptions, reader: CaptureReader, fitted: FittedFrames, progress: Progress
+    ) -> tuple[tuple[SphericalCode, ...], tuple[TierFormat, ...], DesignTables | None]:
+        """Codes and tiers; of target rates those that the designer chooses, and its tables."""
+        if not self.leaders:
+            return self.codes, self.tiers, None
+        design = design_codes(
+            reader,
+            fitted.frames,
+            self.leaders,
+            progress,
+            sink_norms=fitted.sinks.thresholds,
+            native_only=options.native_only,
+        )
+        return design.codes, design.tiers, design.tables
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.blocks import Line, Table
 from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.candidates import laid_out_rate
 from sphkv_cli.fit.design_codes import leading_designs, native_designs, rows_fit, split_rates
@@ -82,6 +83,7 @@ def test_the_chosen_pairs_and_the_best_for_the_kernel_are_the_tiers(
         rows = result.design.of_rate(rate)
         assert {row.name for row in rows if row.is_chosen} <= names
         assert next(row.name for row in rows if row.has_kernel_layout) in native
+    assert len(books.tables.design) == len(result.design.rows)
     used = {code.name for tier in books.tiers for code in (tier.key_code, tier.value_code)}
     assert {code.name for code in books.codes} == used
     # Pages of 32 rows: no byte above the rate that was asked for.
@@ -98,9 +100,12 @@ def test_what_is_shown_says_what_was_chosen(designed: tuple[FitResult, Path]) ->
         (chosen,) = [row for row in result.design.of_rate(rate) if row.is_chosen]
         assert sentence.startswith(f"At {rate:g} bits")
         assert chosen.name in sentence
-    titles = [getattr(block, "title", "") for block in view(result)]
+    blocks = view(result)
+    titles = [block.title for block in blocks if isinstance(block, Table)]
     assert any("limit 4^-rate" in title for title in titles)
-    assert any("first 4 stay dense" in title for title in titles)
+    assert {"At 2.25 bits", "At 3.25 bits"} <= set(titles)
+    lines = [block.text for block in blocks if isinstance(block, Line)]
+    assert any("the first 4 stay dense" in line for line in lines)
     assert plain(result)["design"]["rows"]
 
 
