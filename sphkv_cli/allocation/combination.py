@@ -49,9 +49,14 @@ class Combination(UtilityEstimator):
     def score(self, context: LayerContext) -> Tensor:
         """As the module says; tokens that no later query can see score 0."""
         logs = log_signals(context, self.future, self.signals)
-        weights = torch.from_numpy(self.weights[context.layer]).to(logs.device)
-        exponent = weights[:, 0, None] + torch.einsum("hnf,hf->hn", logs, weights[:, 1:])
-        return exponent.clamp(-300, 300).exp() * (context.reach() > 0)
+        return self.apply(logs, self.weights[context.layer]) * (context.reach() > 0)
+
+    @staticmethod
+    def apply(logs: Tensor, weights: Float) -> Tensor:
+        """(n_kv_heads, n_tokens) of log signals and one layer's weights."""
+        of_head = torch.from_numpy(weights).to(logs.device)
+        exponent = of_head[:, 0, None] + torch.einsum("hnf,hf->hn", logs, of_head[:, 1:])
+        return exponent.clamp(-300, 300).exp()
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,26 @@ class LayerSamples:
     @staticmethod
     def of(context: LayerContext, future: FutureQueries, signals: Sequence[str]) -> "LayerSamples":
         """Of the tokens that the horizon can see."""
-        reached = context.reach() > 0
-        logs = log_signals(context, future, signals)[:, reached]
-        return LayerSamples(logs, _logs(context.horizon_utility.drop[:, reached]))
+        return LayerSamples.of_logs(
+            log_signals(context, future, signals), context.horizon_utility.drop, context.reach() > 0
+        )
+
+    @staticmethod
+    def of_logs(logs: Tensor, drop: Tensor, reached: Tensor) -> "LayerSamples":
+        """Of log signals (n_kv_heads, n_context, n_signals), true damage (n_kv_heads, n_context),
+        and whether the horizon can see each token (n_context)."""
+        return LayerSamples(logs[:, reached], _logs(drop, dim=-1)[:, reached])
 
 
 def log_signals(context: LayerContext, future: FutureQueries, signals: Sequence[str]) -> Tensor:
     """(n_kv_heads, n_context, n_signals) float64."""
     inputs = SignalInputs(context, future)
-    return torch.stack([_logs(SIGNALS[name].compute(inputs)) for name in signals], dim=-1)
+    return logs_of([SIGNALS[name].compute(inputs) for name in signals])
+
+
+def logs_of(signals: Sequence[Tensor]) -> Tensor:
+    """The same of signals that were computed already, (n_kv_heads, n_context) each."""
+    return _logs(torch.stack(list(signals), dim=-1), dim=1)
 
 
 def fit_weights(documents: Sequence[LayerSamples]) -> Float:
@@ -94,7 +110,7 @@ def _ridge(x: Float, y: Float) -> Float:
     return np.concatenate([[y.mean() - centre @ slopes], slopes])
 
 
-def _logs(signal: Tensor) -> Tensor:
-    """log(x / mean + 1e-9) along the tokens of each head."""
-    mean = signal.mean(dim=-1, keepdim=True)
-    return torch.log(signal / mean.clamp(min=1e-300) + _LEAST)
+def _logs(values: Tensor, *, dim: int) -> Tensor:
+    """log(x / mean + 1e-9), the mean along `dim`."""
+    mean = values.mean(dim=dim, keepdim=True)
+    return torch.log(values / mean.clamp(min=1e-300) + _LEAST)

@@ -20,6 +20,8 @@ from torch import Tensor
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.fit.captured_vectors import read_vectors
+from sphkv_cli.fit.rope_frequencies import rope_frequencies
+from sphkv_codebooks.rotary import rotate
 
 Float32 = NDArray[np.float32]
 
@@ -55,14 +57,13 @@ class FutureQueries:
     def asked_from(self, layer: int, positions: Tensor) -> Tensor:
         """The sample, its i-th query turned to positions[i]: (n_samples, n_q_heads, head_dim)."""
         sample = torch.from_numpy(self.sample[layer]).to(positions.device)
-        return self.turned(layer, sample, positions[:, None])
+        return self.turned(layer, sample, positions)
 
     def turned(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
-        """R_t x for x of shape (..., head_dim) and t of a shape that broadcasts against (...)."""
+        """R_t x for x of shape (n, n_heads, head_dim) and t of shape (n)."""
         if self.inv_freq is None:
             return vectors
-        inv_freq = torch.from_numpy(self.inv_freq[layer]).to(vectors.device)
-        return rotate(vectors, positions, inv_freq)
+        return rotate(vectors, positions, torch.from_numpy(self.inv_freq[layer]))
 
     def arrays(self) -> dict[str, Float32]:
         """What is stored; `from_arrays` is the inverse."""
@@ -84,9 +85,6 @@ class FutureQueries:
             SphkvError: NaN or Inf in the capture.
         """
         try:
-            # Heavy only where it is used: the stage that fits codebooks.
-            from sphkv_cli.fit.rope_frequencies import rope_frequencies
-
             inv_freq: Float32 | None = rope_frequencies(capture)
         except SphkvError:
             inv_freq = None
@@ -99,7 +97,7 @@ class FutureQueries:
             for document, where, chosen in zip(documents, positions, late, strict=True):
                 vectors = read_vectors(capture, document, layer, "queries")[chosen]
                 if inv_freq is not None:
-                    back = torch.from_numpy(-where[chosen])[:, None]
+                    back = torch.from_numpy(-where[chosen])
                     vectors = rotate(vectors, back, torch.from_numpy(inv_freq[layer]))
                 rows.append(vectors)
             queries = torch.cat(rows).double()
@@ -110,14 +108,6 @@ class FutureQueries:
             means.append(mean)
             covariances.append(away.transpose(1, 2) @ away / len(queries))
         return FutureQueries(_stack(samples), _stack(means), _stack(covariances), inv_freq)
-
-
-def rotate(vectors: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """R_t x: pairs (j, j + head_dim / 2) turned by t inv_freq_j; dtype of `vectors`."""
-    angles = positions.double()[..., None] * inv_freq.double()
-    cos, sin = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
-    first, second = vectors.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _stack(layers: list[Tensor]) -> Float32:

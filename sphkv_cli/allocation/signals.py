@@ -200,7 +200,7 @@ def _expected_attention(inputs: SignalInputs) -> Tensor:
         total = torch.zeros(n, dtype=torch.float64)
         for position, out_of_sight in zip(positions, hidden, strict=True):
             # q.k with q turned to the position = q_0 . (k turned back by it).
-            back = future.turned(layer, key, -position.expand(n))
+            back = future.turned(layer, key[:, None], -position.expand(n))[:, 0]
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 logits = scale * (back @ mean[head])
                 logits += scale**2 / 2 * ((back @ covariance[head]) * back).sum(-1)

@@ -35,7 +35,31 @@ class Study:
 
 
 STUDIES: tuple[Study, ...] = (
+    Study(
+        "preconditioning",
+        "What is the random rotation worth?",
+        ("capture",),
+        "sphkv_cli.study.preconditioning",
+    ),
     Study("depth", "How deep should the polar recursion go?", (), "sphkv_cli.study.depth"),
+    Study(
+        "gaussianity",
+        "Are rotated keys and values what the books assume, layer by layer?",
+        ("capture",),
+        "sphkv_cli.study.gaussianity",
+    ),
+    Study(
+        "error-by-norm",
+        "Does a large norm mean a large error, and does it matter?",
+        ("capture",),
+        "sphkv_cli.study.error_by_norm",
+    ),
+    Study(
+        "vector-search",
+        "Is the code an index for inner-product search?",
+        (),
+        "sphkv_cli.study.vector_search",
+    ),
     Study(
         "books",
         "Analytic, offline or online books: what do they give, what do they cost?",
@@ -47,6 +71,12 @@ STUDIES: tuple[Study, ...] = (
         "One rotation for the whole model, or one per layer and head?",
         ("capture",),
         "sphkv_cli.study.shared_rotation",
+    ),
+    Study(
+        "utility",
+        "Can a token's future use be told from its past, and from approximate logits?",
+        ("capture",),
+        "sphkv_cli.study.utility",
     ),
 )
 

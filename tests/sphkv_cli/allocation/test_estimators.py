@@ -11,7 +11,7 @@ from sphkv_cli.allocation.combination import COMBINED, Combination, LayerSamples
 from sphkv_cli.allocation.context import LayerContext, Split
 from sphkv_cli.allocation.estimator_names import ORACLE, SIGNAL_NAMES, UTILITIES, require_utility
 from sphkv_cli.allocation.estimators import Oracle, SignalUtility, UtilityEstimator
-from sphkv_cli.allocation.future_queries import FutureQueries, rotate
+from sphkv_cli.allocation.future_queries import FutureQueries
 from sphkv_cli.allocation.signals import SIGNALS
 from sphkv_cli.errors import UsageError
 
@@ -154,18 +154,16 @@ def test_pooling_spreads_one_tokens_attention_over_seven() -> None:
     torch.testing.assert_close(pooled[:, 0], seen[:, :4].mean(1))
 
 
-def test_queries_turned_back_and_forth_are_the_same() -> None:
-    x, positions = torch.randn(5, 3, 8), torch.tensor([0, 1, 7, 100, 8000])[:, None]
-    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03])
-    there = rotate(x, positions, frequencies)
-    torch.testing.assert_close(rotate(there, -positions, frequencies), x, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(there.norm(dim=-1), x.norm(dim=-1))
-    # Logits depend on the distance alone: the law that lets queries be asked from elsewhere.
-    near = rotate(x[0], torch.tensor(9), frequencies) * rotate(x[1], torch.tensor(4), frequencies)
-    far = rotate(x[0], torch.tensor(509), frequencies) * rotate(
-        x[1], torch.tensor(504), frequencies
-    )
-    torch.testing.assert_close(near.sum(-1), far.sum(-1), atol=1e-4, rtol=1e-4)
+def test_calibration_queries_are_asked_from_the_horizon() -> None:
+    """Logits depend on distances alone: a context moved by 1000 tokens looks the same."""
+    known, positions = future(), torch.arange(16)
+    near, far = known.asked_from(0, positions), known.asked_from(0, positions + 1000)
+    keys = torch.randn(16, 4, 8)
+    moved = known.turned(0, keys, torch.full((16,), 1000))
+    torch.testing.assert_close((near * keys).sum(-1), (far * moved).sum(-1), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(near[1:], far[1:], atol=0.1)
+    still = future(turning=False)
+    torch.testing.assert_close(still.asked_from(0, positions), torch.from_numpy(still.sample[0]))
 
 
 def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
