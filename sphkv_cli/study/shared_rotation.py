@@ -238,13 +238,13 @@ def _figure(comparisons: Sequence[Comparison]) -> Figure:
             PlotPanel(
                 comparison.name,
                 "seed",
-                "relative to the mean of the shared rotation",
+                "% off the mean of the shared ones",
                 [
                     Series(
                         label,
                         list(range(1, len(values) + 1)),
-                        [value / scale for value in values],
-                        "both",
+                        [100 * (value / scale - 1) for value in values],
+                        "points",
                     )
                     for label, values in (
                         ("one shared rotation", comparison.shared),

@@ -13,7 +13,8 @@ from sphkv_cli.study.book_timing import (
     measure_costs,
     synthetic_prompt,
 )
-from sphkv_cli.study.books import Judged, read, run
+from sphkv_cli.study.books import run
+from sphkv_cli.study.books_report import Judged, read
 from sphkv_cli.study.calibration import block_code, online_codes
 from sphkv_cli.study.coding_errors import CodingErrors
 from sphkv_cli.study.inputs import StudyInputs, StudyOptions
@@ -64,19 +65,20 @@ def test_a_cost_counts_fitting_in_prefill_only() -> None:
     assert cost.generation_ms == cost.token_ms + cost.read_ms
 
 
-def judged(rotation: str, books: str, output_error: float) -> Judged:
-    errors = CodingErrors("", 0.1, 0.1, 0.1, np.full((1, 1), output_error**2))
-    return Judged("polar", rotation, books, 3.25, 0, errors, None)
+def judged(rotation: str, books: str, *output_errors: float) -> Judged:
+    errors = tuple(CodingErrors("", 0.1, 0.1, 0.1, np.full((1, 1), x**2)) for x in output_errors)
+    kl = tuple(x / 10 for x in output_errors)
+    return Judged("polar", rotation, books, 3.25, 0, errors, kl)
 
 
 def test_the_reading_follows_the_numbers() -> None:
     rows = [
-        judged("hadamard", "analytic", 0.10),
-        judged("hadamard", "offline", 0.11),
-        judged("hadamard", "online", 0.09),
-        judged("none", "analytic", 0.40),
-        judged("none", "offline", 0.20),
-        judged("none", "online", 0.30),
+        judged("hadamard", "analytic", 0.10, 0.12),
+        judged("hadamard", "offline", 0.11, 0.132),
+        judged("hadamard", "online", 0.09, 0.108),
+        judged("none", "analytic", 0.44),
+        judged("none", "offline", 0.22),
+        judged("none", "online", 0.33),
     ]
     costs = [
         Cost("polar, analytic", 3.25, 10.0, 0.0, 1.0, 3.0),
@@ -85,12 +87,14 @@ def test_the_reading_follows_the_numbers() -> None:
         Cost("KIVI-2", 3.0, 5.0, 0.0, 0.5, 1.5),
     ]
     first, second = read(rows, costs)
-    assert "polar by +10.0 % and online ones by -10.0 %" in first
-    assert "x4.00 the error" in first
+    # The same factor under both seeds: an interval of no width.
+    assert "polar by offline x1.100 (1.100 to 1.100) and online x0.900 (0.900 to 0.900)" in first
+    assert "KL offline x1.100" in first
+    assert "x4.00 the output error" in first
     assert "(offline, x2.00) still loses to rotated analytic ones" in first
     assert "x2.0 the time of KIVI-2" in second and "x6.0 where they are fitted online" in second
     assert "token takes x2.0, x2.0 and x3.0" in second
-    better = [*rows[:4], judged("none", "offline", 0.05), rows[5]]
+    better = [*rows[:4], judged("none", "offline", 0.055), rows[5]]
     assert "(offline, x0.50) beats rotated analytic ones" in read(better, costs)[0]
 
 
@@ -102,7 +106,7 @@ def test_the_study_runs_without_a_model(
     result = run(StudyInputs(StudyOptions(max_queries=8), tiny_capture))
     quality, costs = result.tables
     assert len(quality.rows) == 2 * 2 * 3 + 2 and len(costs.rows) == 5
-    assert {row[-1] for row in quality.rows} == {None}  # no KL without a model
+    assert {row[11] for row in quality.rows} == {None}  # no KL without a model
     by = {tuple(row[:3]): row for row in quality.rows}
     code = quality.rows[0][0]
     assert float(by[code, "hadamard", "analytic"][8]) < float(by["KIVI-2", "-", "-"][8])  # type: ignore[arg-type]
