@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sphkv_codebooks.distortion import direction_bound, distortion_shares
+from sphkv_codebooks.search import SearchSpace, best_code, gaussian_limit
 from sphkv_codebooks.spherical_code import SphericalCode
 
 HERE = Path(__file__).parent
@@ -47,3 +49,21 @@ def test_figures_in_the_text_are_the_computed_ones() -> None:
     assert 100 * (small.distortion() / paper.distortion() - 1) == pytest.approx(9, abs=0.5)
     assert "4 bits 3.25 for .7 %" in TEXT
     assert 100 * (finer.distortion() / paper.distortion() - 1) == pytest.approx(0.7, abs=0.05)
+
+
+def test_the_table_of_best_codes_is_the_computed_one() -> None:
+    spaces = (
+        SearchSpace(128, full_depth_radii=("norm",)),
+        SearchSpace(128),
+        SearchSpace(128, cells="powers_of_two"),
+    )
+    for rate in (2.0, 2.5, 3.0, 3.5, 4.0):
+        norm, best, whole = (best_code(space, rate) for space in spaces)
+        values = (gaussian_limit(rate), norm.distortion, best.distortion, whole.distortion)
+        limit, *found = (f"{value:.4f}".removeprefix("0") for value in values)
+        row = f"| {rate:g} | {limit} | {found[0]} | {found[1]} | {best.gap_db:.2f} | {found[2]} |"
+        assert row in TEXT
+        assert best.depth == 7
+        # "About three times as many cells on level 1, nearly the same on the others."
+        assert 2.4 < best.n_cells[0] / np.exp(np.log(best.n_cells[1:]).mean()) < 4.0
+        assert 0.04 < 1.0 - best.distortion / whole.distortion < 0.16
