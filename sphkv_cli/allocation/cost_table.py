@@ -50,7 +50,7 @@ class Block:
     @property
     def is_shared(self) -> bool:
         """Whether all items have the same bytes."""
-        return self.option_bytes.shape[0] == 1
+        return bool(self.option_bytes.shape[0] == 1)
 
     def of(self, rows: Int) -> "Block":
         """Some of its items, counted from its first."""

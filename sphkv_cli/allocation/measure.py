@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sphkv_cli.allocation.coding import CodedContext, TierFormats
-from sphkv_cli.allocation.context import Split, read_context
+from sphkv_cli.allocation.context import LayerContext, Split, read_context
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.output_error import HorizonAttention
 from sphkv_cli.allocation.page_costs import TierErrors, Utilities
@@ -67,46 +67,76 @@ def measure_document(
     Raises:
         SphkvError: NaN or Inf in the capture, or a vector that a tier cannot encode.
     """
-    n_context = split.n_context
-    shape = (capture.n_layers, capture.n_kv_heads, n_context)
-    scores = np.empty(shape)
-    window = _empty_utilities(shape)
-    horizon = _empty_utilities(shape) if with_horizon else None
-    key_errors = np.empty((len(formats.key_formats), *shape), dtype=np.float32)
-    value_errors = np.empty((len(formats.value_formats), *shape), dtype=np.float32)
+    shape = (capture.n_layers, capture.n_kv_heads, split.n_context)
+    found = Measurement(shape, formats, with_horizon=with_horizon)
     output_errors = np.empty((formats.n_tiers, *shape[:2]))
     for layer in range(capture.n_layers):
         context = read_context(capture, document, layer, split, frames, head_weights[layer])
-        scores[layer] = estimator.score(context).numpy()
-        reach = context.reach()
-        for name in ("key", "value", "drop"):
-            getattr(window, name)[layer] = getattr(context.window_utility, name) * reach
-            if horizon is not None:
-                getattr(horizon, name)[layer] = getattr(context.horizon_utility, name)
-        keys, values = context.keys_framed[:n_context], context.values_framed[:n_context]
-        coded = CodedContext.encode(keys, values, formats, layer)
-        for errors, exact, hats in (
-            (key_errors, keys, coded.keys),
-            (value_errors, values, coded.values),
-        ):
-            for index, hat in enumerate(hats):
-                errors[index, layer] = (hat - exact).square_().sum(-1).T.numpy()
+        coded = found.add(context, estimator)
         if with_output_errors:
             horizon_attention = HorizonAttention.of(context)
             for tier in range(formats.n_tiers):
                 error = horizon_attention.output_error(*coded.of_tier(tier))
                 output_errors[tier, layer] = error.numpy()
         progress.advance()
-    tier_errors = TierErrors(key_errors, value_errors, formats.key_of_tier, formats.value_of_tier)
-    return MeasuredDocument(
-        document,
-        split,
-        tier_errors,
-        scores,
-        window,
-        horizon,
-        output_errors if with_output_errors else None,
-    )
+    return found.document(document, split, output_errors if with_output_errors else None)
+
+
+class Measurement:
+    """The arrays of one document while its layers come in, each once and in any order.
+
+    Args:
+        shape: (n_layers, n_kv_heads, n_context).
+        with_horizon: also the true future.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], formats: TierFormats, *, with_horizon: bool
+    ) -> None:
+        self._formats = formats
+        self._scores = np.empty(shape)
+        self._window = _empty_utilities(shape)
+        self._horizon = _empty_utilities(shape) if with_horizon else None
+        self._key_errors = np.empty((len(formats.key_formats), *shape), dtype=np.float32)
+        self._value_errors = np.empty((len(formats.value_formats), *shape), dtype=np.float32)
+
+    def add(self, context: LayerContext, estimator: UtilityEstimator) -> CodedContext:
+        """Measure one layer; returns its context as the tiers give it back."""
+        layer, n_context = context.layer, context.n_context
+        self._scores[layer] = estimator.score(context).cpu().numpy()
+        reach = context.reach()
+        for name in ("key", "value", "drop"):
+            seen = getattr(context.window_utility, name) * reach
+            getattr(self._window, name)[layer] = seen.cpu().numpy()
+            if self._horizon is not None:
+                true = getattr(context.horizon_utility, name)
+                getattr(self._horizon, name)[layer] = true.cpu().numpy()
+        keys, values = context.keys_framed[:n_context], context.values_framed[:n_context]
+        coded = CodedContext.encode(keys, values, self._formats, layer)
+        for errors, exact, hats in (
+            (self._key_errors, keys, coded.keys),
+            (self._value_errors, values, coded.values),
+        ):
+            for index, hat in enumerate(hats):
+                errors[index, layer] = (hat - exact).square_().sum(-1).T.cpu().numpy()
+        return coded
+
+    def document(
+        self, info: DocumentInfo, split: Split, output_errors: Float | None = None
+    ) -> MeasuredDocument:
+        """What was measured."""
+        formats = self._formats
+        return MeasuredDocument(
+            info,
+            split,
+            TierErrors(
+                self._key_errors, self._value_errors, formats.key_of_tier, formats.value_of_tier
+            ),
+            self._scores,
+            self._window,
+            self._horizon,
+            output_errors,
+        )
 
 
 def _empty_utilities(shape: tuple[int, ...]) -> Utilities:

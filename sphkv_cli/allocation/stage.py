@@ -10,7 +10,7 @@ drop at a constant; here a drop costs what the future is expected to lose by it.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,15 @@ from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.coding import TierFormats
 from sphkv_cli.allocation.content import allocation_content
 from sphkv_cli.allocation.context import Split, split_document
-from sphkv_cli.allocation.drop_coherence import ITERATIONS, START, DropCoherence, measure_drops
+from sphkv_cli.allocation.coherence import (
+    CODE_BOUNDS,
+    CODE_START,
+    DROP_BOUNDS,
+    DROP_START,
+    ITERATIONS,
+    PlanCoherence,
+    measure_coherence,
+)
 from sphkv_cli.allocation.estimator_names import COMBINATION
 from sphkv_cli.allocation.estimator_store import fit_estimator
 from sphkv_cli.allocation.estimators import UtilityEstimator
@@ -36,6 +44,7 @@ from sphkv_cli.allocation.layout import (
 )
 from sphkv_cli.allocation.measure import MeasuredDocument, measure_document
 from sphkv_cli.allocation.options import AllocateOptions
+from sphkv_cli.allocation.page_costs import Coefficients
 from sphkv_cli.allocation.planning import Placement, PlannedDocument, Planner
 from sphkv_cli.allocation.result import AllocationResult
 from sphkv_cli.allocation.summary import DROP_CONTROLS, CheckedDocument, summarise
@@ -75,7 +84,7 @@ def allocate(
     require_unchanged(codebooks)
     with CaptureReader(capture) as reader:
         books.require_capture(reader)
-        run = _Run.prepare(options, reader, books, progress)
+        run = AllocationRun.prepare(options, reader, books, progress)
         planner, fitted = run.fit()
         checked = run.check(planner, fitted)
         planned = [planner.plan(run.measure(document)) for document in run.to_plan()]
@@ -104,7 +113,7 @@ def allocate(
 
 
 @dataclass(frozen=True)
-class _Run:
+class AllocationRun:
     """What one run of the stage shares between its phases."""
 
     options: AllocateOptions
@@ -120,7 +129,7 @@ class _Run:
     @staticmethod
     def prepare(
         options: AllocateOptions, capture: CaptureReader, books: CodebooksReader, progress: Progress
-    ) -> "_Run":
+    ) -> "AllocationRun":
         """Check everything that can be checked before the first measurement."""
         for split in ("fit", "judge"):
             if not any(document.split == split for document in capture.documents):
@@ -157,10 +166,10 @@ class _Run:
         is_fitted = options.utility == COMBINATION
         n_fit, n_all = len(capture.documents_of("fit")), len(capture.documents)
         n_checked = len(capture.documents_of("select")) or n_fit
-        n_drops = ITERATIONS * n_fit if options.drop_coefficient is None else 0
+        n_drops = ITERATIONS * n_fit if options.is_fitted else 0
         n_passes = is_fitted * n_fit + n_drops + n_all + n_checked
         progress.start("measuring documents", n_passes * capture.n_layers, "layers")
-        return _Run(
+        return AllocationRun(
             options=options,
             capture=capture,
             frames=books.frames,
@@ -197,20 +206,27 @@ class _Run:
             documents,
             self.layout,
             Budget.parse(self.options.budget),
-            drop_coefficients=np.full(heads, START if given is None else given),
+            coefficients=Coefficients.constant(
+                heads, DROP_START if given is None else given, CODE_START
+            ),
             calibrate=self.options.calibrate,
             is_ceiling=self.estimator.is_ceiling,
         )
-        for _ in range(ITERATIONS if given is None else 0):
-            found = DropCoherence.total([self._drop_coherence(planner, d) for d in documents])
-            planner = planner.with_drops_at(found.updated(planner.drop_coefficients), documents)
+        for _ in range(ITERATIONS if self.options.is_fitted else 0):
+            found = PlanCoherence.total([self._coherence(planner, d) for d in documents])
+            at = planner.coefficients
+            drop = found.drops.updated(at.drop, DROP_BOUNDS) if given is None else at.drop
+            planner = planner.priced_at(
+                Coefficients(drop, found.codes.updated(at.code, CODE_BOUNDS)), documents
+            )
         return planner, documents
 
-    def _drop_coherence(self, planner: Planner, document: MeasuredDocument) -> DropCoherence:
-        return measure_drops(
+    def _coherence(self, planner: Planner, document: MeasuredDocument) -> PlanCoherence:
+        return measure_coherence(
             self.capture,
             document,
             self.frames,
+            self.layout.tiers,
             planner.solved(document).option_of_token,
             self.head_weights,
             self.progress,
@@ -225,9 +241,10 @@ class _Run:
         for document in documents:
             planned = planner.plan(document)
             controls = {
-                name: planner.with_drops_at(np.full_like(planner.drop_coefficients, at), []).solved(
-                    document
-                )
+                name: planner.priced_at(
+                    replace(planner.coefficients, drop=np.full_like(planner.coefficients.drop, at)),
+                    [],
+                ).solved(document)
                 for name, at in DROP_CONTROLS.items()
             }
             errors = self._measured_errors(planned, controls)
