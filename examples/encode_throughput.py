@@ -22,11 +22,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sphkv_cli.artifacts.empirical_books import book_keys
-from sphkv_cli.fit.angle_statistics import count_angles
-from sphkv_cli.fit.angle_survey import VECTOR_KINDS
-from sphkv_cli.fit.empirical_fit import fit_layer_books
-from sphkv_cli.fit.layer_pool import each_layer
 from sphkv_codebooks.comparators.coordinate_codebook import coordinate_codebook
 from sphkv_codebooks.comparators.min_max import encode_min_max
 from sphkv_codebooks.search import SearchSpace, best_code
@@ -157,6 +152,12 @@ def measure(device: torch.device, head_dim: int, n_vectors: int) -> None:
 
 def measure_fit(n_tokens: int) -> None:
     """The empirical fit of a whole model, layers in parallel as fit-codebooks does it."""
+    from sphkv_cli.artifacts.empirical_books import book_keys
+    from sphkv_cli.fit.angle_statistics import count_angles
+    from sphkv_cli.fit.angle_survey import VECTOR_KINDS
+    from sphkv_cli.fit.empirical_fit import fit_layer_books
+    from sphkv_cli.fit.layer_pool import each_layer
+
     n_layers, n_kv_heads, head_dim, chunk = 30, 3, 64, 4096
     generator = torch.Generator().manual_seed(42)
     x = torch.randn(n_tokens, n_kv_heads, head_dim, generator=generator)
