@@ -89,6 +89,10 @@ def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
         norm = LogNorm()
     image = ax.imshow(values, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     _label(ax, panel)
+    if panel.row_names:
+        ax.set_yticks(range(len(panel.row_names)), panel.row_names)
+    if panel.column_names:
+        ax.set_xticks(range(len(panel.column_names)), panel.column_names, rotation=30, ha="right")
     canvas.colorbar(image, ax=ax, label=panel.color_label)
 
 

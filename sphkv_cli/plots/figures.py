@@ -53,7 +53,7 @@ class PlotPanel:
 
 @dataclass(frozen=True)
 class GridPanel:
-    """A number per row and column, as colours; NaN stays blank."""
+    """A number per row and column, as colours; NaN stays blank. Unnamed ones are numbered."""
 
     title: str
     x_label: str
@@ -61,10 +61,18 @@ class GridPanel:
     values: Sequence[Sequence[float]]
     color_label: str
     color_scale: Scale = "linear"
+    row_names: Sequence[str] = ()
+    column_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.values or len({len(row) for row in self.values}) != 1:
             raise ValueError(f"the grid {self.title!r} needs rows of one length")
+        for names, count in (
+            (self.row_names, len(self.values)),
+            (self.column_names, len(self.values[0])),
+        ):
+            if names and len(names) != count:
+                raise ValueError(f"the grid {self.title!r} names {len(names)} of {count}")
 
 
 Panel = PlotPanel | GridPanel
