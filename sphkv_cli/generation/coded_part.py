@@ -38,30 +38,40 @@ class LayerReader:
                 get what nobody reads.
         """
         asked = query.to(torch.float32 if self.uses_kernel else torch.float64)
-        positions = _query_positions(tokens, query.device)
+        # A plain step needs neither positions nor a mask, which cost a copy to the device each.
+        is_plain = tokens.is_one_each and not self.described.window
+        positions = None if is_plain else _query_positions(tokens, query.device)
+        sees_all = is_plain and len(set(state.n_tail)) == 1
         dense = dense_part(
             asked,
             state.tail_keys[:, :, : max(state.n_tail)],
             state.tail_values[:, :, : max(state.n_tail)],
-            self._visible(state, positions),
+            None if sees_all else self._visible(state, positions),
             scale=self.described.softmax_scale,
             softcap=self.described.logit_softcap,
         )
         if state.pages is None or not state.pages.page_table.n_entries:
             return dense.output.to(query.dtype)
         if tokens.n_columns == 1:
-            coded = self._pages(state.pages, state.plan, asked[:, :, 0], positions[:, 0])
+            now = None if positions is None else positions[:, 0]
+            coded = self._pages(state.pages, state.plan, asked[:, :, 0], now)
             coded = DecodeResult(coded.output[:, :, None], coded.log_sum_exp[:, :, None])
         else:
+            assert positions is not None
             coded = self._many(state.pages, asked, positions)
         return merge_partial([coded, dense]).output.to(query.dtype)
 
-    def _visible(self, state: StoreState, positions: Tensor) -> Tensor:
-        """(n_sequences, n_columns, n_rows): tail rows that a query sees, by their positions."""
-        device = positions.device
+    def _visible(self, state: StoreState, positions: Tensor | None) -> Tensor:
+        """(n_sequences, n_columns, n_rows): tail rows that a query sees, by their positions.
+
+        positions: None where every query is the last token of its sequence.
+        """
+        device = state.tail_keys.device
         rows = torch.arange(max(state.n_tail), device=device)
         of_row = state.tail_positions[:, None] + rows
         live = rows < torch.tensor(state.n_tail, device=device)[:, None]
+        if positions is None:
+            return live[:, None, :]
         distance = positions[:, :, None] - of_row[:, None, :]
         seen = (distance >= 0) & live[:, None, :]
         return seen & (distance < self.described.window) if self.described.window else seen
@@ -79,14 +89,21 @@ class LayerReader:
         return DecodeResult(outputs, sums)
 
     def _pages(
-        self, pages: PagedCache, plan: AttentionPlan | None, queries: Tensor, positions: Tensor
+        self,
+        pages: PagedCache,
+        plan: AttentionPlan | None,
+        queries: Tensor,
+        positions: Tensor | None,
     ) -> DecodeResult:
-        """queries (n_sequences, n_q_heads, d); the output is out of the frame."""
+        """queries (n_sequences, n_q_heads, d); the output is out of the frame.
+
+        positions: (n_sequences) of the queries, needed in a sliding window.
+        """
         framed = self.frame.queries(queries).contiguous()
         offset, term = self.frame.offsets(queries), self.frame.term(queries)
         scale, softcap = self.described.softmax_scale, self.described.logit_softcap
         window = self.described.window
-        where = positions.to(torch.int32) if window else None
+        where = positions.to(torch.int32) if window and positions is not None else None
         if self.uses_kernel:
             # The argument is passed where it is needed: without it the kernel has less to check.
             extra = {} if term is None else {"position_term": term}

@@ -19,7 +19,7 @@ def dense_part(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    visible: Tensor,
+    visible: Tensor | None,
     *,
     scale: float,
     softcap: float,
@@ -29,7 +29,7 @@ def dense_part(
     Args:
         queries: (n_sequences, n_q_heads, n_queries, d) in the dtype to compute in.
         keys, values: (n_sequences, n_kv_heads, n_tokens, d).
-        visible: (n_sequences, n_queries, n_tokens) bool.
+        visible: (n_sequences, n_queries, n_tokens) bool; None: every query sees every token.
 
     Returns:
         output (n_sequences, n_q_heads, n_queries, d), log_sum_exp without its last axis; 0 and
@@ -38,9 +38,10 @@ def dense_part(
     n_sequences, n_q_heads, n_queries, d = queries.shape
     n_kv_heads = keys.shape[1]
     keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-    # What is not visible may be uninitialised memory: an exact 0 times NaN would survive.
-    seen = visible.any(dim=1)[:, None, :, None]
-    keys, values = keys.masked_fill(~seen, 0), values.masked_fill(~seen, 0)
+    if visible is not None:
+        # What is not visible may be uninitialised memory: an exact 0 times NaN would survive.
+        unseen = ~visible.any(dim=1)[:, None, :, None]
+        keys, values = keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
     grouped = queries.reshape(n_sequences, n_kv_heads, -1, n_queries, d)
     outputs, sums = [], []
     for start in range(0, n_queries, _QUERY_BLOCK):
@@ -48,7 +49,8 @@ def dense_part(
         logits = scale * torch.einsum("shgqd,shtd->shgqt", grouped[:, :, :, block], keys)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~visible[:, None, None, block], float("-inf"))
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None, None, block], float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - torch.where(torch.isfinite(lse), lse, 0.0)[..., None])
         outputs.append(torch.einsum("shgqt,shtd->shgqd", weights, values))

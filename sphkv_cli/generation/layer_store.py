@@ -169,6 +169,20 @@ class LayerStore:
             )
         )
 
+    def filled(
+        self,
+        pages: PagedCache | None,
+        keys: Tensor,
+        values: Tensor,
+        tokens: NewTokens,
+        n_sealed: int,
+    ) -> StoreState:
+        """A state of given pages, which hold the first n_sealed tokens, and a tail after them."""
+        state = self.appended(None, keys, values, tokens)
+        every = (n_sealed,) * state.n_sequences
+        following = tuple(n_sealed + n for n in state.n_tail)
+        return self._planned(replace(state, pages=pages, n_sealed=every, next_position=following))
+
     def _tail(self, state: StoreState, s: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first n tokens of a tail: keys, values (n, n_kv_heads, d) float32, positions (n)."""
         first = state.next_position[s] - state.n_tail[s]

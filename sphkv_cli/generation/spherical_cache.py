@@ -58,7 +58,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._uses_kernel = _uses_kernel(backend, model)
         if self._uses_kernel:
             _require_native(rule)
-        self._stores = [
+        self.stores = [
             LayerStore(
                 rule,
                 index,
@@ -141,6 +141,14 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         shape = self.geometry
         return 2 * n_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * bytes_per_number
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's tokens lie."""
+        return self._frames[layer].output.device
+
+    def adopt(self, layer: int, state: StoreState) -> None:
+        """Take over a layer's state as it is (synthetic.py)."""
+        self._states[layer] = self._before[layer] = state
+
     def states(self) -> tuple[StoreState | None, ...]:
         """What each layer keeps; for tests and reports."""
         return tuple(self._states)
@@ -192,7 +200,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         chosen = indices.tolist()
         self._states = [
             None if state is None else store.selected(state, chosen)
-            for store, state in zip(self._stores, self._states, strict=True)
+            for store, state in zip(self.stores, self._states, strict=True)
         ]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -258,7 +266,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> Tensor:
         if self._tokens is None:
             self._tokens = self._read_tokens(key, call)
-        tokens, store, before = self._tokens, self._stores[layer], self._states[layer]
+        tokens, store, before = self._tokens, self.stores[layer], self._states[layer]
         state = store.appended(before, key, value, tokens)
         if before is None:
             output = attend_dense(query, key, value, call)
