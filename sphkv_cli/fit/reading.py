@@ -73,8 +73,8 @@ def _centring(kept: FloatArray) -> str:
     layer, head = np.unravel_index(int(kept.argmin()), kept.shape)
     return (
         f"Without its head's mean a key keeps {kept.mean():.0%} of its energy (mean over heads; "
-        f"least in layer {layer}, head {head}: {kept.min():.1%}); only that is coded, and softmax "
-        "does not notice what is taken off."
+        f"least in layer {layer}, head {head}: {kept.min():.1%}); only that is coded, and what is "
+        "taken off comes back exactly in the logits."
     )
 
 

@@ -5,6 +5,7 @@ import math
 from sphkv_cli.artifacts.fit_tables import CodeRow
 from sphkv_cli.blocks import Block, Line, Table
 from sphkv_cli.fit.design_view import design_blocks
+from sphkv_cli.fit.frame_view import frame_table
 from sphkv_cli.fit.stage import FitResult
 
 
@@ -16,6 +17,7 @@ def view(result: FitResult) -> tuple[Block, ...]:
             f"centring {result.centring}; {result.n_vectors:,} keys and as many values coded with "
             f"each code in {result.elapsed_s:.1f} s"
         ),
+        *((frame_table(result.tables.frames),) if result.tables.frames else ()),
         *(design_blocks(result.design) if result.design else ()),
         _code_table(result),
         _logit_table(result),
