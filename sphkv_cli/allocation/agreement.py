@@ -7,8 +7,9 @@ fitted on (the select ones):
              uniform tier: is the first-order model right?
     future   what dropping a page would cost by its calibrated scores, against the true future: does
              the score know?
-    drops    measured output error of the dropped tokens alone, over their summed true cost: the
-             coherence that c_drop stands for.
+    drops    measured output error of the plan's dropped tokens alone, over their summed true
+             cost: the coherence that c_drop stands for;
+    codes    the same of its coded tokens: what c_code stands for.
 
 Correlations are of logarithms; a ratio is predicted over measured.
 """
@@ -25,6 +26,7 @@ from sphkv_cli.allocation.coding import round_trip
 from sphkv_cli.allocation.context import read_context
 from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.output_error import HorizonAttention
+from sphkv_cli.allocation.page_costs import Coefficients
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.progress import Progress
 from sphkv_codebooks.frame import FrameSet
@@ -37,7 +39,8 @@ Float = NDArray[np.float64]
 class LayerAgreement:
     """One layer; ratios are predicted / measured, NaN where nothing was measured.
 
-    drop_coefficient: what the plan priced drops at, the geometric mean over heads.
+    drop_coefficient, code_coefficient: what the plan priced drops and codes at, geometric means
+    over heads.
     """
 
     layer: int
@@ -47,17 +50,21 @@ class LayerAgreement:
     future_ratio: float
     drop_coherence: float
     drop_coefficient: float
+    code_coherence: float
+    code_coefficient: float
 
 
 @dataclass(frozen=True)
 class MeasuredErrors:
     """Measured output errors of one document's plans, each (n_layers, n_kv_heads).
 
-    drops: only the dropped tokens of the first plan missing, nothing coded.
+    drops: only the dropped tokens of the first plan missing, nothing coded; codes: its coded tokens
+    coded, nothing dropped.
     """
 
     plans: Mapping[str, Float]
     drops: Float
+    codes: Float
 
 
 def measure_plans(
@@ -77,7 +84,7 @@ def measure_plans(
     """
     shape = (capture.n_layers, capture.n_kv_heads)
     by_plan = {name: np.empty(shape) for name in plans}
-    drops = np.empty(shape)
+    drops, codes = np.empty(shape), np.empty(shape)
     for layer in range(capture.n_layers):
         context = read_context(
             capture, document.info, layer, document.split, frames, head_weights[layer]
@@ -102,8 +109,9 @@ def measure_plans(
             by_plan[name][layer] = error.numpy()
         dropped = next(iter(options.values())) == 0
         drops[layer] = attention.output_error(keys, values, dropped).numpy()
+        codes[layer] = attention.output_error(*next(iter(coded.values()))).numpy()
         progress.advance()
-    return MeasuredErrors(by_plan, drops)
+    return MeasuredErrors(by_plan, drops, codes)
 
 
 def layer_agreement(
@@ -112,7 +120,7 @@ def layer_agreement(
     predicted_pages: list[Float],
     true_pages: list[Float],
     drop_plans: list[NDArray[np.int8]],
-    drop_coefficients: Float,
+    coefficients: Coefficients,
 ) -> tuple[LayerAgreement, ...]:
     """Compare, per layer, over documents, heads, and tiers or pages.
 
@@ -120,21 +128,23 @@ def layer_agreement(
         predicted_pages, true_pages: per document (n_layers, n_kv_heads, n_pages, n_options), of
             which option 0 (drop) is compared.
         drop_plans: per document (n_layers, n_kv_heads, n_context), the plan of `measured.drops`.
-        drop_coefficients: (n_layers, n_kv_heads).
+        coefficients: of the plans.
     """
     rows = []
     for layer in range(measured[0].drops.shape[0]):
         model, truth = [], []
-        drop_sum = drop_measured = 0.0
+        drop_sum = drop_measured = code_sum = code_measured = 0.0
         for document, errors, plan in zip(documents, measured, drop_plans, strict=True):
             assert document.horizon is not None
             assert document.output_errors is not None
             for tier in range(document.errors.n_tiers):
                 cost = document.errors.token_costs(tier, layer, document.horizon)
+                code_sum += float(cost[plan[layer] == tier + 1].sum())
                 model.append(cost.sum(axis=-1))
                 truth.append(document.output_errors[tier, layer])
             drop_sum += float(document.horizon.drop[layer][plan[layer] == 0].sum())
             drop_measured += float(errors.drops[layer].sum())
+            code_measured += float(errors.codes[layer].sum())
         predicted = np.concatenate([pages[layer, ..., 0].ravel() for pages in predicted_pages])
         true = np.concatenate([pages[layer, ..., 0].ravel() for pages in true_pages])
         rows.append(
@@ -145,7 +155,9 @@ def layer_agreement(
                 log_correlation(predicted, true),
                 _ratio(float(predicted.sum()), float(true.sum())),
                 _ratio(drop_measured, drop_sum),
-                float(np.exp(np.log(drop_coefficients[layer]).mean())),
+                _geometric_mean(coefficients.drop[layer]),
+                _ratio(code_measured, code_sum),
+                _geometric_mean(coefficients.code[layer]),
             )
         )
     return tuple(rows)
@@ -160,6 +172,10 @@ def log_correlation(one: Float, other: Float) -> float:
     if x.std() == 0 or y.std() == 0:
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def _geometric_mean(values: Float) -> float:
+    return float(np.exp(np.log(values).mean()))
 
 
 def _ratio(one: float, other: float) -> float:

@@ -101,6 +101,24 @@ def round_trip(kind: RegionFormat, vectors: Tensor, layer: int) -> Tensor:
         ) from error
 
 
+def code_tokens(
+    keys: Tensor, values: Tensor, tiers: Sequence[TierFormat], option: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in the frame with every token in its tier, dropped ones as they are.
+
+    Args:
+        keys, values: (n_context, n_kv_heads, head_dim).
+        option: (n_context, n_kv_heads), 0 = dropped, else one more than the tier.
+    """
+    coded_keys, coded_values = keys.clone(), values.clone()
+    for index, tier in enumerate(tiers, start=1):
+        chosen = option == index
+        if bool(chosen.any()):
+            coded_keys[chosen] = round_trip(tier.key_format, keys[chosen], layer)
+            coded_values[chosen] = round_trip(tier.value_format, values[chosen], layer)
+    return coded_keys, coded_values
+
+
 def _identity(kind: RegionFormat) -> str:
     return kind.digest if isinstance(kind, SphericalCode) else kind
 

@@ -80,7 +80,8 @@ def allocation_content(
         tiers=planner.layout.tiers,
         quotas=planner.policy.fractions,
         head_weights=weights.values,
-        drop_coefficients=planner.drop_coefficients,
+        drop_coefficients=planner.coefficients.drop,
+        code_coefficients=planner.coefficients.code,
         score_arrays=estimator_arrays(estimator),
         calibration=None
         if tables is None

@@ -25,6 +25,7 @@ class AllocateOptions:
         window's own damage is believed as it is (a control, visibly worse).
     drop_coefficient: c_drop, how much more a set of drops hurts than its sum; None fits it per
         layer and KV head on the fit documents.
+    code_coefficient: c_code, the same of coded tokens; None fits it, 1 is plain first order.
     head_weights: F of each query head: the captured Fisher weight, its output projection's weight,
         or 1 (a control); auto is the first of them that the capture holds.
     tiers: names to choose among; empty for all of the codebooks, int8 and dense.
@@ -39,6 +40,7 @@ class AllocateOptions:
     utility: str = COMBINATION
     calibrate: bool = True
     drop_coefficient: float | None = None
+    code_coefficient: float | None = None
     head_weights: HeadWeights = "auto"
     tiers: tuple[str, ...] = ()
     plan_select: bool = False
@@ -51,11 +53,13 @@ class AllocateOptions:
             raise UsageError(f"the page size is {self.page_size}", "choose one of 16, 32, 64")
         require_at_least("--horizon", self.horizon, 1)
         require_at_least("--window", self.window, 1)
-        given = self.drop_coefficient
-        if given is not None and not (math.isfinite(given) and given > 0):
-            raise UsageError(
-                f"the drop coefficient is {given}", "give --drop-coefficient above 0, or auto"
-            )
+        for kind in ("drop", "code"):
+            given = getattr(self, f"{kind}_coefficient")
+            if given is not None and not (math.isfinite(given) and given > 0):
+                raise UsageError(
+                    f"the {kind} coefficient is {given}",
+                    f"give --{kind}-coefficient above 0, or auto",
+                )
         if self.head_weights not in get_args(HeadWeights):
             raise UsageError(
                 f"head weights {self.head_weights!r} are not known",
@@ -67,3 +71,8 @@ class AllocateOptions:
                 "leave calibration on, or use --utility window",
             )
         require_at_least("--seed", self.seed, 0)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a coefficient is fitted on the fit documents."""
+        return self.drop_coefficient is None or self.code_coefficient is None

@@ -5,11 +5,12 @@ of page_size, so that a page is tier-homogeneous and needs no padding but in the
 the expected damage per token (attention_utility.py, calibration.py) and e the errors that encoding
 really made, a page costs
 
-    tier:  sum_t u_key(t) ||e_k(t)||^2 + u_value(t) ||e_v(t)||^2        (quantisation: incoherent)
+    tier:  c_code sum_t u_key(t) ||e_k(t)||^2 + u_value(t) ||e_v(t)||^2
     drop:  c_drop sum_t u_drop(t)
 
 c_drop stands for the coherence of dropped tokens, whose errors share a direction: their plain sum
-underestimates what a set of drops costs by 2 to 30 times (drop_coherence.py fits it).
+underestimates what a set of drops costs by 2 to 30 times.  c_code stands for what first order and
+independence miss.  coherence.py fits both.
 """
 
 from dataclasses import dataclass
@@ -55,6 +56,19 @@ class Utilities:
 
 
 @dataclass(frozen=True)
+class Coefficients:
+    """c_drop and c_code, (n_layers, n_kv_heads) each."""
+
+    drop: Float
+    code: Float
+
+    @staticmethod
+    def constant(shape: tuple[int, int], drop: float, code: float = 1.0) -> "Coefficients":
+        """The same in all (n_layers, n_kv_heads) = shape."""
+        return Coefficients(np.full(shape, drop), np.full(shape, code))
+
+
+@dataclass(frozen=True)
 class DocumentCosts:
     """Costs of every option, summed over pages and over heads.
 
@@ -69,14 +83,13 @@ class DocumentCosts:
 def document_costs(
     errors: TierErrors,
     utilities: Utilities,
-    drop_coefficient: float | Float,
+    coefficients: Coefficients,
     order: NDArray[np.int64],
     page_size: int,
 ) -> DocumentCosts:
     """Costs of one document, layer by layer so that memory stays that of one layer's tokens.
 
     Args:
-        drop_coefficient: c_drop, one for all or (n_layers, n_kv_heads).
         order: (n_layers, n_kv_heads, n_context) token at each rank, as `order_by_score` gives it.
     """
     n_layers, n_kv_heads, n_context = order.shape
@@ -85,21 +98,21 @@ def document_costs(
     pages = np.empty((n_layers, n_kv_heads, n_pages, n_options))
     tokens = np.zeros((n_options, n_context))
     for layer in range(n_layers):
-        costs = token_option_costs(errors, utilities, drop_coefficient, layer)
+        costs = token_option_costs(errors, utilities, coefficients, layer)
         tokens += costs.sum(axis=1)
         pages[layer] = page_option_costs(costs, order[layer], page_size)
     return DocumentCosts(pages, tokens)
 
 
 def token_option_costs(
-    errors: TierErrors, utilities: Utilities, drop_coefficient: float | Float, layer: int
+    errors: TierErrors, utilities: Utilities, coefficients: Coefficients, layer: int
 ) -> Float:
     """(n_options, n_kv_heads, n_context) cost of every option in a layer; option 0 drops."""
     costs = np.empty((1 + errors.n_tiers, *utilities.drop.shape[1:]))
-    coefficients = np.broadcast_to(drop_coefficient, utilities.drop.shape[:2])
-    costs[0] = coefficients[layer][:, None] * utilities.drop[layer]
+    costs[0] = coefficients.drop[layer][:, None] * utilities.drop[layer]
     for tier in range(errors.n_tiers):
-        costs[1 + tier] = errors.token_costs(tier, layer, utilities)
+        plain = errors.token_costs(tier, layer, utilities)
+        costs[1 + tier] = coefficients.code[layer][:, None] * plain
     return costs
 
 

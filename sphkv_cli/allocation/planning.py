@@ -12,6 +12,7 @@ from sphkv_cli.allocation.calibration import QUANTITIES, CalibrationTables, fit_
 from sphkv_cli.allocation.layout import LaidOutBytes, PageLayout
 from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.page_costs import (
+    Coefficients,
     DocumentCosts,
     Utilities,
     document_costs,
@@ -66,13 +67,12 @@ class PlannedDocument:
 class Planner:
     """Everything frozen by the fit documents.
 
-    drop_coefficients: (n_layers, n_kv_heads) c_drop.
     calibration: None believes the window's own damage (or, for the oracle, the true future).
     """
 
     layout: PageLayout
     budget: Budget
-    drop_coefficients: NDArray[np.float64]
+    coefficients: Coefficients
     calibration: CalibrationTables | None
     is_ceiling: bool
     policy: QuotaPolicy
@@ -83,7 +83,7 @@ class Planner:
         layout: PageLayout,
         budget: Budget,
         *,
-        drop_coefficients: NDArray[np.float64],
+        coefficients: Coefficients,
         calibrate: bool,
         is_ceiling: bool,
     ) -> "Planner":
@@ -96,15 +96,15 @@ class Planner:
                 futures.append({name: getattr(document.horizon, name) for name in QUANTITIES})
             tables = fit_tables([document.scores for document in documents], futures)
         nothing = np.zeros((layout.n_layers, layout.n_kv_heads, len(layout.tiers)))
-        bare = Planner(layout, budget, drop_coefficients, tables, is_ceiling, QuotaPolicy(nothing))
-        return bare.with_drops_at(drop_coefficients, documents)
+        bare = Planner(layout, budget, coefficients, tables, is_ceiling, QuotaPolicy(nothing))
+        return bare.priced_at(coefficients, documents)
 
-    def with_drops_at(
-        self, drop_coefficients: NDArray[np.float64], documents: Sequence[MeasuredDocument]
+    def priced_at(
+        self, coefficients: Coefficients, documents: Sequence[MeasuredDocument]
     ) -> "Planner":
-        """The same with other prices of drops, and quotas fitted anew on the fit documents; without
+        """The same at other prices, and quotas fitted anew on the fit documents; without
         documents the quotas stay."""
-        priced = replace(self, drop_coefficients=drop_coefficients)
+        priced = replace(self, coefficients=coefficients)
         if not documents:
             return priced
         plans = [priced.solved(document).option_of_page for document in documents]
@@ -162,7 +162,7 @@ class Planner:
     def _costs(self, document: MeasuredDocument, utilities: Utilities) -> DocumentCosts:
         order = order_by_score(document.scores)
         return document_costs(
-            document.errors, utilities, self.drop_coefficients, order, self.layout.page_size
+            document.errors, utilities, self.coefficients, order, self.layout.page_size
         )
 
     def _solve(

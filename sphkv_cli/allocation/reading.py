@@ -25,6 +25,7 @@ def read_summary(
         *_uniform_wins(plans),
         *_model(agreement),
         *_coherence(agreement),
+        *_coded(agreement),
     )
 
 
@@ -105,6 +106,19 @@ def _coherence(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
         f"drops were priced at {np.exp(np.log(priced).mean()):.2g}x ({priced.min():.2g} to "
         f"{priced.max():.2g} by layer), furthest off in layer "
         f"{agreement[_furthest(found, priced)].layer}.",
+    )
+
+
+def _coded(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
+    found = np.array([row.code_coherence for row in agreement])
+    priced = np.array([row.code_coefficient for row in agreement])
+    if np.isnan(found).all():
+        return ()
+    worst = agreement[_furthest(found, priced)]
+    return (
+        f"The plan's coded tokens hurt {np.nanmedian(found):.2g}x their first-order sum (median "
+        f"over layers) and were priced at {np.exp(np.log(priced).mean()):.2g}x; furthest off in "
+        f"layer {worst.layer} ({worst.code_coherence:.2g} at {worst.code_coefficient:.2g}).",
     )
 
 

@@ -73,8 +73,8 @@ class AllocationSummary:
 
     budget: as given; options: names, drop first; option_bytes: of one page of the first layer with
     its table entry; plans: of the documents asked for (judge); checks: documents of `check_split`
-    with measured errors; drop_coefficient: geometric mean over heads, with its range; agreement:
-    per layer, on the checks; weights: where F comes from.
+    with measured errors; drop_coefficient, code_coefficient: geometric means over heads, with
+    their ranges; agreement: per layer, on the checks; weights: where F comes from.
     """
 
     budget: str
@@ -84,6 +84,9 @@ class AllocationSummary:
     drop_coefficient: float
     drop_coefficient_range: tuple[float, float]
     drop_coefficient_source: str
+    code_coefficient: float
+    code_coefficient_range: tuple[float, float]
+    code_coefficient_source: str
     weights: str
     page_size: int
     horizon: int

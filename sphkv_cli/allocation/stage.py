@@ -20,8 +20,6 @@ import torch
 from sphkv_cli.allocation.agreement import MeasuredErrors, measure_plans
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.coding import TierFormats
-from sphkv_cli.allocation.content import allocation_content
-from sphkv_cli.allocation.context import Split, split_document
 from sphkv_cli.allocation.coherence import (
     CODE_BOUNDS,
     CODE_START,
@@ -31,6 +29,8 @@ from sphkv_cli.allocation.coherence import (
     PlanCoherence,
     measure_coherence,
 )
+from sphkv_cli.allocation.content import allocation_content
+from sphkv_cli.allocation.context import Split, split_document
 from sphkv_cli.allocation.estimator_names import COMBINATION
 from sphkv_cli.allocation.estimator_store import fit_estimator
 from sphkv_cli.allocation.estimators import UtilityEstimator
@@ -200,25 +200,28 @@ class AllocationRun:
     def fit(self) -> tuple[Planner, list[MeasuredDocument]]:
         """Measure the fit documents and freeze tables and quotas."""
         documents = [self.measure(document) for document in self.capture.documents_of("fit")]
-        given = self.options.drop_coefficient
-        heads = (self.capture.n_layers, self.capture.n_kv_heads)
+        options, heads = self.options, (self.capture.n_layers, self.capture.n_kv_heads)
+        start = Coefficients.constant(
+            heads,
+            DROP_START if options.drop_coefficient is None else options.drop_coefficient,
+            CODE_START if options.code_coefficient is None else options.code_coefficient,
+        )
         planner = Planner.fit(
             documents,
             self.layout,
-            Budget.parse(self.options.budget),
-            coefficients=Coefficients.constant(
-                heads, DROP_START if given is None else given, CODE_START
-            ),
-            calibrate=self.options.calibrate,
+            Budget.parse(options.budget),
+            coefficients=start,
+            calibrate=options.calibrate,
             is_ceiling=self.estimator.is_ceiling,
         )
-        for _ in range(ITERATIONS if self.options.is_fitted else 0):
+        for _ in range(ITERATIONS if options.is_fitted else 0):
             found = PlanCoherence.total([self._coherence(planner, d) for d in documents])
-            at = planner.coefficients
-            drop = found.drops.updated(at.drop, DROP_BOUNDS) if given is None else at.drop
-            planner = planner.priced_at(
-                Coefficients(drop, found.codes.updated(at.code, CODE_BOUNDS)), documents
-            )
+            drop, code = planner.coefficients.drop, planner.coefficients.code
+            if options.drop_coefficient is None:
+                drop = found.drops.updated(drop, DROP_BOUNDS)
+            if options.code_coefficient is None:
+                code = found.codes.updated(code, CODE_BOUNDS)
+            planner = planner.priced_at(Coefficients(drop, code), documents)
         return planner, documents
 
     def _coherence(self, planner: Planner, document: MeasuredDocument) -> PlanCoherence:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sphkv_cli.allocation.agreement import LayerAgreement, MeasuredErrors, layer_agreement
 from sphkv_cli.allocation.estimators import UtilityEstimator
@@ -52,12 +53,12 @@ def summarise(
         utility=f"{estimator.name}: {estimator.description}",
         utility_is_ceiling=estimator.is_ceiling,
         is_calibrated=planner.calibration is not None,
-        drop_coefficient=float(np.exp(np.log(planner.drop_coefficients).mean())),
-        drop_coefficient_range=(
-            float(planner.drop_coefficients.min()),
-            float(planner.drop_coefficients.max()),
-        ),
-        drop_coefficient_source=drop_coefficient_source(options),
+        drop_coefficient=_geometric_mean(planner.coefficients.drop),
+        drop_coefficient_range=_range(planner.coefficients.drop),
+        code_coefficient=_geometric_mean(planner.coefficients.code),
+        code_coefficient_range=_range(planner.coefficients.code),
+        code_coefficient_source=_source(options.code_coefficient, "code"),
+        drop_coefficient_source=_source(options.drop_coefficient, "drop"),
         weights=weights.source,
         page_size=options.page_size,
         horizon=options.horizon,
@@ -73,11 +74,19 @@ def summarise(
     )
 
 
-def drop_coefficient_source(options: AllocateOptions) -> str:
-    """Where c_drop comes from."""
-    if options.drop_coefficient is None:
+def _source(given: float | None, kind: str) -> str:
+    """Where a coefficient comes from."""
+    if given is None:
         return "fitted per layer and KV head on the fit documents"
-    return "given with --drop-coefficient"
+    return f"given with --{kind}-coefficient"
+
+
+def _geometric_mean(values: NDArray[np.float64]) -> float:
+    return float(np.exp(np.log(values).mean()))
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
 
 def _document_plan(
@@ -168,5 +177,5 @@ def _agreement(planner: Planner, checked: Sequence[CheckedDocument]) -> tuple[La
         [check.planned.costs.pages for check in checked],
         [check.true_costs.pages for check in checked],
         [check.planned.plan.option_of_token for check in checked],
-        planner.drop_coefficients,
+        planner.coefficients,
     )

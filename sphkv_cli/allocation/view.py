@@ -107,6 +107,8 @@ def _layers(summary: AllocationSummary) -> Table:
                 agreement.future_log_correlation,
                 agreement.drop_coherence,
                 agreement.drop_coefficient,
+                agreement.code_coherence,
+                agreement.code_coefficient,
             )
         )
     return Table(
@@ -118,8 +120,9 @@ def _layers(summary: AllocationSummary) -> Table:
                 "predicted/measured",
                 "score vs future: log corr.",
                 "drops: measured/summed",
-                "priced at",
+                "drops priced at",
             ),
+            *("codes: measured/summed", "codes priced at"),
         ),
         rows,
         text_columns=2,
@@ -136,7 +139,10 @@ def _assumptions(result: AllocationResult) -> tuple[str, ...]:
     return (
         f"score: {summary.utility}; {calibrated}",
         f"pages of {summary.page_size} tokens; window {summary.window}, horizon {summary.horizon}",
-        f"drop coefficient {_coefficient(summary)} ({summary.drop_coefficient_source})",
+        f"drop coefficient {_times(summary.drop_coefficient, summary.drop_coefficient_range)} "
+        f"({summary.drop_coefficient_source})",
+        f"code coefficient {_times(summary.code_coefficient, summary.code_coefficient_range)} "
+        f"({summary.code_coefficient_source})",
         f"weight of a head: {summary.weights}",
         "cost: expected squared error of the attention outputs of one later query, so weighted, "
         "summed over layers and heads",
@@ -144,8 +150,8 @@ def _assumptions(result: AllocationResult) -> tuple[str, ...]:
     )
 
 
-def _coefficient(summary: AllocationSummary) -> str:
-    low, high = summary.drop_coefficient_range
+def _times(mean: float, ends: tuple[float, float]) -> str:
+    low, high = ends
     if low == high:
         return f"{low:g}"
-    return f"{summary.drop_coefficient:.3g} (geometric mean; {low:.3g} to {high:.3g})"
+    return f"{mean:.3g} (geometric mean; {low:.3g} to {high:.3g})"

@@ -197,6 +197,13 @@ class AllocationReader:
         return np.asarray(self._file["drop_coefficients"][()], dtype=np.float64)
 
     @property
+    def code_coefficients(self) -> FloatArray:
+        """(n_layers, n_kv_heads) c_code; 1 in files that lack it."""
+        if "code_coefficients" not in self._file:
+            return np.ones((self.info.n_layers, self.info.n_kv_heads))
+        return np.asarray(self._file["code_coefficients"][()], dtype=np.float64)
+
+    @property
     def score_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What the score needs beside its name, as FORMAT.md says; empty where that says all."""
         if "score" not in self._file:

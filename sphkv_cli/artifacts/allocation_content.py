@@ -124,9 +124,9 @@ class AllocationContent:
     """Everything in allocation.h5 but its header.
 
     tiers: in order of page bytes, without drop.  quotas: (n_layers, n_kv_heads, 1 + n_tiers)
-    fractions of pages, drop first.  head_weights: (n_layers, n_q_heads).  drop_coefficients:
-    (n_layers, n_kv_heads).  score_arrays: what the score needs beside its name.  tables: rows by
-    name, for people and plots, each with its row type.
+    fractions of pages, drop first.  head_weights: (n_layers, n_q_heads).  drop_coefficients,
+    code_coefficients: (n_layers, n_kv_heads).  score_arrays: what the score needs beside its name.
+    tables: rows by name, for people and plots, each with its row type.
     """
 
     info: AllocationInfo
@@ -136,6 +136,7 @@ class AllocationContent:
     quotas: FloatArray
     head_weights: FloatArray
     drop_coefficients: FloatArray
+    code_coefficients: FloatArray
     score_arrays: Mapping[str, npt.NDArray[Any]]
     calibration: CalibrationArrays | None
     plans: tuple[StoredPlan, ...]
@@ -154,7 +155,8 @@ def write_content(file: h5py.File, content: AllocationContent) -> None:
     _create(file, "tiers", np.array(described.encode()), "")
     _create(file, "policy/quotas", content.quotas, "n_layers, n_kv_heads, n_options")
     _create(file, "head_weights", content.head_weights, "n_layers, n_q_heads")
-    _create(file, "drop_coefficients", content.drop_coefficients, "n_layers, n_kv_heads")
+    for name in ("drop_coefficients", "code_coefficients"):
+        _create(file, name, getattr(content, name), "n_layers, n_kv_heads")
     for name, array in content.score_arrays.items():
         _create(file, f"score/{name}", array, SCORE_AXES[name])
     if content.calibration is not None:

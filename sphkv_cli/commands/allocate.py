@@ -43,6 +43,12 @@ def allocate_command(
             help="How much more a set of drops hurts than its sum: a number, or auto to fit it."
         ),
     ] = "auto",
+    code_coefficient: Annotated[
+        str,
+        typer.Option(
+            help="How much more coded tokens hurt than first order says: a number, or auto."
+        ),
+    ] = "auto",
     head_weights: Annotated[
         Literal["auto", "fisher", "output", "none"],
         typer.Option(
@@ -73,7 +79,8 @@ def allocate_command(
         window=window,
         utility=utility,
         calibrate=calibrate,
-        drop_coefficient=_coefficient(drop_coefficient),
+        drop_coefficient=_coefficient("--drop-coefficient", drop_coefficient),
+        code_coefficient=_coefficient("--code-coefficient", code_coefficient),
         head_weights=head_weights,
         tiers=tuple(tier or ()),
         plan_select=plan_select,
@@ -84,12 +91,12 @@ def allocate_command(
     Output(json_output).show(result, view(result))
 
 
-def _coefficient(text: str) -> float | None:
+def _coefficient(option: str, text: str) -> float | None:
     if text == "auto":
         return None
     try:
         return float(text)
     except ValueError as error:
         raise UsageError(
-            f"--drop-coefficient {text!r} is no number", "give auto, or a number above 0"
+            f"{option} {text!r} is no number", "give auto, or a number above 0"
         ) from error

@@ -23,8 +23,8 @@ from scipy.stats import rankdata
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.coding import TierFormats
+from sphkv_cli.allocation.coherence import DROP_START
 from sphkv_cli.allocation.context import split_document
-from sphkv_cli.allocation.drop_coherence import START
 from sphkv_cli.allocation.estimator_names import COMBINATION, ORACLE
 from sphkv_cli.allocation.future_queries import FutureQueries
 from sphkv_cli.allocation.head_weights import HeadWeighting
@@ -106,7 +106,12 @@ def run(inputs: StudyInputs) -> StudyResult:
         fixed_bytes=0,
     )
     plans = compare_plans(
-        scored[: len(fit)], scored[len(fit) :], layout, Budget.parse(BUDGET), scoring.keys, START
+        scored[: len(fit)],
+        scored[len(fit) :],
+        layout,
+        Budget.parse(BUDGET),
+        scoring.keys,
+        DROP_START,
     )
     rows = [
         Reliability(keys, name, *_agreement(scored[len(fit) :], keys, name), plans[keys, name])
@@ -126,7 +131,7 @@ def run(inputs: StudyInputs) -> StudyResult:
             f"Code rates of the coded keys: {', '.join(rates)} bits per coordinate; scores from "
             "coded keys are fitted and calibrated on coded keys.",
             f"Plans: pages of {PAGE_SIZE} at {BUDGET}, drop and {len(ordered)} tiers, drops at "
-            f"{START:g}x their sum, layers {layers[0]} to {layers[-1]} ({len(layers)}).",
+            f"{DROP_START:g}x their sum, layers {layers[0]} to {layers[-1]} ({len(layers)}).",
             f"Weight of a head: {weights.source}.",
         ),
     )

@@ -18,7 +18,7 @@ from sphkv_cli.allocation.calibration import QUANTITIES, CalibrationTables, fit_
 from sphkv_cli.allocation.estimator_names import ORACLE
 from sphkv_cli.allocation.layout import PageLayout
 from sphkv_cli.allocation.measure import MeasuredDocument
-from sphkv_cli.allocation.page_costs import TierErrors, Utilities, plan_cost
+from sphkv_cli.allocation.page_costs import Coefficients, TierErrors, Utilities, plan_cost
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.policy import QuotaPolicy
 from sphkv_cli.study.utility_scores import ESTIMATORS, EXACT, ScoredDocument
@@ -116,7 +116,7 @@ def _costs(
     planner = Planner(
         layout,
         budget,
-        np.full(heads, drop_coefficient),
+        Coefficients.constant(heads, drop_coefficient),
         tables,
         tables is None,
         QuotaPolicy(np.zeros((*heads, len(layout.tiers)))),

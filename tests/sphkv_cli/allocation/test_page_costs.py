@@ -7,6 +7,7 @@ import torch
 from sphkv_cli.allocation.baselines import best_uniform
 from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, order_tiers
 from sphkv_cli.allocation.page_costs import (
+    Coefficients,
     TierErrors,
     Utilities,
     document_costs,
@@ -24,6 +25,7 @@ from sphkv_kernels.cache_builder import SequenceTokens
 from sphkv_kernels.tier import TierFormat
 
 HEAD_DIM, PAGE_SIZE, N_LAYERS, N_KV_HEADS, N_CONTEXT = 16, 16, 2, 3, 65
+EIGHT = Coefficients.constant((N_LAYERS, N_KV_HEADS), 8.0)
 LOW = SphericalCode.analytic("low", HEAD_DIM, (3, 1, 1), "lloyd_max:1")
 HIGH = SphericalCode.analytic("high", HEAD_DIM, (4, 2, 2, 2), "norm")
 TIERS = (
@@ -121,7 +123,7 @@ def costs_of(rng: np.random.Generator) -> tuple[TierErrors, Utilities, np.ndarra
         value_format=(0, 0),
     )
     utilities = Utilities(rng.random(shape), rng.random(shape), rng.random(shape))
-    by_layer = [token_option_costs(errors, utilities, 8.0, layer) for layer in range(N_LAYERS)]
+    by_layer = [token_option_costs(errors, utilities, EIGHT, layer) for layer in range(N_LAYERS)]
     return errors, utilities, np.stack(by_layer, axis=1)
 
 
@@ -142,7 +144,7 @@ def test_pages_hold_tokens_of_falling_score_and_sum_their_costs() -> None:
     scores = rng.integers(0, 9, costs.shape[1:]).astype(float)
     order = order_by_score(scores)
     pages = page_of_token(order, PAGE_SIZE)
-    both = document_costs(errors, utilities, 8.0, order, PAGE_SIZE)
+    both = document_costs(errors, utilities, EIGHT, order, PAGE_SIZE)
     found = both.pages
     np.testing.assert_allclose(both.tokens, costs.sum(axis=(1, 2)))
     for layer, head in np.ndindex(N_LAYERS, N_KV_HEADS):
@@ -165,7 +167,7 @@ def test_plan_cost_is_the_sum_over_its_tokens() -> None:
     errors, utilities, costs = costs_of(rng)
     order = order_by_score(rng.random(costs.shape[1:]))
     options = rng.integers(0, 3, (N_LAYERS, N_KV_HEADS, 5)).astype(np.int8)
-    pages = document_costs(errors, utilities, 8.0, order, PAGE_SIZE).pages
+    pages = document_costs(errors, utilities, EIGHT, order, PAGE_SIZE).pages
     tokens = option_of_token(options, page_of_token(order, PAGE_SIZE))
     by_token = np.take_along_axis(costs, tokens[None].astype(int), axis=0).sum()
     assert plan_cost(pages, options) == pytest.approx(by_token)
