@@ -67,6 +67,12 @@ STUDIES: tuple[Study, ...] = (
         "sphkv_cli.study.books",
     ),
     Study(
+        "generalisation",
+        "Do means and books of one kind of text serve another, and how much text do they need?",
+        ("model",),
+        "sphkv_cli.study.generalisation",
+    ),
+    Study(
         "shared-rotation",
         "One rotation for the whole model, or one per layer and head?",
         ("capture",),
@@ -77,6 +83,12 @@ STUDIES: tuple[Study, ...] = (
         "Can a token's future use be told from its past, and from approximate logits?",
         ("capture",),
         "sphkv_cli.study.utility",
+    ),
+    Study(
+        "retention",
+        "What does a cache of so many bits lose, by method?",
+        ("capture", "model"),
+        "sphkv_cli.study.retention",
     ),
 )
 
