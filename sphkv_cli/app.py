@@ -10,8 +10,8 @@ from sphkv_cli.commands.registry import app
 __all__ = ["app", "run"]
 
 _COMMANDS = (
-    *("capture", "fit_codebooks", "allocate", "profile", "evaluate", "compare", "study"),
-    *("inspect", "doctor"),
+    *("capture", "fit_codebooks", "allocate", "profile", "evaluate", "generate"),
+    *("compare", "study", "inspect", "doctor"),
 )
 for _name in _COMMANDS:
     importlib.import_module(f"sphkv_cli.commands.{_name}")

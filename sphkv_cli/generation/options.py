@@ -1,0 +1,47 @@
+"""What `generate` can be asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from sphkv_cli.errors import UsageError
+from sphkv_cli.models.load import LoadOptions
+
+BackendChoice = Literal["auto", "cuda", "reference"]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Options of one run.
+
+    prompts: texts; prompt_files: files of text after them; prompt_tokens: at most so many first
+    tokens of each.  new_tokens: generated greedily, end-of-text tokens like others.
+    tier: of codebooks; window: tokens after the prompt that stay dense at least (policy), or last
+    tokens that do (tier).
+    backend: what reads the codes; model: None takes the name that the artifact has.
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompt_files: tuple[Path, ...] = ()
+    prompt_tokens: int | None = None
+    new_tokens: int = 64
+    tier: str | None = None
+    window: int = 32
+    backend: BackendChoice = "auto"
+    model: str | None = None
+    load: LoadOptions = field(default_factory=LoadOptions)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    gguf_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts and not self.prompt_files:
+            raise UsageError("there is no prompt", "pass --prompt TEXT or --prompt-file PATH")
+        for name in ("prompt_tokens", "new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}", "give 1 or more")
+        if self.backend not in get_args(BackendChoice):
+            raise UsageError(
+                f"--backend {self.backend} is unknown", "choose auto, cuda or reference"
+            )

@@ -1,0 +1,39 @@
+"""What `generate` found, as plain rows."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One prompt continued greedily by the same model with two caches.
+
+    first_difference: index of the first generated token that differs, None where none does;
+    probability_dense, probability_coded: that the dense run gives its own token there and the one
+    the coded run took (a near tie is no loss), None likewise.
+    coded_bytes, dense_bytes: of the tensors that each cache holds at the end; *_seconds: of all
+    steps, prompt included.
+    """
+
+    name: str
+    n_prompt: int
+    n_generated: int
+    dense_text: str
+    coded_text: str
+    first_difference: int | None
+    probability_dense: float | None
+    probability_coded: float | None
+    dense_bytes: int
+    coded_bytes: int
+    dense_seconds: float
+    coded_seconds: float
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """cache: what the coded runs used; backend: what read the codes; dtype: of the model."""
+
+    model: str
+    cache: str
+    backend: str
+    dtype: str
+    continuations: tuple[Continuation, ...]
