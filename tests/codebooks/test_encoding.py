@@ -16,7 +16,7 @@ from sphkv_codebooks import vector_coder
 from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.density import HALF_PI, TWO_PI, SinPower, UniformCircle
 from sphkv_codebooks.encoded import EncodedVectors
-from sphkv_codebooks.encoder import encode_pairs
+from sphkv_codebooks.encoder import encode_pairs, pair_radius
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.histogram_lloyd import lloyd_max_samples
 from sphkv_codebooks.lloyd_max import lloyd_max
@@ -261,3 +261,12 @@ def test_codes_on_the_gpu_are_those_of_the_cpu(code: SphericalCode) -> None:
     on_gpu = code.encode(x.cuda())
     assert same_bits(on_gpu.to("cpu"), code.encode(x))
     assert torch.equal(code.decode(on_gpu).cpu(), code.decode(code.encode(x)))
+
+
+def test_radii_are_correctly_rounded() -> None:
+    """The float64 root of the float32 sum, rounded once: double rounding cannot hurt a root."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn((2, 100_000), generator=generator)
+    squares = (first.numpy() ** 2 + second.numpy() ** 2).astype(np.float64)
+    expected = np.sqrt(squares).astype(np.float32)
+    assert (pair_radius(first, second).numpy() == expected).all()

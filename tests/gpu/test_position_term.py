@@ -58,8 +58,10 @@ def check(cache: PagedCache, group_size: int, term: PositionTerm, **options: obj
 @pytest.mark.parametrize("n_pairs", [1, 4, 5, 13])
 def test_term_equals_reference(head_dim: int, n_pairs: int) -> None:
     cache = ragged_cache(tier_set(head_dim, 2, 3, 7), seed=n_pairs)
-    assert cache.positions is not None and cache.positions.dtype == torch.uint16
-    check(cache, 4, random_term(cache, 4, n_pairs, 10.0))
+    assert cache.positions is not None
+    term = random_term(cache, 4, n_pairs, 10.0)
+    check(cache, 4, term)
+    check(replace(cache, positions=cache.positions.to(torch.uint16)), 4, term)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
