@@ -8,13 +8,10 @@ The reader is lazy for the plans of documents.
 import dataclasses
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -27,10 +24,10 @@ from sphkv_cli.artifacts.allocation_content import (
 )
 from sphkv_cli.artifacts.capture_info import LayerInfo, Split
 from sphkv_cli.artifacts.frames import read_frames
-from sphkv_cli.artifacts.header import ArtifactRef, Header, require_input
+from sphkv_cli.artifacts.header import ArtifactRef, require_input
+from sphkv_cli.artifacts.reader import ArtifactReader
 from sphkv_cli.artifacts.row_tables import read_rows
-from sphkv_cli.artifacts.store import artifact_ref, create_artifact, open_artifact, read_header
-from sphkv_cli.errors import ArtifactError
+from sphkv_cli.artifacts.store import artifact_ref, create_artifact, read_header
 from sphkv_codebooks.frame import FrameSet
 from sphkv_kernels.tier import TierFormat
 
@@ -68,50 +65,20 @@ def save_allocation(
     return artifact_ref(path, read_header(path))
 
 
-class AllocationReader:
+class AllocationReader(ArtifactReader):
     """Reads an allocation; a context manager, plans when asked for.
 
     Raises:
         ArtifactError: on entering, when the file is not a whole allocation.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stack = ExitStack()
-        self._open: h5py.File | None = None
-
-    def __enter__(self) -> Self:
-        self._open = self._stack.enter_context(open_artifact(self.path, "allocation"))
-        try:
-            self._check()
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            self._stack.close()
-            raise self._damaged(error) from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-        self._open = None
-
-    @cached_property
-    def header(self) -> Header:
-        """Kind, version, digest, inputs, provenance."""
-        return read_header(self.path)
+    @property
+    def kind(self) -> str:
+        return "allocation"
 
     @property
-    def digest(self) -> str:
-        """The content digest, SHA-256 hex."""
-        return self.header.digest
-
-    @property
-    def ref(self) -> ArtifactRef:
-        """How artifacts made from this allocation name it."""
-        return artifact_ref(self.path, self.header)
+    def command(self) -> str:
+        return "sphkv allocate"
 
     def require_capture(self, capture: ArtifactRef) -> None:
         """Refuse any other capture than the one that was allocated; raises ArtifactError."""
@@ -223,12 +190,6 @@ class AllocationReader:
         """One of the tables for people; raises KeyError where there is none of that name."""
         return read_rows(self._file["tables"], name, row_type)
 
-    @property
-    def _file(self) -> h5py.File:
-        if self._open is None:
-            raise RuntimeError("AllocationReader is used outside its `with` block")
-        return self._open
-
     def _plan_array(self, document: PlanInfo, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         index = self.documents.index(document)
         return np.asarray(self._file[f"documents/{index:03d}/{name}"][()], dtype=dtype)
@@ -246,10 +207,6 @@ class AllocationReader:
                 shape = self._file[f"documents/{index:03d}/{name}"].shape
                 if shape != (*heads, document.n_context):
                     raise ValueError(f"documents/{index:03d}/{name} has shape {shape}")
-
-    def _damaged(self, error: Exception) -> ArtifactError:
-        why = str(error).strip("'\"")
-        return ArtifactError(f"{self.path} is damaged ({why})", "make it again: `sphkv allocate`")
 
 
 def _text(value: Any) -> str:

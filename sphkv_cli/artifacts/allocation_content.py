@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from sphkv_cli.artifacts.capture_info import LayerInfo, Split
 from sphkv_cli.artifacts.frames import write_frames
+from sphkv_cli.artifacts.reader import write_array
 from sphkv_cli.artifacts.row_tables import write_rows
 from sphkv_codebooks.frame import FrameSet
 from sphkv_kernels.tier import TierFormat
@@ -152,30 +153,26 @@ def write_content(file: h5py.File, content: AllocationContent) -> None:
     write_rows(file, "layers", content.layers, LayerInfo)
     write_frames(file, content.frames)
     described = json.dumps([tier.describe() for tier in content.tiers], sort_keys=True)
-    _create(file, "tiers", np.array(described.encode()), "")
-    _create(file, "policy/quotas", content.quotas, "n_layers, n_kv_heads, n_options")
-    _create(file, "head_weights", content.head_weights, "n_layers, n_q_heads")
+    write_array(file, "tiers", np.array(described.encode()), "")
+    write_array(file, "policy/quotas", content.quotas, "n_layers, n_kv_heads, n_options")
+    write_array(file, "head_weights", content.head_weights, "n_layers, n_q_heads")
     for name in ("drop_coefficients", "code_coefficients"):
-        _create(file, name, getattr(content, name), "n_layers, n_kv_heads")
+        write_array(file, name, getattr(content, name), "n_layers, n_kv_heads")
     for name, array in content.score_arrays.items():
-        _create(file, f"score/{name}", array, SCORE_AXES[name])
+        write_array(file, f"score/{name}", array, SCORE_AXES[name])
     if content.calibration is not None:
         arrays = content.calibration
         axes = "n_layers, n_kv_heads, n_quantities, n_ends"
-        _create(file, "calibration/starts", arrays.starts, axes)
-        _create(file, "calibration/log_scores", arrays.log_scores, "n_knots")
-        _create(file, "calibration/log_values", arrays.log_values, "n_knots")
+        write_array(file, "calibration/starts", arrays.starts, axes)
+        write_array(file, "calibration/log_scores", arrays.log_scores, "n_knots")
+        write_array(file, "calibration/log_values", arrays.log_values, "n_knots")
     documents = file.create_group("documents")
     for index, plan in enumerate(content.plans):
         group = documents.create_group(f"{index:03d}")
         for field in dataclasses.fields(PlanInfo):
             group.attrs[field.name] = getattr(plan.info, field.name)
         for name in ("tier_of_token", "page_of_token", "policy_tier_of_token"):
-            _create(group, name, getattr(plan, name), PLAN_AXES)
+            write_array(group, name, getattr(plan, name), PLAN_AXES)
     tables = file.create_group("tables")
     for name, (row_type, rows) in content.tables.items():
         write_rows(tables, name, rows, row_type)
-
-
-def _create(group: h5py.Group, name: str, values: npt.NDArray[Any], axes: str) -> None:
-    group.create_dataset(name, data=values).attrs["axes"] = axes

@@ -6,11 +6,8 @@ transformers is needed. FORMAT.md specifies the file, `capture_writer.py` writes
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,8 +16,7 @@ import numpy.typing as npt
 from sphkv_cli.artifacts.bfloat16 import BFLOAT16, STORED_AS, from_bfloat16_bits
 from sphkv_cli.artifacts.capture_info import SPLITS, CaptureInfo, DocumentInfo, LayerInfo, Split
 from sphkv_cli.artifacts.capture_writer import document_path, layer_path
-from sphkv_cli.artifacts.header import ArtifactRef, Header
-from sphkv_cli.artifacts.store import artifact_ref, open_artifact, read_header
+from sphkv_cli.artifacts.reader import ArtifactReader
 from sphkv_cli.errors import ArtifactError
 
 __all__ = ["SPLITS", "CaptureInfo", "CaptureReader", "DocumentInfo", "LayerInfo", "Split"]
@@ -28,7 +24,7 @@ __all__ = ["SPLITS", "CaptureInfo", "CaptureReader", "DocumentInfo", "LayerInfo"
 Float32 = npt.NDArray[np.float32]
 
 
-class CaptureReader:
+class CaptureReader(ArtifactReader):
     """Reads a capture; a context manager, arrays as float32 when asked for.
 
     A document is meant by its index or its `DocumentInfo`. `tokens` and `rows` are slices of the
@@ -38,43 +34,16 @@ class CaptureReader:
         ArtifactError: on entering, when the file is not a whole capture.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stack = ExitStack()
-        self._open: h5py.File | None = None
-
-    def __enter__(self) -> Self:
-        self._open = self._stack.enter_context(open_artifact(self.path, "capture"))
-        try:
-            _ = self.info, self.documents
-        except (KeyError, ValueError, TypeError) as error:
-            self._stack.close()
-            raise self._damaged(str(error)) from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-        self._open = None
-
-    @cached_property
-    def header(self) -> Header:
-        """Kind, version, digest, provenance."""
-        return read_header(self.path)
+    @property
+    def kind(self) -> str:
+        return "capture"
 
     @property
-    def digest(self) -> str:
-        """The content digest, SHA-256 hex."""
-        return self.header.digest
+    def command(self) -> str:
+        return "sphkv capture"
 
-    @property
-    def ref(self) -> ArtifactRef:
-        """How artifacts made from this capture name it."""
-        return artifact_ref(self.path, self.header)
+    def _check(self) -> None:
+        _ = self.info, self.documents
 
     @cached_property
     def info(self) -> CaptureInfo:
@@ -249,12 +218,6 @@ class CaptureReader:
         """Standard error of `fisher` over its passes, NaN where there was one pass."""
         return np.asarray(self._dataset("fisher_standard_error")[()], dtype=np.float64)
 
-    @property
-    def _file(self) -> h5py.File:
-        if self._open is None:
-            raise RuntimeError("CaptureReader is used outside its `with` block")
-        return self._open
-
     def _place(self, document: int | DocumentInfo) -> str:
         index = document if isinstance(document, int) else document.index
         if not 0 <= index < len(self.documents):
@@ -289,8 +252,3 @@ class CaptureReader:
         if not np.isfinite(values).all():
             raise self._damaged(f"{name} holds NaN or Inf")
         return values
-
-    def _damaged(self, why: str) -> ArtifactError:
-        return ArtifactError(
-            f"{self.path} is a damaged capture ({why})", "make it again with `sphkv capture`"
-        )

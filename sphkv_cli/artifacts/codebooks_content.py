@@ -29,6 +29,7 @@ from sphkv_cli.artifacts.fit_tables import (
     LevelRow,
 )
 from sphkv_cli.artifacts.frames import read_frames, write_frames
+from sphkv_cli.artifacts.reader import write_array
 from sphkv_cli.artifacts.row_tables import read_rows, write_rows
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.sink_rule import SinkRule
@@ -135,13 +136,13 @@ def write_content(file: h5py.File, content: CodebooksContent) -> None:
     if content.sinks is not None:
         sinks = file.create_group("sinks")
         sinks.attrs["factor"] = content.sinks.factor
-        _create(sinks, "median_norm", content.sinks.median_norm, "n_layers, n_kv_heads")
+        write_array(sinks, "median_norm", content.sinks.median_norm, "n_layers, n_kv_heads")
     codes = file.create_group("codes")
     for index, code in enumerate(content.codes):
         _write_code(codes.create_group(f"{index:03d}"), code)
     measured = file.create_group("measured")
     for name, axes in MEASURES.items():
-        _create(measured, name, content.measured[name], axes)
+        write_array(measured, name, content.measured[name], axes)
     tables = file.create_group("tables")
     for name, row_type in _TABLES.items():
         write_rows(tables, name, getattr(content.tables, name), row_type)
@@ -212,10 +213,10 @@ def _write_code(group: h5py.Group, code: SphericalCode) -> None:
     group.attrs["name"] = code.name
     group.attrs["digest"] = code.digest
     text = json.dumps(code.describe(), sort_keys=True, allow_nan=False).encode()
-    _create(group, "description", np.array(text), "")
+    write_array(group, "description", np.array(text), "")
     for book in code.codebooks:
-        _create(group, f"level_{book.level}/centroids", book.centroids, "n_cells")
-        _create(group, f"level_{book.level}/thresholds", book.thresholds, "n_thresholds")
+        write_array(group, f"level_{book.level}/centroids", book.centroids, "n_cells")
+        write_array(group, f"level_{book.level}/thresholds", book.thresholds, "n_thresholds")
 
 
 def _read_code(group: h5py.Group) -> SphericalCode:
@@ -227,7 +228,3 @@ def _read_code(group: h5py.Group) -> SphericalCode:
             if not np.array_equal(group[f"level_{book.level}/{name}"][()], expected):
                 raise ValueError(f"code {code.name}: {name} of level {book.level} contradict it")
     return code
-
-
-def _create(group: h5py.Group, name: str, values: npt.NDArray[Any], axes: str) -> None:
-    group.create_dataset(name, data=values).attrs["axes"] = axes

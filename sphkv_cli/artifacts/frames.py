@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from sphkv_cli.artifacts.reader import write_array
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 
@@ -32,20 +33,20 @@ def write_frames(parent: h5py.Group, frames: FrameSet) -> None:
     group.attrs["rotation_digest"] = rotation.digest
     is_one = isinstance(frames.centring, str)
     group.attrs["centring"] = frames.centring if is_one else json.dumps(list(frames.centring))
-    _create(group, "rotation_matrix", rotation.matrix(), "head_dim, head_dim")
+    write_array(group, "rotation_matrix", rotation.matrix(), "head_dim, head_dim")
     if rotation.kind == "hadamard":
-        _create(group, "rotation_signs", rotation.signs.astype("i1"), "head_dim")
+        write_array(group, "rotation_signs", rotation.signs.astype("i1"), "head_dim")
     if frames.key_mean is not None:
-        _create(group, "key_mean", frames.key_mean, _MEAN_AXES)
+        write_array(group, "key_mean", frames.key_mean, _MEAN_AXES)
     if frames.residual_mean is not None:
-        _create(group, "residual_mean", frames.residual_mean, _MEAN_AXES)
+        write_array(group, "residual_mean", frames.residual_mean, _MEAN_AXES)
     if frames.inv_freq is not None:
-        _create(group, "inv_freq", frames.inv_freq, "n_layers, n_pairs")
+        write_array(group, "inv_freq", frames.inv_freq, "n_layers, n_pairs")
     if frames.balancing is not None:
         stored = frames.balancing.astype(np.float16)
         if (stored.astype(np.float64) != frames.balancing).any():
             raise ValueError("a balancing matrix is stored in float16 and must be exact in it")
-        _create(group, "balancing", stored, "n_layers, n_kv_heads, head_dim, head_dim")
+        write_array(group, "balancing", stored, "n_layers, n_kv_heads, head_dim, head_dim")
 
 
 def read_frames(parent: h5py.Group, head_dim: int) -> FrameSet:
@@ -82,7 +83,3 @@ def read_frames(parent: h5py.Group, head_dim: int) -> FrameSet:
 
 def _array(group: h5py.Group, name: str) -> npt.NDArray[Any] | None:
     return group[name][()] if name in group else None
-
-
-def _create(group: h5py.Group, name: str, values: npt.NDArray[Any], axes: str) -> None:
-    group.create_dataset(name, data=values).attrs["axes"] = axes

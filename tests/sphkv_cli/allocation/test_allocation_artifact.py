@@ -69,14 +69,14 @@ def test_damaged_files_are_refused(copied: Path) -> None:
             del file[name]
 
     without("documents/000/page_of_token")
-    refused(copied, r"a.h5 is damaged \(.*page_of_token")
+    refused(copied, r"a.h5 is a damaged allocation \(.*page_of_token")
 
 
 def test_wrong_shapes_are_refused(copied: Path) -> None:
     with h5py.File(copied, "r+") as file:
         del file["policy/quotas"]
         file["policy/quotas"] = np.zeros((2, 2, 3))
-    refused(copied, r"damaged \(quotas have shape")
+    refused(copied, r"damaged allocation \(quotas have shape")
 
 
 def test_another_rotation_is_refused(copied: Path) -> None:
