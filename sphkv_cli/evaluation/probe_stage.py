@@ -127,7 +127,8 @@ def probe(
             with AllocationReader(allocation) as plans:
                 plans.require_capture(reader.ref)
                 inputs["allocation"] = plans.ref
-                rows = _retention_rows(options, asked.lengths, model, ContextPolicy.of(plans))
+                policy = ContextPolicy.of(plans, max(asked.lengths))
+                rows = _retention_rows(options, asked.lengths, model, policy)
         description = _RETENTION if protocol is None else protocol.description
         progress.start("asking", len(rows) * len(prompts), "prompts")
         filled = [_fill(asked, model, row, prompts, protocol, progress) for row in rows]

@@ -47,8 +47,10 @@ class ContextPolicy:
     _options: dict[int, npt.NDArray[np.int8]] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
-    def of(allocation: AllocationReader) -> "ContextPolicy":
+    def of(allocation: AllocationReader, longest_context: int) -> "ContextPolicy":
         """Read everything the policy needs.
+
+        longest_context: tokens, decides how wide stored positions are.
 
         Raises:
             UsageError: its score looks at the future, which a new text does not have.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sphkv_cli.allocation.layout import position_bytes
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.page_store import compacted, joined, kept, tensor_bytes
 from sphkv_cli.generation.placement import Placement, PlacementRule
@@ -84,7 +85,8 @@ class StoreState:
 class LayerStore:
     """How one layer's tokens are kept; `window`: of a sliding-window layer, else 0.
 
-    group_size: query heads per KV head; uses_kernel: pages are planned for the CUDA kernel.
+    group_size: query heads per KV head; uses_kernel: pages are planned for the CUDA kernel;
+    max_tokens: the model's context, decides how wide stored positions are.
     """
 
     rule: PlacementRule
@@ -92,6 +94,12 @@ class LayerStore:
     window: int
     group_size: int
     uses_kernel: bool
+    max_tokens: int
+
+    @property
+    def position_dtype(self) -> torch.dtype:
+        """uint16 where every position of the model fits."""
+        return torch.uint16 if position_bytes(self.max_tokens) == 2 else torch.int32
 
     @property
     def stores_positions(self) -> bool:
@@ -220,7 +228,12 @@ class LayerStore:
                 )
             )
         try:
-            new = build_cache(self.rule.tiers, self.rule.page_size, sequences)
+            new = build_cache(
+                self.rule.tiers,
+                self.rule.page_size,
+                sequences,
+                position_dtype=self.position_dtype,
+            )
         except (CodeError, ValueError) as error:
             raise SphkvError(
                 f"layer {self.layer}: a key or value cannot be coded ({error})",
@@ -247,8 +260,10 @@ class LayerStore:
             return pages
         sequence = pages.page_table.head_of_entry() // pages.n_kv_heads
         first = torch.tensor(state.next_position, device=pages.device) - self.window + 1
-        # Dead rows hold -1.
-        return kept(pages, pages.positions.amax(dim=1) >= first[sequence])
+        rows = torch.arange(pages.page_size, device=pages.device)
+        dead = rows >= pages.page_table.live_tokens[:, None]
+        last = pages.positions.to(torch.int64).masked_fill(dead, -1).amax(dim=1)
+        return kept(pages, last >= first[sequence])
 
     def _planned(self, state: StoreState) -> StoreState:
         if not self.uses_kernel or state.pages is None or not state.pages.page_table.n_entries:

@@ -38,7 +38,7 @@ def policy_for(path: Path, model: Any, window: int | None) -> PolicyRule:
         require_rope(path, info.rope, model)
         require_layers(path, allocation.layers, geometry)
         _require_digest(path, info.model, info.model_digest, model)
-        return PolicyRule.of(ContextPolicy.of(allocation), window)
+        return PolicyRule.of(ContextPolicy.of(allocation, geometry.max_tokens), window)
 
 
 def uniform_for(

@@ -65,6 +65,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 layer.window,
                 self.geometry.n_q_heads // self.geometry.n_kv_heads,
                 self._uses_kernel,
+                self.geometry.max_tokens,
             )
             for index, layer in enumerate(self.geometry.layers)
         ]

@@ -41,7 +41,7 @@ def test_a_captured_context_is_placed_as_the_allocation_placed_it(
 ) -> None:
     info, ids, expected = judged_document(tiny_chain)
     with AllocationReader(tiny_chain.allocation) as plans:
-        policy = ContextPolicy.of(plans)
+        policy = ContextPolicy.of(plans, 512)
     assert policy.laid_out_bytes(info.n_context) == info.policy_bytes
     coding = policy_coding(JudgedModel.of(load()), policy, ids[: info.n_context])
     assert (expected >= 0).any() and len(np.unique(expected)) > 2
@@ -57,7 +57,7 @@ def test_steps_after_a_prompt_equal_the_retention_protocol(
     model = load().double()
     judged = JudgedModel.of(model)
     with AllocationReader(tiny_chain.allocation) as plans:
-        coding = policy_coding(judged, ContextPolicy.of(plans), ids[: info.n_context])
+        coding = policy_coding(judged, ContextPolicy.of(plans, 512), ids[: info.n_context])
     assert isinstance(coding, PlanCoding)
     hidden, _ = judged.coded_hidden(ids, coding, RetentionProtocol(info.n_context))
     expected = judged.head(hidden)
