@@ -2,8 +2,8 @@
 
 Chosen in turn, each by the mean over query heads of the squared relative output error:
 
-    centring    none, post_rope or pre_rope
-    balancing   none, diagonal or full
+    centring    none, post_rope or pre_rope, each with and without
+    balancing   none, diagonal; then full
     RoPE pairs  the fewest whose error is within NOISE of that of all (pre_rope)
     sinks       one factor for the model, at equal rate
 
@@ -161,20 +161,24 @@ def choose_layer(
     code = reference_code(capture.head_dim)
     judge = LayerJudge.read(capture, layer, rules.protocol, inv_freq)
     search = _Search(layer, judge, code, keys.median_norm, [])
-    by_centring = {kind: _frame(rotation, kind, keys, inv_freq) for kind in rules.centrings}
-    rows = [search.measure(by_centring[kind], "none") for kind in rules.centrings]
-    prices = [_position_price(by_centring[kind]) for kind in rules.centrings]
-    chosen = _cheapest(rows, prices)
-    frame = by_centring[rules.centrings[chosen]]
     builder = _Builder(capture, layer, keys.median_norm)
     kinds = _possible(rules.balancings, capture, layer)
-    options = [builder.balanced(frame, kind) for kind in kinds]
-    rows = [
-        rows[chosen] if kind == "none" else search.measure(option, kind)
-        for kind, option in zip(kinds, options, strict=True)
+    # A full balancing is measured in the best centring alone, unless it is asked for.
+    first = [kind for kind in kinds if kind != "full"] or list(kinds)
+    options = [
+        builder.balanced(_frame(rotation, centring, keys, inv_freq), kind)
+        for kind in first
+        for centring in rules.centrings
     ]
-    chosen = _cheapest(rows, [_price(option, capture.head_dim) for option in options])
+    named = [kind for kind in first for _ in rules.centrings]
+    rows = [search.measure(option, kind) for option, kind in zip(options, named, strict=True)]
+    chosen = _cheapest(rows, [_price(option) for option in options])
     frame, row = options[chosen], rows[chosen]
+    if "full" in kinds and "full" not in first:
+        full = builder.balanced(frame, "full")
+        pair = [row, search.measure(full, "full")]
+        if _cheapest(pair, [_price(frame), _price(full)]) == 1:
+            frame, row = full, pair[1]
     if frame.needs_positions(0):
         frame, row = _choose_pairs(search, builder, frame, row, rules.rope_pairs)
     thresholds = [factor * torch.from_numpy(keys.median_norm) for factor in SINK_FACTORS]
@@ -294,14 +298,11 @@ def _cheapest(rows: Sequence[FrameRow], prices: Sequence[float]) -> int:
     return next(index for index in allowed if priced[index] <= (1 + NOISE) * best)
 
 
-def _position_price(frame: FrameSet) -> float:
-    """What 2 bytes per token and KV head for positions would be worth as bits of the key code."""
-    return float(4.0 ** (16 / frame.head_dim)) if frame.needs_positions(0) else 1.0
-
-
-def _price(frame: FrameSet, head_dim: int) -> float:
-    """What the bytes of a balancing would be worth as bits of the key code."""
-    if frame.balancing is None:
-        return 1.0
-    bits = 8 * balancing_bytes(frame.balancing[0]) / frame.balancing.shape[1]
-    return float(4.0 ** (bits / (TABLE_CONTEXT * head_dim)))
+def _price(frame: FrameSet) -> float:
+    """What the bytes of positions (2 per token and KV head) and of a balancing would be worth as
+    bits of the key code."""
+    bits_per_token = 16.0 if frame.needs_positions(0) else 0.0
+    if frame.balancing is not None:
+        n_heads = frame.balancing.shape[1]
+        bits_per_token += 8 * balancing_bytes(frame.balancing[0]) / n_heads / TABLE_CONTEXT
+    return float(4.0 ** (bits_per_token / frame.head_dim))
