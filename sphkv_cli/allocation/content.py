@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sphkv_cli.allocation.agreement import LayerAgreement
+from sphkv_cli.allocation.discovery import PositionRow, SinkRow
 from sphkv_cli.allocation.estimator_store import estimator_arrays, estimator_signals
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.head_weights import HeadWeighting
@@ -90,6 +91,8 @@ def allocation_content(
         tables={
             "heads": (HeadMix, summary.heads),
             "agreement": (LayerAgreement, summary.agreement),
+            "positions": (PositionRow, summary.discovery.positions),
+            "sinks": (SinkRow, summary.discovery.sinks),
             "comparisons": (ComparisonRow, _comparisons(summary)),
         },
     )

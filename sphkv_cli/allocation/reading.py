@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sphkv_cli.allocation.agreement import LayerAgreement
+from sphkv_cli.allocation.discovery import Discovery, PositionRow
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.result import DocumentPlan
 
@@ -15,6 +16,7 @@ def read_summary(
     plans: Sequence[DocumentPlan],
     checks: Sequence[DocumentPlan],
     agreement: Sequence[LayerAgreement],
+    discovery: Discovery,
 ) -> tuple[str, ...]:
     """Sentences, the most important first."""
     return (
@@ -26,6 +28,7 @@ def read_summary(
         *_model(agreement),
         *_coherence(agreement),
         *_coded(agreement),
+        *_discovered(discovery, len(plans)),
     )
 
 
@@ -107,6 +110,28 @@ def _coherence(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
         f"{priced.max():.2g} by layer), furthest off in layer "
         f"{agreement[_furthest(found, priced)].layer}.",
     )
+
+
+def _discovered(discovery: Discovery, n_documents: int) -> tuple[str, ...]:
+    last = [row for row in discovery.profile("end") if row.last < 32]
+    rest = [row for row in discovery.profile("end") if row.first >= 32]
+    at_start = sum(row.position == 0 for row in discovery.sinks)
+    sentence = (
+        f"Unpinned, {discovery.n_sinks} tokens of {n_documents} documents are protected by at "
+        f"least half of the heads, token 0 in {at_start} of {n_documents}"
+    )
+    if not rest:
+        return (sentence + ".",)
+    near, far = (_mean_bits(rows) for rows in (last, rest))
+    return (
+        f"{sentence}; the last 32 tokens get {near:.2f} bits per coordinate on average, those "
+        f"before them {far:.2f}.",
+    )
+
+
+def _mean_bits(rows: Sequence[PositionRow]) -> float:
+    widths = [row.last - row.first + 1 for row in rows]
+    return float(np.average([row.bits_per_coordinate for row in rows], weights=widths))
 
 
 def _coded(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:

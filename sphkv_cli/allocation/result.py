@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sphkv_cli.allocation.agreement import LayerAgreement
+from sphkv_cli.allocation.discovery import Discovery
 from sphkv_cli.allocation.layout import LaidOutBytes
 
 
@@ -74,7 +75,8 @@ class AllocationSummary:
     budget: as given; options: names, drop first; option_bytes: of one page of the first layer with
     its table entry; plans: of the documents asked for (judge); checks: documents of `check_split`
     with measured errors; drop_coefficient, code_coefficient: geometric means over heads, with
-    their ranges; agreement: per layer, on the checks; weights: where F comes from.
+    their ranges; agreement: per layer, on the checks; discovery: of the plans; weights: where F
+    comes from.
     """
 
     budget: str
@@ -97,6 +99,7 @@ class AllocationSummary:
     checks: tuple[DocumentPlan, ...]
     check_split: str
     heads: tuple[HeadMix, ...]
+    discovery: Discovery
     agreement: tuple[LayerAgreement, ...]
     reading: tuple[str, ...]
 

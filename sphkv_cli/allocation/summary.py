@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sphkv_cli.allocation.agreement import LayerAgreement, MeasuredErrors, layer_agreement
+from sphkv_cli.allocation.discovery import Discovery
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.head_weights import HeadWeighting
 from sphkv_cli.allocation.options import AllocateOptions
@@ -48,6 +49,11 @@ def summarise(
     plans = tuple(_document_plan(planner, document, None, {}) for document in planned)
     checks = tuple(_document_plan(planner, c.planned, c.errors, c.controls) for c in checked)
     agreement = _agreement(planner, checked)
+    discovery = Discovery.of_plans(
+        planner.layout,
+        [document.measured.info.name for document in planned],
+        [document.plan.option_of_token for document in planned],
+    )
     return AllocationSummary(
         budget=options.budget,
         utility=f"{estimator.name}: {estimator.description}",
@@ -69,8 +75,9 @@ def summarise(
         checks=checks,
         check_split="select" if checked[0].is_select else "fit",
         heads=_head_mixes(planner, planned),
+        discovery=discovery,
         agreement=agreement,
-        reading=read_summary(estimator, plans, checks, agreement),
+        reading=read_summary(estimator, plans, checks, agreement, discovery),
     )
 
 

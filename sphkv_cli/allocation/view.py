@@ -18,6 +18,8 @@ def view(result: AllocationResult) -> tuple[Block, ...]:
         _comparisons(f"Measured on {summary.check_split} documents", summary.checks),
         _tiers(summary),
         _layers(summary),
+        _positions(summary),
+        *_sinks(summary),
         *(Line(text) for text in _assumptions(result)),
     )
 
@@ -126,6 +128,30 @@ def _layers(summary: AllocationSummary) -> Table:
         ),
         rows,
         text_columns=2,
+    )
+
+
+def _positions(summary: AllocationSummary) -> Table:
+    return Table(
+        "By position, from both ends of the context",
+        ("from", "first", "last", "bits/coordinate", "dropped", "protected (8 bits or more)"),
+        [
+            (row.end, row.first, row.last, row.bits_per_coordinate, row.dropped, row.protected)
+            for row in summary.discovery.positions
+        ],
+    )
+
+
+def _sinks(summary: AllocationSummary) -> tuple[Block, ...]:
+    found = summary.discovery
+    if not found.sinks:
+        return (Line("No token is protected by half of the heads: no sink was found."), Line())
+    return (
+        Table(
+            f"Sinks: tokens that half of the heads protect ({found.n_sinks} in all)",
+            ("document", "position", "share of the heads"),
+            [(row.document, row.position, row.share) for row in found.sinks],
+        ),
     )
 
 

@@ -62,14 +62,20 @@ def allocate_command(
     plan_select: Annotated[
         bool, typer.Option("--plan-select", help="Plan the select documents too.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG of what was found: bytes by head, both ends, tiers.")
+    ] = None,
     seed: Seed = 42,
     force: ForceFlag = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Choose keep, drop and tier of every page of tokens under one byte budget."""
+    from sphkv_cli.allocation.figure import discovery_figure
     from sphkv_cli.allocation.options import AllocateOptions
     from sphkv_cli.allocation.stage import allocate
     from sphkv_cli.allocation.view import view
+    from sphkv_cli.artifacts.store import check_output, replaced_when_whole
+    from sphkv_cli.plots.draw import draw, require_matplotlib
     from sphkv_cli.render import Output, TerminalProgress
 
     options = AllocateOptions(
@@ -86,8 +92,14 @@ def allocate_command(
         plan_select=plan_select,
         seed=seed,
     )
+    if plot is not None:
+        require_matplotlib("--plot")
+        check_output(plot, force=force)
     with TerminalProgress() as progress:
         result = allocate(options, capture, codebooks, output, progress=progress, force=force)
+    if plot is not None:
+        with replaced_when_whole(plot) as temporary:
+            draw(discovery_figure(result.summary), temporary)
     Output(json_output).show(result, view(result))
 
 
