@@ -54,6 +54,10 @@ def evaluate_command(
     gate_perplexity: Annotated[
         float | None, typer.Option(help="Gate: largest perplexity ratio.")
     ] = None,
+    stepwise: Annotated[
+        bool,
+        typer.Option("--stepwise", help="Also decode the policy step by step from its own cache."),
+    ] = False,
     probe: Annotated[
         Literal["copy-back", "needle"] | None,
         typer.Option(help="Instead: ask for codes that a context states, dense and coded."),
@@ -110,6 +114,7 @@ def evaluate_command(
         seeds=seeds,
         split=split,
         max_documents=max_documents,
+        stepwise=stepwise,
         gate_kl=gate_kl,
         gate_top1=gate_top1,
         gate_perplexity=gate_perplexity,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sphkv_cli.errors import SphkvError
-from sphkv_cli.evaluation.coding import KeyValueCoding
+from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.masked_attention import CodedRun
 from sphkv_cli.evaluation.protocol import ReadProtocol
@@ -87,13 +87,39 @@ def _document_score(
     scores: TokenScores,
     seconds: float,
 ) -> DocumentScore:
-    head_dim = run.geometry.head_dim
     n_coded = len(protocol.coded_positions(document.n_tokens))
-    n_vectors = run.geometry.n_layers * run.geometry.n_kv_heads * document.n_tokens
+    shape = ModelCacheShape(run.geometry.n_layers, run.geometry.n_kv_heads, run.geometry.head_dim)
     coded_bytes = coding.stored_bytes(n_coded) + coding.table_bytes()
-    coded_bytes += dense_key_bytes(run.n_dense_keys, head_dim, document.n_tokens)
-    per_token = 2 * 2 * run.geometry.n_layers * run.geometry.n_kv_heads * head_dim
-    total = coded_bytes + per_token * (document.n_tokens - n_coded)
+    coded_bytes += dense_key_bytes(run.n_dense_keys, shape.head_dim, document.n_tokens)
+    return score_of(
+        document,
+        shape,
+        scores,
+        n_coded=n_coded,
+        coded_bytes=coded_bytes,
+        code_rate=coding.code_rate(n_coded),
+        dense_keys=run.n_dense_keys,
+        seconds=seconds,
+    )
+
+
+def score_of(
+    document: JudgedDocument,
+    shape: ModelCacheShape,
+    scores: TokenScores,
+    *,
+    n_coded: int,
+    coded_bytes: int,
+    code_rate: float,
+    dense_keys: int,
+    seconds: float,
+) -> DocumentScore:
+    """One run's row of a document; the arguments are fields of `DocumentScore`.
+
+    n_coded: tokens that are not stored dense.
+    """
+    total = coded_bytes + shape.dense_bytes(document.n_tokens - n_coded)
+    n_coordinates = shape.n_coordinates(document.n_tokens)
     return DocumentScore(
         name=document.name,
         n_tokens=document.n_tokens,
@@ -103,11 +129,11 @@ def _document_score(
         perplexity_dense=math.exp(float(scores.nll_dense.mean())),
         perplexity_coded=math.exp(float(scores.nll_coded.mean())),
         top1=float(scores.agree.mean()),
-        code_rate=coding.code_rate(n_coded),
-        laid_out_rate=8.0 * total / (2 * n_vectors * head_dim),
+        code_rate=code_rate,
+        laid_out_rate=8.0 * total / n_coordinates,
         coded_bytes=coded_bytes,
-        coded_laid_out_rate=8.0 * coded_bytes / max(per_token // 2 * n_coded, 1),
-        dense_keys=run.n_dense_keys,
-        dense_key_fraction=run.n_dense_keys / n_vectors,
+        coded_laid_out_rate=8.0 * coded_bytes / max(shape.n_coordinates(n_coded), 1),
+        dense_keys=dense_keys,
+        dense_key_fraction=2 * shape.head_dim * dense_keys / n_coordinates,
         seconds=seconds,
     )

@@ -30,6 +30,7 @@ class EvaluateOptions:
     seeds: how many rotation seeds rotated codes are run with (uniform); a row is their mean. Those
         of codebooks count from their own seed on, those of published methods from `seed` on.
     split: whose documents are scored; max_documents: at most so many, spread evenly; None for all.
+    stepwise: also run the policy's drop-in cache, one token per forward pass (retention).
     logit_chunk: positions whose logits over the vocabulary are held at a time.
     gate_kl: the largest geometric-mean KL, gate_top1 the least top-1 agreement, gate_perplexity the
         largest perplexity ratio of every row of ours (codes asked for, plan, policy).
@@ -47,6 +48,7 @@ class EvaluateOptions:
     seeds: int = 1
     split: Split = "judge"
     max_documents: int | None = None
+    stepwise: bool = False
     logit_chunk: int = 128
     gate_kl: float | None = None
     gate_top1: float | None = None

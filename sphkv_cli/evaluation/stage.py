@@ -24,12 +24,15 @@ from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_output, require_unchanged
 from sphkv_cli.errors import GateFailed, SphkvError, UsageError
-from sphkv_cli.evaluation.candidates import WorkOf, retention_work, uniform_work
+from sphkv_cli.evaluation.candidates import Work, WorkOf, retention_work, uniform_work
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.protocol import RetentionProtocol
 from sphkv_cli.evaluation.reading import gate_outcomes, read
 from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, GateOutcome, Row
+from sphkv_cli.evaluation.stepwise import NAME as STEPWISE
+from sphkv_cli.evaluation.stepwise import judge_stepwise
 from sphkv_cli.evaluation.summary import mean_over_seeds, summarise
 from sphkv_cli.evaluation.token_scores import TokenScores
 from sphkv_cli.progress import NullProgress, Progress
@@ -68,6 +71,8 @@ def evaluate(
         protocol = "uniform" if allocation is None else "retention"
     if protocol == "retention" and allocation is None:
         raise UsageError("--protocol retention needs an allocation", "pass allocation.h5")
+    if options.stepwise and protocol != "retention":
+        raise UsageError("--stepwise runs an allocation's policy", "pass --allocation")
     inputs: dict[str, ArtifactRef] = {}
     with CaptureReader(capture) as reader:
         inputs["capture"] = reader.ref
@@ -102,7 +107,8 @@ def evaluate(
                 documents = _documents(options, reader, {info.index for info in plans.documents})
                 model = _load(options, reader, progress)
                 work = retention_work(options, plans, model.shape)
-                judged = _judge(options, reader, documents, model, work, progress)
+                stepped = allocation if options.stepwise else None
+                judged = _judge(options, reader, documents, model, work, progress, stepped)
     result = _result(options, protocol, reader.model, judged, time.perf_counter() - started)
     ref = save_report(
         output,
@@ -202,7 +208,9 @@ def _judge(
     model: JudgedModel,
     work_of: WorkOf,
     progress: Progress,
+    stepped: Path | None = None,
 ) -> _Judged:
+    """stepped: the allocation whose drop-in cache is run step by step beside the others."""
     scores: dict[str, list[list[tuple[DocumentScore, TokenScores]]]] = {}
     is_ours: dict[str, bool] = {}
     description = ""
@@ -222,12 +230,36 @@ def _judge(
         )
         of_document: dict[str, list[tuple[DocumentScore, TokenScores]]] = {}
         for candidate, score in zip(work.candidates, found, strict=True):
+            if candidate is work.candidates[-1] and stepped is not None:
+                # Before the control, which is last.
+                of_document[STEPWISE] = [_stepwise(options, model, document, work, stepped)]
+                is_ours[STEPWISE] = True
             of_document.setdefault(candidate.row, []).append(score)
             is_ours[candidate.row] = candidate.is_ours
         for row, of_seeds in of_document.items():
             scores.setdefault(row, []).append(of_seeds)
     progress.finish()
     return _Judged(scores, is_ours, description)
+
+
+def _stepwise(
+    options: EvaluateOptions,
+    model: JudgedModel,
+    document: JudgedDocument,
+    work: Work,
+    allocation: Path,
+) -> tuple[DocumentScore, TokenScores]:
+    assert isinstance(work.protocol, RetentionProtocol)
+    n_context = work.protocol.n_context
+    policy = next(c.coding for c in work.candidates if c.coding.name == "policy")
+    return judge_stepwise(
+        model,
+        document,
+        n_context,
+        allocation,
+        code_rate=policy.code_rate(n_context),
+        logit_chunk=options.logit_chunk,
+    )
 
 
 def _result(
