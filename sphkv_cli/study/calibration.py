@@ -58,15 +58,18 @@ def mean_frames(
     documents: Sequence[DocumentInfo],
     rotation: Rotation,
     max_tokens: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> FrameSet:
     """Frames whose means come from the first `max_tokens` tokens of `documents`, None for all.
+
+    layers: those that will be used, None for all; the means of others stay 0.
 
     Raises:
         SphkvError: NaN or Inf among the keys.
     """
     inv_freq = frequencies_or_none(capture)
     means = torch.zeros(capture.n_layers, capture.n_kv_heads, capture.head_dim, dtype=torch.float64)
-    for layer in range(capture.n_layers):
+    for layer in range(capture.n_layers) if layers is None else layers:
         n_tokens = 0
         for keys, positions in first_tokens(capture, documents, layer, "keys", max_tokens):
             if inv_freq is not None:

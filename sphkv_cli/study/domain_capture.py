@@ -5,7 +5,7 @@ Source: ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from sphkv_cli.study.coding_errors import coding_errors
 from sphkv_cli.study.domains import Domain, Tokenizer
 from sphkv_cli.study.head_coding import AnalyticBooks, FittedBooks, HeadCoding
 from sphkv_cli.study.inputs import StudyInputs
+from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 
@@ -36,6 +37,7 @@ class Captured:
 
     name: str
     inputs: StudyInputs
+    _centred: dict[tuple[tuple[int, ...], int], FrameSet] = field(default_factory=dict, init=False)
 
     @property
     def capture(self) -> CaptureReader:
@@ -67,6 +69,19 @@ class Captured:
         capture = self.capture
         return ModelCacheShape(capture.n_layers, capture.n_kv_heads, capture.head_dim)
 
+    def centred(self, documents: Sequence[DocumentInfo], max_tokens: int) -> FrameSet:
+        """Frames with the means of these tokens and no rotation; made once."""
+        key = tuple(document.index for document in documents), max_tokens
+        if key not in self._centred:
+            self._centred[key] = mean_frames(
+                self.capture,
+                documents,
+                Rotation("none", self.capture.head_dim),
+                max_tokens,
+                self.inputs.layers(),
+            )
+        return self._centred[key]
+
     def calibrated(
         self,
         label: str,
@@ -81,7 +96,7 @@ class Captured:
         seed: of the rotation.
         """
         capture, code = self.capture, self.code
-        frames = mean_frames(capture, documents, self.rotation(seed), max_tokens)
+        frames = replace(self.centred(documents, max_tokens), rotation=self.rotation(seed))
         if not books:
             return HeadCoding(label, code, AnalyticBooks(code), frames, self.shape)
         # Layers that are not measured need no books of their own.
@@ -112,7 +127,7 @@ def model_name(inputs: StudyInputs) -> str:
     """The named model, or the captured one; UsageError without either."""
     if inputs.model is not None:
         return inputs.model
-    if inputs.capture is not None:
+    if inputs.capture is not None and inputs.capture.architecture != "synthetic":
         return inputs.capture.model
     raise UsageError("this study runs the model", "name it with --model")
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.progress import Progress
-from sphkv_cli.study.calibration import mean_frames
 from sphkv_cli.study.domain_capture import (
     DOCUMENT_TOKENS,
     PROTOCOL,
@@ -41,7 +40,6 @@ from sphkv_cli.study.head_coding import AnalyticBooks, HeadCoding
 from sphkv_cli.study.inputs import StudyInputs
 from sphkv_cli.study.result import StudyResult
 from sphkv_codebooks.frame import FrameSet
-from sphkv_codebooks.rotation import Rotation
 
 N_SEEDS = 3
 FIT_TOKENS = 2048
@@ -80,7 +78,7 @@ def run(inputs: StudyInputs) -> StudyResult:
 
 
 def _conditions(model: str, first: Captured) -> str:
-    frames = mean_frames(first.capture, first.fit, Rotation("none", first.capture.head_dim), 1)
+    frames = first.centred(first.fit, FIT_TOKENS)
     n_layers = first.capture.n_layers
     return (
         f"{model}: every domain calibrates with {FIT_TOKENS} tokens and is judged on "

@@ -79,9 +79,11 @@ def test_the_reading_names_the_worst() -> None:
     assert "from x1.500 at 256 tokens to x1.100" in second
 
 
-def test_a_study_of_the_model_needs_its_name() -> None:
-    with pytest.raises(UsageError, match="--model"):
-        model_name(StudyInputs(StudyOptions()))
+def test_a_study_of_the_model_needs_its_name(worlds: tuple[Captured, ...]) -> None:
+    for inputs in (StudyInputs(StudyOptions()), worlds[0].inputs):  # a synthetic capture has none
+        with pytest.raises(UsageError, match="--model"):
+            model_name(inputs)
+    assert model_name(StudyInputs(StudyOptions(), model="smollm2")) == "smollm2"
 
 
 def _tiny_model(folder: Path) -> Path:
