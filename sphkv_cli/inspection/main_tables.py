@@ -66,11 +66,13 @@ def _capture(path: Path) -> tuple[Block, ...]:
 
 def _codebooks(path: Path) -> tuple[Block, ...]:
     codebooks = CodebooksReader.open(path)
-    frames = codebooks.frames
+    frames, sinks = codebooks.frames, codebooks.sinks
     return (
         Line(
             f"frames: rotation {frames.rotation.kind} (digest {frames.rotation.digest[:12]}), "
             f"centring {frames.centring_summary}"
+            + (", balanced" if frames.balancing is not None else "")
+            + (f", sinks < {sinks.factor:g}" if sinks is not None and sinks.factor > 0 else "")
         ),
         Line("tiers: " + ", ".join(tier.name for tier in codebooks.tiers)),
         Table(
