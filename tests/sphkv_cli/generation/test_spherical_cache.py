@@ -157,7 +157,7 @@ def test_left_padded_batches_equal_singles(
     for family in ("llama", "gemma3"):
         model = random_model(family)
         rule = rule_of(frames("post_rope"), TierFormat.spherical(code_4222()))
-        lengths, n_steps = (3, 30, 61), 20
+        lengths, n_steps = (3, 30, 61), 12
         rows = [token_ids[:n] for n in lengths]
         width = max(lengths)
         batch = torch.stack([torch.nn.functional.pad(r, (width - len(r), 0)) for r in rows])
@@ -219,12 +219,12 @@ def test_beams_follow_their_sequences(
     with torch.inference_mode():
         model(input_ids=ids, past_key_values=cache)
         cache.reorder_cache(torch.tensor([1, 0, 1]))
-        more = torch.stack([token_ids[k : k + 30] for k in (5, 9, 20)])
-        found = [model(input_ids=more[:, i : i + 1], past_key_values=cache) for i in range(30)]
+        more = torch.stack([token_ids[k : k + 18] for k in (5, 9, 20)])
+        found = [model(input_ids=more[:, i : i + 1], past_key_values=cache) for i in range(18)]
         for s, source in enumerate((1, 0, 1)):
             whole = torch.cat([ids[source], more[s]])
-            single = run(model, whole, SphericalCache(model, rule), [40] + [1] * 30)
-            for i in range(30):
+            single = run(model, whole, SphericalCache(model, rule), [40] + [1] * 18)
+            for i in range(18):
                 assert (found[i].logits[s, 0] - single[40 + i]).abs().max() < 1e-9
     generated = model.generate(
         ids, past_key_values=SphericalCache(model, rule), num_beams=3, max_new_tokens=8
