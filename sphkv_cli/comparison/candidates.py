@@ -25,7 +25,8 @@ from sphkv_codebooks.comparators.wu_polar import WuPolarQuant
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 
-POLAR = "polar, best split"
+POLAR = "polar"
+LEAST_D = "polar, least D"
 PAPER = "polar, the paper's 4/2/2/2 fp16"
 KMEANS_SETTINGS = (*SPHERICAL_KV_TIERS[::-1], (8, 256), (4, 256))
 """The authors' three tiers, then two of ours: groups of 8 and 4 take their idea past 2 bits."""
@@ -82,7 +83,8 @@ def candidates_of(
 
     K-means takes part with as many directions as `n_fit_tokens` keys can teach.
 
-    Polar codes are designed for the asked rates and for every rival's own rate up to 6 bits.
+    Polar codes are designed for the asked rates and for every rival's own rate up to 6 bits; at
+    the asked rates also those of least D.  Rotated methods of one seed share their Haar rotation.
     """
     rivals = [
         candidate
@@ -96,7 +98,12 @@ def candidates_of(
     codes = {
         code.digest: (POLAR, code) for r in sorted(rates) if (code := polar_code_at(head_dim, r))
     }
-    found = [*codes.values(), *((f"polar, {code.name}", code) for code in own_codes)]
+    least = [polar_code_at(head_dim, rate, has_fine_norm=False) for rate in options.rates]
+    found = [
+        *codes.values(),
+        *((LEAST_D, code) for code in least if code is not None),
+        *((f"polar, {code.name}", code) for code in own_codes),
+    ]
     if head_dim >= 16:
         paper = SphericalCode.analytic("4/2/2/2 fp16", head_dim, (4, 2, 2, 2), "fp16")
         found.append((PAPER, paper))
@@ -118,7 +125,7 @@ def is_random(candidate: Candidate) -> bool:
 
 
 def _polar(family: str, code: SphericalCode, seed: int) -> Candidate:
-    quantizer = PolarQuantizer(code, Rotation("hadamard", code.head_dim, seed))
+    quantizer = PolarQuantizer(code, Rotation("haar", code.head_dim, seed))
     return Candidate(family, code.name, quantizer, quantizer, packed_rate(code), False, seed)
 
 

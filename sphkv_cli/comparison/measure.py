@@ -33,9 +33,20 @@ from sphkv_codebooks.frame import FrameSet
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@dataclass(frozen=True)
+class Measured:
+    """layers: sums per layer and candidate; logits: logit errors per candidate, all layers."""
+
+    layers: list[list["CandidateSums"]]
+    logits: list[MagnitudeSums]
+
+
 @dataclass
 class CandidateSums:
-    """One candidate in one layer: sums over documents; squared output errors per query head."""
+    """One candidate in one layer: sums over documents; squared output errors per query head.
+
+    logit: of this layer until `measure` pools the layers, whose histograms are large.
+    """
 
     n_q_heads: int
     distortion: float = 0.0
@@ -44,7 +55,7 @@ class CandidateSums:
     n_vectors: int = 0
     kl: float = 0.0
     n_queries: int = 0
-    logit: MagnitudeSums = field(default_factory=lambda: MagnitudeSums(1))
+    logit: MagnitudeSums | None = field(default_factory=lambda: MagnitudeSums(1))
     key_output: Tensor = field(init=False)
     whole_output: Tensor = field(init=False)
     exact_output: Tensor = field(init=False)
@@ -65,7 +76,7 @@ def measure(
     protocol: ReadProtocol,
     max_queries: int,
     progress: Progress,
-) -> list[list[CandidateSums]]:
+) -> Measured:
     """Sums per layer and candidate.
 
     Args:
@@ -83,7 +94,10 @@ def measure(
         )
 
     found = []
+    logits = [MagnitudeSums(1) for _ in candidates]
     for sums in each_layer(of_layer, len(layers)):
+        for pooled, total in zip(logits, sums, strict=True):
+            _pool(pooled, total)
         found.append(sums)
         progress.advance()
     if all(total.n_queries == 0 for sums in found for total in sums):
@@ -91,7 +105,18 @@ def measure(
             "no captured query reads a coded token in the judge documents",
             "capture longer documents, or more queries (--query-tail)",
         )
-    return found
+    return Measured(found, logits)
+
+
+def _pool(pooled: MagnitudeSums, total: CandidateSums) -> None:
+    """Move the logit errors of one layer into those of all."""
+    part = total.logit
+    assert part is not None
+    pooled.count += part.count
+    pooled.sum_sq += part.sum_sq
+    pooled.largest = torch.maximum(pooled.largest, part.largest)
+    pooled.histogram += part.histogram
+    total.logit = None
 
 
 def _layer(
@@ -193,6 +218,7 @@ def _add(
         values = coded_values[key]
         error2 = (values - judged.values).square().sum(-1)
         total.value_distortion += _ratio(error2, judged.values)
+    assert total.logit is not None
     total.logit.add(0, (moved * judged.softmax_scale)[:, judged.coded])
     kl, with_keys, with_both = judged.attention(judged.products + moved * judged.coded, values)
     total.kl += float(kl.sum(dtype=torch.float64))

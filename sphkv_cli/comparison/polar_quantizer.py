@@ -19,11 +19,20 @@ from sphkv_codebooks.comparators.interface import (
 )
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.rotation import Rotation
-from sphkv_codebooks.search import CodeDesign, SearchSpace, best_code
+from sphkv_codebooks.search import (
+    BLOCK_RADII,
+    FULL_DEPTH_RADII,
+    CodeDesign,
+    SearchSpace,
+    best_code,
+)
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.pages import region_bytes
 
 PAGE_SIZE = 32
+
+FINE_NORMS = ("norm", "minifloat:5,6")
+_BLOCK_RADII = tuple(spec for spec in BLOCK_RADII if "minifloat" not in spec)
 
 _WASTE_BITS = (0, 2, 4, 6, 8, 12, 16)
 """Bits per vector that the words of a code with uneven cells may leave unused."""
@@ -72,11 +81,24 @@ def packed_rate(code: SphericalCode) -> float:
     return n_bits / (PAGE_SIZE * code.head_dim)
 
 
-def polar_code_at(head_dim: int, rate: float) -> SphericalCode | None:
-    """The code of least predicted D whose packed rate is at most `rate`; None where none is."""
+def polar_code_at(
+    head_dim: int, rate: float, *, has_fine_norm: bool = True
+) -> SphericalCode | None:
+    """The code of least predicted D whose packed rate is at most `rate`; None where none is.
+
+    has_fine_norm: norms with six mantissa bits or more. D alone would round norms more coarsely,
+    but that error lies along the key: it moves the logits of the very keys that a query attends to,
+    and the attention output with them.
+    """
+    norms = FINE_NORMS if has_fine_norm else FULL_DEPTH_RADII
     designs: list[CodeDesign] = []
     for cells, waste in [("powers_of_two", 0), *(("any", bits) for bits in _WASTE_BITS)]:
-        space = SearchSpace(head_dim, cells)  # type: ignore[arg-type]
+        space = SearchSpace(
+            head_dim,
+            cells,  # type: ignore[arg-type]
+            block_radii=_BLOCK_RADII if has_fine_norm else BLOCK_RADII,
+            full_depth_radii=norms,
+        )
         try:
             designs.append(best_code(space, rate - waste / head_dim))
         except CodeError:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sphkv_cli.comparison.candidates import Candidate, KmeansSetting
-from sphkv_cli.comparison.measure import CandidateSums
+from sphkv_cli.comparison.measure import CandidateSums, Measured
 from sphkv_cli.comparison.result import CompareRow, WorstHead
 from sphkv_cli.profile.error_sums import MagnitudeSums
 
@@ -18,14 +18,14 @@ _TINY = torch.finfo(torch.float32).tiny
 def rows_of(
     candidates: Sequence[Candidate],
     layers: Sequence[int],
-    sums: Sequence[Sequence[CandidateSums]],
+    measured: Measured,
     head_dim: int,
     document_tokens: int,
 ) -> tuple[CompareRow, ...]:
     """One row per setting and centring, by key rate.
 
     Args:
-        layers: their indices; sums: per layer and candidate.
+        layers: their indices; measured: sums of those.
         document_tokens: length of the document whose laid-out rate is stated.
     """
     by_row: dict[tuple[str, str, bool], list[int]] = {}
@@ -35,7 +35,8 @@ def rows_of(
         _row(
             [candidates[i] for i in indices],
             layers,
-            [[layer[i] for layer in sums] for i in indices],
+            [[layer[i] for layer in measured.layers] for i in indices],
+            _merged([measured.logits[i] for i in indices]),
             head_dim,
             document_tokens,
         )
@@ -48,13 +49,13 @@ def _row(
     seeds: Sequence[Candidate],
     layers: Sequence[int],
     sums: Sequence[Sequence[CandidateSums]],
+    logit: MagnitudeSums,
     head_dim: int,
     document_tokens: int,
 ) -> CompareRow:
     first = seeds[0]
     every = [layer for seed in sums for layer in seed]
     n_vectors = sum(layer.n_vectors for layer in every)
-    logit = _merged([layer.logit for layer in every])
     # (n_seeds, n_layers, n_q_heads) squared relative errors.
     keys = torch.stack([_relative(seed, "key_output") for seed in sums])
     whole = torch.stack([_relative(seed, "whole_output") for seed in sums])
@@ -90,6 +91,7 @@ def _relative(layers: Sequence[CandidateSums], name: str) -> Tensor:
 
 
 def _merged(parts: Sequence[MagnitudeSums]) -> MagnitudeSums:
+    """All seeds together."""
     total = MagnitudeSums(1)
     for part in parts:
         total.count += part.count

@@ -75,20 +75,20 @@ def compare(
         layers = _layers(reader.n_layers, options.max_layers)
         protocol = UniformProtocol(options.window, options.first_tokens)
         progress.start(f"Comparing {len(candidates)} codings", len(layers), "layers")
-        sums = measure(
+        measured = measure(
             *(reader, judged, fitted, layers, candidates, frame, protocol, options.max_queries),
             progress,
         )
         progress.finish()
         document_tokens = sum(d.n_tokens for d in judged) // len(judged)
-        rows = rows_of(candidates, layers, sums, reader.head_dim, document_tokens)
+        rows = rows_of(candidates, layers, measured, reader.head_dim, document_tokens)
         standings = tuple(standings_at(rows, r, side) for r in options.rates for side in SIDES)
         duels = tuple(duel for side in SIDES for duel in duels_of(rows, side))
         result = Comparison(
             model=reader.model,
             documents=tuple(document.name for document in judged),
             n_tokens=sum(document.n_tokens for document in judged),
-            n_queries=sums[0][0].n_queries // reader.n_q_heads,
+            n_queries=measured.layers[0][0].n_queries // reader.n_q_heads,
             n_layers=len(layers),
             frame=frame.centring_summary,
             rows=rows,
@@ -175,7 +175,9 @@ def _conditions(
     return (
         f"Protocol {protocol.description}; window and first tokens are outside all rates.",
         f"Centred: {frame.centring_summary}{balanced}, from {origin}; the same for every method. "
-        f"Rotated methods: mean of {options.seeds} seeds.",
+        f"Rotated methods share Haar rotations, mean of {options.seeds} seeds.",
+        "polar: least predicted D among codes whose norm keeps six mantissa bits or more; least D: "
+        "without that limit.",
         "Key rates count everything stored per token over whole groups of tokens: polar as packed "
         "in pages of 32 tokens, rivals by their papers' bits without padding. Laid out adds the "
         f"dense tail, fitted tables and the mean key of one document of {n_tokens} tokens.",

@@ -190,9 +190,14 @@ def _write_index(output: Path) -> None:
         path = output / study.name / RESULT_FILE
         if not path.exists():
             continue
-        report = Report.open(path)
-        found = report.content["study"]
-        model = f" ({found['model']})" if found["model"] else ""
-        lines.append(f"- [{study.name}]({study.name}/{INDEX_FILE}){model}: {study.question}")
-        lines += [f"  {sentence}" for sentence in found["reading"]]
+        try:
+            found = Report.open(path).content["study"]
+            model, reading = found["model"], list(found["reading"])
+        except (ArtifactError, KeyError, TypeError):
+            # Somebody's damaged study must not cost this one.
+            lines.append(f"- {study.name}: {study.name}/{RESULT_FILE} cannot be read, run it again")
+            continue
+        of_model = f" ({model})" if model else ""
+        lines.append(f"- [{study.name}]({study.name}/{INDEX_FILE}){of_model}: {study.question}")
+        lines += [f"  {sentence}" for sentence in reading]
     write_text(output / INDEX_FILE, "\n".join(lines) + "\n")

@@ -147,3 +147,13 @@ def test_the_command_lists_refuses_and_speaks_json() -> None:
         found = CliRunner().invoke(app, ["study", *words])
         assert found.exit_code == 2
         assert says in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_a_damaged_neighbour_costs_a_study_nothing(
+    make_study: Callable[..., Study], tmp_path: Path
+) -> None:
+    (tmp_path / "gaussianity").mkdir()
+    (tmp_path / "gaussianity" / "result.json").write_text("{half")
+    report = run_studies([make_study("depth", lambda _: result())], StudyOptions(), output=tmp_path)
+    assert not report.failures
+    assert "cannot be read" in (tmp_path / "README.md").read_text()
