@@ -1,7 +1,12 @@
 """A combination of all signals, fitted per (layer, KV head) on the fit documents.
 
-    log score(t) = w_0 + sum_j w_j log signal_j(t),      w by ridge regression on
+    log score(t) = w_0 + sum_j w_j log signal_j(t),      w by weighted ridge regression on
     log drop damage(t)  by the horizon's true queries    (ours)
+
+A token weighs as the cube root of its damage: plainly weighted logs care as much for the order of
+the many tokens that nobody will miss, and now and then give away one that everybody will (on
+SmolLM2-135M, leaving documents out: plans at 2 bits cost 4.3 times the oracle's, worst 85 times,
+without the weights; 2.7 and 6 times with them; powers from .25 to .5 are alike).
 
 Logs are of signals over their mean in the context, so that a context's length and level do not
 matter; a token of no signal at all keeps 1e-9 of it.  The ridge acts on standardised signals, so
@@ -27,7 +32,10 @@ Float = NDArray[np.float64]
 
 COMBINED = SIGNAL_NAMES
 RIDGE = 1e-2
-"""Penalty over the number of tokens."""
+"""Penalty over the weight of all tokens."""
+DAMAGE_POWER = 1 / 3
+_LEAST_DAMAGE = 1e-3
+"""Of the mean: tokens below it weigh alike."""
 _LEAST = 1e-9
 
 
@@ -99,15 +107,19 @@ def fit_weights(documents: Sequence[LayerSamples]) -> Float:
 
 
 def _ridge(x: Float, y: Float) -> Float:
-    """Of samples x (n, n_signals) and y (n); a constant signal gets no weight."""
+    """Of samples x (n, n_signals) and y (n), log damage; a constant signal gets no weight."""
     if not len(y):
         return np.zeros(1 + x.shape[1])
-    centre, spread = x.mean(0), x.std(0)
+    weight = np.maximum(np.exp(y), _LEAST_DAMAGE) ** DAMAGE_POWER
+    weight /= weight.sum()
+    centre = weight @ x
+    away = x - centre
+    spread = np.sqrt(weight @ away**2)
     scale = np.where(spread > 1e-9, spread, np.inf)
-    z = (x - centre) / scale
-    gram = z.T @ z / len(y) + RIDGE * np.eye(z.shape[1])
-    slopes = np.linalg.solve(gram, z.T @ (y - y.mean()) / len(y)) / scale
-    return np.concatenate([[y.mean() - centre @ slopes], slopes])
+    z, mean = away / scale, float(weight @ y)
+    gram = (z * weight[:, None]).T @ z + RIDGE * np.eye(z.shape[1])
+    slopes = np.linalg.solve(gram, (z * weight[:, None]).T @ (y - mean)) / scale
+    return np.concatenate([[mean - centre @ slopes], slopes])
 
 
 def _logs(values: Tensor, *, dim: int) -> Tensor:
