@@ -41,6 +41,12 @@ STUDIES: tuple[Study, ...] = (
         ("capture",),
         "sphkv_cli.study.preconditioning",
     ),
+    Study(
+        "bits-per-level",
+        "Where do bits belong, and what do too few do?",
+        ("capture",),
+        "sphkv_cli.study.bits_per_level",
+    ),
     Study("depth", "How deep should the polar recursion go?", (), "sphkv_cli.study.depth"),
     Study(
         "gaussianity",
