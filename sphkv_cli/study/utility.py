@@ -123,12 +123,12 @@ def run(inputs: StudyInputs) -> StudyResult:
     )
     return StudyResult(
         tables=(_table(rows, plans), _layer_table(rows, layers)),
-        figures=(_figure(rows, layers),),
+        figures=(_figure(rows, layers, rates),),
         reading=_reading(rows),
         conditions=(
             f"{len(select)} select documents, scored with what {len(fit)} fit documents taught; "
             f"the last {horizon} tokens are the future, the {window} before them the window.",
-            f"Code rates of the coded keys: {', '.join(rates)} bits per coordinate; scores from "
+            f"Code rates of the coded keys: {named} bits per coordinate; scores from "
             "coded keys are fitted and calibrated on coded keys.",
             f"Plans: pages of {PAGE_SIZE} at {BUDGET}, drop and {len(ordered)} tiers, drops at "
             f"{DROP_START:g}x their sum, layers {layers[0]} to {layers[-1]} ({len(layers)}).",
@@ -222,15 +222,17 @@ def _layer_table(rows: Sequence[Reliability], layers: Sequence[int]) -> Table:
     )
 
 
-def _figure(rows: Sequence[Reliability], layers: Sequence[int]) -> Figure:
+def _figure(
+    rows: Sequence[Reliability], layers: Sequence[int], rates: Mapping[str, float]
+) -> Figure:
     kinds = list(dict.fromkeys(row.keys for row in rows))
     of = {(row.keys, row.name): row for row in rows}
-    places = list(range(len(kinds)))
+    places = [rates[kind] for kind in kinds]
 
     def by_kind(name: str, values: Sequence[float]) -> Series:
         return Series(name, places, values, "both", emphasis=name == COMBINATION)
 
-    axis = "keys: " + ", ".join(f"{i} {kind}" for i, kind in enumerate(kinds))
+    axis = "bits per coordinate of the keys read (16 = exact)"
     return Figure(
         "utility",
         "How well scores made at the end of a context order its tokens by their true future use, "
@@ -244,12 +246,14 @@ def _figure(rows: Sequence[Reliability], layers: Sequence[int]) -> Figure:
                     by_kind(name, [float(np.median(of[kind, name].rank)) for kind in kinds])
                     for name in _SHOWN
                 ],
+                x_scale="log",
             ),
             PlotPanel(
                 f"Regret of the plan at {BUDGET}",
                 axis,
                 "true cost over the oracle's",
                 [by_kind(name, [of[kind, name].plan.regret for kind in kinds]) for name in _SHOWN],
+                x_scale="log",
                 y_scale="log",
             ),
             PlotPanel(
