@@ -118,12 +118,11 @@ def run(inputs: StudyInputs) -> StudyResult:
         for keys in scoring.keys
         for name in ESTIMATORS
     ]
-    rates = ", ".join(
-        f"{name} = {code.bits_per_vector / code.head_dim:.2f}" for name, code in codes.items()
-    )
+    rates = {name: code.bits_per_vector / code.head_dim for name, code in codes.items()}
+    named = ", ".join(f"{name} = {rate:.2f}" for name, rate in rates.items())
     return StudyResult(
         tables=(_table(rows, plans), _layer_table(rows, layers)),
-        figures=(_figure(rows, layers, rates),),
+        figures=(_figure(rows, layers, {**rates, EXACT: 16.0}),),
         reading=_reading(rows),
         conditions=(
             f"{len(select)} select documents, scored with what {len(fit)} fit documents taught; "
