@@ -1,7 +1,7 @@
 """`sphkv study`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,17 @@ def study_command(
     max_layers: Annotated[
         int | None, typer.Option(help="Layers looked at, evenly spaced; all without it.")
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Budgets that retention compares methods at, repeatable: 1b 2b 3b 4b."),
+    ] = None,
+    rows: Annotated[
+        Literal["own", "published", "controls", "all"],
+        typer.Option(help="Methods that retention compares, beside ours."),
+    ] = "all",
+    recall_prompts: Annotated[
+        int, typer.Option(help="Copy-back prompts that retention asks of each method.")
+    ] = 4,
     seed: Seed = 42,
     force: ForceFlag = False,
     json_output: JsonFlag = False,
@@ -50,7 +61,15 @@ def study_command(
     from sphkv_cli.study.inputs import StudyOptions
     from sphkv_cli.study.stage import run_studies
 
-    options = StudyOptions(seed, max_documents, max_queries, max_layers)
+    options = StudyOptions(
+        seed,
+        max_documents,
+        max_queries,
+        max_layers,
+        tuple(budget) if budget else StudyOptions.budgets,
+        rows,
+        recall_prompts,
+    )
     with TerminalProgress() as progress:
         report = run_studies(
             studies,

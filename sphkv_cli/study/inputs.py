@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo, Split
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.errors import UsageError
@@ -23,17 +24,25 @@ class StudyOptions:
 
     max_documents: documents of a split that are read, the first ones; max_queries: per document
     and layer, evenly spaced; max_layers: layers looked at, evenly spaced, None for all.
+    budgets, rows, recall_prompts: of `retention`: as `Budget` reads them; which methods
+    (own, published, controls, all); copy-back prompts per method, 0 for none.
     """
 
     seed: int = 42
     max_documents: int = 4
     max_queries: int = 128
     max_layers: int | None = None
+    budgets: tuple[str, ...] = ("1b", "2b", "3b", "4b")
+    rows: Literal["own", "published", "controls", "all"] = "all"
+    recall_prompts: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_documents", "max_queries", "max_layers"):
             require_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         require_at_least("--seed", self.seed, 0)
+        require_at_least("--recall-prompts", self.recall_prompts, 0)
+        for budget in self.budgets:
+            Budget.parse(budget)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,150 @@
+"""Laws of the retention rows: equal bytes, measured runs, published budgets, dominance."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.frozen import FrozenAllocation
+from sphkv_cli.allocation.published import ada_pages, pyramid_pages, snapkv_pages
+from sphkv_cli.artifacts.allocation import AllocationReader
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.evaluation.context_measure import measure_context
+from sphkv_cli.evaluation.judged_model import JudgedModel
+from sphkv_cli.evaluation.retention_rows import (
+    ORACLE,
+    PLAN,
+    POLICY,
+    Controls,
+    place_all,
+    wanted_kinds,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_chain: Any) -> JudgedModel:
+    from transformers import AutoModelForCausalLM
+
+    return JudgedModel.of(AutoModelForCausalLM.from_pretrained(tiny_chain.model).eval())
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_chain: Any) -> FrozenAllocation:
+    with AllocationReader(tiny_chain.allocation) as plans:
+        return FrozenAllocation.of(plans, 512)
+
+
+@pytest.fixture(scope="module")
+def document(tiny_chain: Any) -> tuple[Any, torch.Tensor]:
+    with AllocationReader(tiny_chain.allocation) as plans, CaptureReader(tiny_chain.capture) as cap:
+        info = plans.documents[0]
+        found = next(d for d in cap.documents if d.index == info.index)
+        return info, torch.from_numpy(cap.token_ids(found))
+
+
+def test_a_text_measured_in_a_run_is_planned_as_from_its_capture(
+    tiny_chain: Any, model: JudgedModel, frozen: FrozenAllocation, document: Any
+) -> None:
+    info, ids = document
+    context = measure_context(model, frozen, "text", ids, info.n_context)
+    planned = frozen.planner.plan(context.document)
+    assert planned.policy.laid_out.total == info.policy_bytes
+    # The run asks fewer queries before the window and sees no rounding of the capture.
+    assert planned.plan.cost == pytest.approx(info.cost, rel=0.1)
+    with AllocationReader(tiny_chain.allocation) as plans:
+        stored = plans.tier_of_token(plans.documents[0])
+    assert np.mean(planned.plan.option_of_token - 1 == stored) > 0.8
+
+
+@pytest.mark.parametrize("budget", ["1.5b", "3b", "5b", "9b"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_no_row_is_laid_out_above_the_budget(
+    model: JudgedModel, frozen: FrozenAllocation, document: Any, budget: str, share: float
+) -> None:
+    info, ids = document
+    n_context = int(info.n_context * share) // 3 * 3 + 1
+    frozen = frozen.at(Budget.parse(budget))
+    context = measure_context(model, frozen, "text", ids, n_context)
+    planner = frozen.planner
+    n_bytes = planner.budget.resolve(planner.layout.n_coordinates(n_context)).n_bytes
+    rows = place_all(context, planner, wanted_kinds("all"), Controls({}))
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    assert {PLAN, POLICY, ORACLE, "SnapKV, bf16", "Ada-KV, bf16"} <= set(names)
+    for row in rows:
+        coding = row.coding(frozen, model.shape)
+        assert coding.laid_out_bytes <= n_bytes, row.name
+        assert coding.tier_of_token.shape[-1] == n_context
+    # What eviction leaves unspent is less than one page for all heads together.
+    largest = int(planner.layout.option_bytes().max())
+    spent = {row.name: row.coding(frozen, model.shape).laid_out_bytes for row in rows}
+    for name in ("SnapKV, bf16", "PyramidKV, bf16", "Ada-KV, bf16"):
+        assert n_bytes - spent[name] < largest or np.all(
+            next(row for row in rows if row.name == name).option_of_page > 0
+        )
+
+
+def test_parts_that_are_taken_away_never_lower_the_predicted_cost(
+    model: JudgedModel, frozen: FrozenAllocation, document: Any
+) -> None:
+    info, ids = document
+    frozen = frozen.at(Budget.parse("7b"))
+    context = measure_context(model, frozen, "text", ids, info.n_context)
+    rows = {
+        row.name: row
+        for row in place_all(context, frozen.planner, wanted_kinds("all"), Controls({}))
+    }
+    plan = rows[PLAN].cost
+    for name in ("joint, no drop", "joint, no top tier", POLICY, "uniform"):
+        assert rows[name].cost >= plan * (1 - 1e-9), name
+
+
+def test_the_price_of_a_drop_moves_the_plan(
+    model: JudgedModel, frozen: FrozenAllocation, document: Any
+) -> None:
+    info, ids = document
+    frozen = frozen.at(Budget.parse("2b"))
+    context = measure_context(model, frozen, "text", ids, info.n_context)
+    dear = replace(
+        frozen.planner.coefficients, drop=1e3 * np.ones_like(frozen.planner.coefficients.drop)
+    )
+    kept = [
+        planner.plan(context.document).plan.option_of_page > 0
+        for planner in (frozen.planner, frozen.planner.priced_at(dear, []))
+    ]
+    assert kept[1].sum() >= kept[0].sum()
+
+
+@pytest.mark.parametrize("total", [0, 1, 90, 400, 90 * 12])
+def test_published_budgets_spend_all_pages_and_no_head_more_than_it_has(total: int) -> None:
+    n_pages, shape = 12, (30, 3)
+    scores = np.random.default_rng(1).random((*shape, n_pages * 16))
+    for counts in (
+        snapkv_pages(total, n_pages, *shape),
+        pyramid_pages(total, n_pages, *shape),
+        ada_pages(scores, total, 16),
+    ):
+        assert counts.sum() == total
+        assert counts.min() >= 0 and counts.max() <= n_pages
+
+
+def test_pyramid_budgets_fall_over_the_layers_and_end_at_a_twentieth() -> None:
+    counts = pyramid_pages(30 * 3 * 40, 400, 30, 3)
+    per_layer = counts.sum(axis=1)
+    assert np.all(np.diff(per_layer) <= 0)
+    assert per_layer[0] == pytest.approx(3 * (2 * 40 - 2), abs=3)
+    assert per_layer[-1] == pytest.approx(3 * 2, abs=3)
+
+
+def test_ada_budgets_follow_the_scores_above_an_even_floor() -> None:
+    rng = np.random.default_rng(2)
+    scores = rng.random((2, 4, 640))
+    scores[:, 0] += 10.0
+    counts = ada_pages(scores, 2 * 4 * 10, 16)
+    assert np.all(counts.sum(axis=1) == 40)
+    # Head 0 holds the best 640 tokens: 80 % of the layer's pages go to it, up to all it has.
+    assert np.all(counts[:, 0] >= 32)
+    assert np.all(counts[:, 1:] >= 1)
