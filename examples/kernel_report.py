@@ -3,8 +3,8 @@
     python examples/kernel_report.py --output examples/results/kernel-h100.json
 
 Codes x shapes with the torch baselines of the same run, mixed caches against the byte-weighted time
-of their tiers, and the bytes of metadata over page sizes. Run it from a clean checkout: the report
-names the commit.
+of their tiers, metadata over page sizes, position terms, and encoding. Run it from a clean
+checkout: the report names the commit.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ from typing import Any
 
 import torch
 
+from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.benchmark import CaseReport, Shape, retention_pages, run_case, uniform_pages
-from sphkv_kernels.decode import ada_decode, plan
-from sphkv_kernels.encode import encode
+from sphkv_kernels.benchmark import (
+    CaseReport,
+    Shape,
+    metadata_case,
+    retention_pages,
+    run_case,
+    uniform_pages,
+)
+from sphkv_kernels.encode import encode, encode_rows
+from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.timing import (
@@ -117,50 +125,71 @@ def mixed_cases(rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]) 
 
 
 def metadata_cases() -> list[dict[str, Any]]:
-    """Bytes and time by page size: what smaller pages cost."""
+    """Bytes and time by page size, without and with positions: what smaller pages cost."""
+    cases = [
+        metadata_case(tier("3222-r2"), shape, page_size, 4, SEED)
+        for shape in (SHAPES[3], SHAPES[1])
+        for page_size in (16, 32, 64)
+    ]
+    for case in cases:
+        print(
+            f"page size {case.page_size:2d} {case.shape.name}: {case.latency.median_us:.1f} us, "
+            f"{case.with_term.median_us:.1f} us with a position term, {case.n_bytes}",
+            flush=True,
+        )
+    return [asdict(case) for case in cases]
+
+
+def position_cases() -> list[dict[str, Any]]:
+    """What centring before RoPE adds to a decode step, by RoPE pairs kept."""
     rows = []
-    for shape in (SHAPES[3], SHAPES[1]):
-        for page_size in (16, 32, 64):
-            pages = uniform_pages(shape, page_size)
-            cache = tiled_cache((tier("3222-r2"),), pages, page_size, shape.n_kv_heads, 128)
-            attention_plan = plan(cache, shape.group_size, check=False)
-            query = torch.randn(
-                shape.n_sequences, shape.n_kv_heads * shape.group_size, 128, device="cuda"
-            )
-            latency = measure(lambda: ada_decode(query, cache, 0.09, plan=attention_plan))  # noqa: B023
-            n_norms = 2 * 2 * shape.n_sequences * shape.n_kv_heads * shape.n_tokens
-            row = {
-                "shape": shape.name, "page_size": page_size, "latency": asdict(latency),
-                "bytes": {"codes": attention_plan.work.code_bytes - n_norms, "norms": n_norms,
-                          "plan": attention_plan.work.n_bytes},
-            }  # fmt: skip
-            rows.append(row)
-            print(
-                f"page size {page_size:2d} {shape.name}: {latency.median_us:.1f} us, {row['bytes']}"
-            )
+    for shape in (SHAPES[0], SHAPES[1], SHAPES[3]):
+        for name in EVERY_SHAPE:
+            for n_pairs in (4, 8):
+                case = metadata_case(tier(name), shape, 32, n_pairs, SEED)
+                excess = case.with_term.median_us / case.latency.median_us - 1
+                rows.append({**asdict(case), "excess": excess})
+                print(
+                    f"position term {shape.name:15s} {name}: {case.latency.median_us:.1f} us, "
+                    f"{n_pairs} pairs {case.with_term.median_us:.1f} us ({excess:+.1%})",
+                    flush=True,
+                )
+            torch.cuda.empty_cache()
     return rows
 
 
 def encode_cases() -> list[dict[str, Any]]:
-    """A prefill of 32768 tokens of 8 KV heads into pages: dense bytes read per second."""
+    """A prefill of 32768 tokens of 8 KV heads into pages (bf16 in, Hadamard rotation and packing
+    included), and one token of 8 sequences and 8 KV heads into its row."""
     rows = []
-    keys, values = torch.randn((2, 8192, 32, 128), device="cuda")
-    for name in EVERY_SHAPE:
+    rotation = Rotation("hadamard", 128, SEED)
+    generator = torch.Generator(device="cuda").manual_seed(SEED)
+    shape = (2, 8192, 32, 128)
+    keys, values = torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16)
+    for name in CODES:
         one = tier(name)
-        times = []
-        for _ in range(6):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            encode(one, keys, values)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        milliseconds = sorted(times[1:])[2]
-        rate = (keys.numel() + values.numel()) * 2 / milliseconds / 1e6
-        rows.append({"code": name, "n_vectors": 2 * 8192 * 32, "milliseconds": milliseconds,
-                     "bf16_gb_per_s": rate})  # fmt: skip
+        n_bytes = page_bytes(one, 128, 32)
+        prefill = measure(
+            lambda: encode(one, keys, values, rotation=rotation, check=False),  # noqa: B023
+            n_samples=20,
+        )
+        pool = torch.zeros(64 * n_bytes, dtype=torch.uint8, device="cuda")
+        where = n_bytes * torch.arange(64, device="cuda")
+        row = torch.full((64,), 5, dtype=torch.int32, device="cuda")
+        append = measure(
+            lambda: encode_rows(
+                one, keys[:64, 0], values[:64, 0], pool, where, row,  # noqa: B023
+                page_size=32, rotation=rotation, check=False,
+            ),
+            n_samples=20,
+        )  # fmt: skip
+        rate = (keys.numel() + values.numel()) * 2 / prefill.median_us / 1e3
+        rows.append({"code": name, "n_vectors": 2 * 8192 * 32, "latency": asdict(prefill),
+                     "bf16_gb_per_s": rate, "append_64": asdict(append)})  # fmt: skip
         print(
-            f"encode {name}: {milliseconds:.1f} ms for 8 x 32768 keys and values, {rate:.1f} GB/s"
+            f"encode {name}: {prefill.median_us:.0f} us for 8 x 32768 keys and values, "
+            f"{rate:.0f} GB/s of bf16; one token of 64 heads {append.median_us:.1f} us",
+            flush=True,
         )
     return rows
 
@@ -212,6 +241,7 @@ def main() -> None:
         "cases": [case.to_json() for case in single_tier_cases(rates, baselines)],
         "mixed": mixed_cases(rates, baselines),
         "metadata": metadata_cases(),
+        "position_term": position_cases(),
         "encode": encode_cases(),
     }  # fmt: skip
     report["provenance"]["seconds"] = round(time.time() - started, 1)

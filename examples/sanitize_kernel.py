@@ -1,4 +1,4 @@
-"""Small decode and logit launches over mixed tiers, for NVIDIA's checkers:
+"""Small encode, decode and logit launches over mixed tiers, for NVIDIA's checkers:
 
 compute-sanitizer --tool memcheck python examples/sanitize_kernel.py
 compute-sanitizer --tool racecheck python examples/sanitize_kernel.py
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import torch
 
+from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.benchmark import random_term, with_positions
 from sphkv_kernels.decode import ada_decode, ada_logits, plan
+from sphkv_kernels.encode import encode, encode_rows
+from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
 
@@ -22,16 +26,31 @@ def main() -> None:
     tiers = (*map(TierFormat.spherical, codes), TierFormat.int8(), TierFormat.dense())
     generator = torch.Generator().manual_seed(42)
     pages = torch.randint(-1, 4, (3, 2, 11), generator=generator)
-    cache = tiled_cache(tiers, pages, 32, 2, 128, n_distinct=8)
+    cache = with_positions(tiled_cache(tiers, pages, 32, 2, 128, n_distinct=8), 352)
+    term = random_term(cache, 4, 6, seed=42)
     query = torch.randn(3, 8, 128, generator=generator).cuda()
     for n_blocks in (3, 40):
         attention_plan = plan(cache, 4, n_blocks=n_blocks)
         for _ in range(2):
             result = ada_decode(query, cache, 0.09, plan=attention_plan)
-        logits = ada_logits(query, cache, plan=attention_plan)
+            result = ada_decode(query, cache, 0.09, position_term=term, plan=attention_plan)
+        logits = ada_logits(query, cache, position_term=term, plan=attention_plan)
         torch.cuda.synchronize()
         assert torch.isfinite(result.output).all()
         print(f"{n_blocks} blocks: {float(result.output.norm()):.6f}, {logits.pages.shape}")
+    rotation = Rotation("hadamard", 128)
+    keys, values = torch.randn((2, 3, 32, 128), generator=generator).to(torch.bfloat16).cuda()
+    for tier in tiers:
+        n_bytes = page_bytes(tier, 128, 32)
+        pool = encode(tier, keys, values, rotation=rotation).reshape(-1)
+        where = n_bytes * torch.arange(3, device="cuda")
+        row = torch.full((3,), 17, dtype=torch.int32, device="cuda")
+        before = pool.clone()
+        encode_rows(
+            tier, keys[:, 17], values[:, 17], pool, where, row, page_size=32, rotation=rotation
+        )
+        assert torch.equal(pool, before)
+        print(f"encode {tier.name}: {pool.numel()} bytes")
 
 
 if __name__ == "__main__":

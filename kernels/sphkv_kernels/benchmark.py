@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import AttentionPlan, ada_decode, launch_params, plan
 from sphkv_kernels.launch import load_kernel
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import ada_decode_reference
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
@@ -135,6 +137,72 @@ def run_case(
         reconstruct=reconstruct,
         output_error=output_error,
         log_sum_exp_error=lse_error,
+    )
+
+
+@dataclass(frozen=True)
+class MetadataCase:
+    """What is read beside codes: bytes of named terms; with_term: the step with a position term of
+    `n_pairs` RoPE pairs, which reads the positions."""
+
+    tier: str
+    shape: Shape
+    page_size: int
+    n_pairs: int
+    n_bytes: dict[str, int]
+    latency: Latency
+    with_term: Latency
+
+
+def metadata_case(
+    tier: TierFormat, shape: Shape, page_size: int, n_pairs: int, seed: int
+) -> MetadataCase:
+    """Time one shape and page size, without and with positions (uint16 where they fit)."""
+    cache = tiled_cache(
+        (tier,), uniform_pages(shape, page_size), page_size, shape.n_kv_heads, shape.head_dim,
+        seed=seed,
+    )  # fmt: skip
+    cache = with_positions(cache, shape.n_tokens)
+    attention_plan = plan(cache, shape.group_size, check=False)
+    query = _query(cache, shape.group_size, seed)
+    term = random_term(cache, shape.group_size, n_pairs, seed)
+    scale = shape.head_dim**-0.5
+    assert cache.positions is not None
+    n_vectors = 2 * cache.page_table.n_entries * page_size
+    has_norm = [
+        isinstance(region, SphericalCode) and region.radius_coding.norm_bits > 0
+        for region in (tier.key_format, tier.value_format)
+    ]
+    norms = n_vectors // 2 * 2 * sum(has_norm)
+    n_bytes = {
+        "codes": attention_plan.work.code_bytes - norms,
+        "norms": norms,
+        "plan": attention_plan.work.n_bytes,
+        "positions": cache.positions.numel() * cache.positions.element_size(),
+    }
+    plain = measure(lambda: ada_decode(query, cache, scale, plan=attention_plan))
+    with_term = measure(
+        lambda: ada_decode(query, cache, scale, position_term=term, plan=attention_plan)
+    )
+    return MetadataCase(tier.name, shape, page_size, n_pairs, n_bytes, plain, with_term)
+
+
+def with_positions(cache: PagedCache, n_tokens: int) -> PagedCache:
+    """A synthetic cache of uniform pages whose tokens lie one after the other."""
+    entries = torch.arange(cache.page_table.n_entries, device=cache.device)
+    rows = torch.arange(cache.page_size, device=cache.device)
+    positions = (entries[:, None] * cache.page_size + rows) % n_tokens
+    dtype = torch.uint16 if n_tokens <= 1 << 16 else torch.int32
+    return replace(cache, positions=positions.to(dtype))
+
+
+def random_term(cache: PagedCache, group_size: int, n_pairs: int, seed: int) -> PositionTerm:
+    """Coefficients of size one and frequencies between 0 and 1."""
+    generator = torch.Generator(device=cache.device).manual_seed(seed)
+    shape = (cache.n_sequences, cache.n_kv_heads * group_size, 2, n_pairs)
+    return PositionTerm(
+        torch.randn(shape, generator=generator, device=cache.device),
+        torch.rand((cache.n_kv_heads, n_pairs), generator=generator, device=cache.device),
     )
 
 

@@ -5,13 +5,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
+from sphkv_cli.commands.registry import ForceFlag, JsonFlag, Seed, command
+from sphkv_cli.errors import UsageError
 
 
 @command("profile")
 def profile_command(
-    capture: CaptureArgument,
-    allocation: Annotated[Path, typer.Argument(help="The allocation: allocation.h5.")],
+    capture: Annotated[
+        Path | None, typer.Argument(help="The capture: capture.h5.", show_default=False)
+    ] = None,
+    allocation: Annotated[
+        Path | None, typer.Argument(help="The allocation: allocation.h5.", show_default=False)
+    ] = None,
     output: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.json"),
     html: Annotated[
         Path | None, typer.Option(help="Write the report as one HTML page with plots, too.")
@@ -39,6 +44,26 @@ def profile_command(
     min_speedup: Annotated[
         float | None, typer.Option(help="Gate: decode step over the best bf16 one; needs a GPU.")
     ] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            help="Time the kernel without a capture: sequences x KV heads x context x group, "
+            "such as 8x8x32768x4."
+        ),
+    ] = None,
+    head_dim: Annotated[int, typer.Option(help="With --synthetic: 64, 128 or 256.")] = 128,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(help="With --synthetic: a code to time, repeatable, as in fit-codebooks."),
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="With --synthetic: 16, 32 or 64 tokens.")] = 32,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="With --synthetic: more contexts, batches and groups."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --synthetic: draw a roofline, .png or .svg.")
+    ] = None,
     seed: Seed = 42,
     force: ForceFlag = False,
     json_output: JsonFlag = False,
@@ -50,6 +75,38 @@ def profile_command(
     from sphkv_cli.profile.view import view
     from sphkv_cli.render import Output, TerminalProgress
 
+    if synthetic is not None:
+        _refuse_beside_synthetic(
+            CAPTURE=capture is not None,
+            html=html is not None,
+            tier=bool(tier),
+            backend=backend == "reference",
+            max_logit_rmse=max_logit_rmse is not None,
+            max_kl=max_kl is not None,
+            max_output_error=max_output_error is not None,
+            min_speedup=min_speedup is not None,
+        )
+        from sphkv_cli.profile.synthetic import (
+            DEFAULT_CODES,
+            SyntheticSpeedOptions,
+            profile_synthetic,
+        )
+        from sphkv_cli.profile.synthetic_view import view as synthetic_view
+
+        shapes = SyntheticSpeedOptions(
+            synthetic, head_dim, tuple(code or DEFAULT_CODES), page_size, sweep, seed
+        )
+        with TerminalProgress() as progress:
+            timed = profile_synthetic(shapes, output, plot=plot, progress=progress, force=force)
+        Output(json_output).show(timed, synthetic_view(timed))
+        return
+    if capture is None or allocation is None:
+        raise UsageError(
+            "profile needs a capture and an allocation",
+            "or --synthetic 8x8x32768x4 for speed alone",
+        )
+    if code or sweep or plot is not None:
+        raise UsageError("--code, --sweep and --plot belong to --synthetic", "leave them out")
     options = ProfileOptions(
         backend=backend,
         tiers=tuple(tier or ()),
@@ -67,3 +124,10 @@ def profile_command(
         write_html(report, html, force=force)
     Output(json_output).show(report, view(report))
     require_gates(report)
+
+
+def _refuse_beside_synthetic(**given: bool) -> None:
+    for name, is_given in given.items():
+        if is_given:
+            option = name if name.isupper() else "--" + name.replace("_", "-")
+            raise UsageError(f"{option} has no meaning with --synthetic", "leave it out")

@@ -13,6 +13,8 @@ from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.fit.stage import fit_codebooks
 from sphkv_cli.profile.options import ProfileOptions
 from sphkv_cli.profile.stage import profile
+from sphkv_cli.profile.synthetic import SyntheticSpeedOptions, profile_synthetic
+from sphkv_cli.profile.synthetic_view import view as synthetic_view
 from sphkv_cli.profile.view import view
 from tests.gpu.cases import OUTPUT_TOLERANCE, needs_cuda
 
@@ -42,3 +44,19 @@ def test_profile_runs_the_kernel_on_the_plans_pages(tmp_path: Path) -> None:
         assert 0 < row.step_p20_us <= row.step_us <= row.step_p80_us
         assert 0 < row.fraction_of_read < 1
     assert "speed-up" in repr(view(report))
+
+
+def test_synthetic_profile_times_every_code_and_draws_a_roofline(tmp_path: Path) -> None:
+    options = SyntheticSpeedOptions("2x2x1024x4", codes=("4/2/2/2:fp16", "3/2/2/2:r2"), sweep=True)
+    plot = tmp_path / "roofline.png"
+    report = profile_synthetic(options, tmp_path / "speed.json", plot=plot)
+    content = report.content
+    assert len(content.cases) == 2 * len(options.shapes())
+    for case in content.cases:
+        assert case.output_error <= OUTPUT_TOLERANCE
+        assert case.latency.p20_us <= case.latency.median_us <= case.latency.p80_us
+        assert 0 < case.fraction_of_read_rate < 1.2  # small caches may lie in L2
+    assert [case.reconstruct is not None for case in content.cases[:3]] == [True, True, False]
+    assert {case.page_size for case in content.metadata} == {16, 32, 64}
+    assert plot.stat().st_size > 1000
+    assert "position term" in repr(synthetic_view(report))
