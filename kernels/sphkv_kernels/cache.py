@@ -173,6 +173,9 @@ class PagedCache:
         table, entries = self.page_table.select(heads)
 
         def rows(t: Tensor | None, which: Tensor) -> Tensor | None:
+            if t is not None and t.dtype == torch.uint16:
+                # CUDA does not index uint16.
+                return t.view(torch.int16)[which].view(torch.uint16)
             return None if t is None else t[which]
 
         return replace(

@@ -60,7 +60,8 @@ def _moved_positions(cache: PagedCache, entries: torch.Tensor, by: torch.Tensor)
     if cache.positions is None:
         raise PageError("tiling with positions needs a cache built with positions")
     dtype = cache.positions.dtype
-    positions = cache.positions[entries].to(torch.int64)
+    # CUDA does not index uint16.
+    positions = cache.positions.to(torch.int64)[entries]
     row = torch.arange(cache.page_size, device=cache.device)
     is_live = row < cache.page_table.live_tokens[entries][:, None]
     moved = positions + by[:, None]

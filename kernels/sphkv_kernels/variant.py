@@ -26,6 +26,9 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 """Shared memory of a block by compute capability (CUDA programming guide)."""
 MAX_POSITION_GROUPS = 32
 POSITION_FRAGMENT_BYTES = 16
+SEGMENT_BYTES = 32
+LISTED_SEGMENTS = 64
+"""Segments of a block that a kernel of several tiers keeps in shared memory."""
 ROW_BYTES = 256
 WEIGHT_PARTS = 64
 
@@ -142,9 +145,11 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     for replicas in (16, 8, 4, 2):
         space, cases = _place_tiers(variant, replicas)
         position = -(-space.n_bytes // 128) * 128
-        scratch = position + (
+        segments = position + (
             variant.position_groups * variant.group_tiles * 32 * POSITION_FRAGMENT_BYTES
         )
+        n_listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
+        scratch = segments + n_listed * SEGMENT_BYTES
         room = (limit - scratch - fixed) // (fragments * 16)
         n_buffers = min(variant.n_warps, room)
         if n_buffers >= 1 and (n_buffers >= 4 or replicas == 2):
@@ -164,7 +169,13 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         else (CUDA_FOLDER / source).read_text()
         for source in (*COMMON_SOURCES, *sources)
     ]
-    offsets = {"POSITION_OFFSET": position, "SCRATCH_OFFSET": scratch, "N_BUFFERS": n_buffers}
+    offsets = {
+        "POSITION_OFFSET": position,
+        "SEGMENTS_OFFSET": segments,
+        "LISTED_SEGMENTS": n_listed,
+        "SCRATCH_OFFSET": scratch,
+        "N_BUFFERS": n_buffers,
+    }
     preamble = _preamble(variant, capability, replicas, space, offsets, name)
     text = "\n".join([preamble, *texts])
     is_decode = not variant.logits and not variant.reconstruct

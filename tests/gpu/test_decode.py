@@ -10,6 +10,7 @@ import torch
 from sphkv_kernels.decode import ada_decode, ada_logits, plan
 from sphkv_kernels.reference import ada_logits_reference, merge_partial
 from sphkv_kernels.tier import PageError
+from sphkv_kernels.variant import LISTED_SEGMENTS
 from tests.gpu.cases import (
     check_decode,
     needs_cuda,
@@ -40,6 +41,15 @@ def test_mixed_tiers_equal_reference(page_size: int, group_size: int) -> None:
 def test_all_tiers_in_one_launch() -> None:
     cache = ragged_cache(tier_set(64), page_size=16)
     check_decode(cache, random_query(cache, 3, seed=2))
+
+
+def test_a_block_of_more_segments_than_it_lists_reads_them_all() -> None:
+    cache = ragged_cache(tier_set(64), page_size=16, lengths=(200, 1, 150, 90, 64, 130))
+    query = random_query(cache, 3, seed=2)
+    on_gpu = cache.to("cuda")
+    alone = plan(on_gpu, 3, n_blocks=1)
+    assert alone.work.segments.shape[0] > LISTED_SEGMENTS
+    check_decode(cache, query, attention_plan=alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

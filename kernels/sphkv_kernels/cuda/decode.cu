@@ -246,18 +246,40 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
 #if POSITION_GROUPS
   store_position_fragments(p, segment.row);
 #endif
+#if LISTED_SEGMENTS
+  // Many segments follow in a mixed cache: each would begin with a detour to memory.
+  int4* listed = reinterpret_cast<int4*>(shared_memory + SEGMENTS_OFFSET);
+  for (int i = threadIdx.x; i < 2 * min(rest.y - rest.x, LISTED_SEGMENTS); i += N_THREADS)
+    listed[i] = __ldg(reinterpret_cast<const int4*>(p.segments + rest.x * SEGMENT_INTS) + i);
+  int turn = 0;  // which warp takes a segment's first tile: the one after the last of the segment before
+#endif
   __syncthreads();
   int next = rest.x;
 #pragma unroll 1
   while (true) {
+#if LISTED_SEGMENTS
+    // The next segment's records come to L2 while this one is worked on.
+    if (lane.index == 0 && next < rest.y && next - rest.x < LISTED_SEGMENTS)
+      prefetch_line(reinterpret_cast<const u8*>(p.records + listed[2 * (next - rest.x)].z + warp));
+    run_tier(state, segment, p, lane, (warp + N_WARPS - turn) % N_WARPS, offset);
+    const int n_tiles = ((segment.n_pages << p.page_units_log2) + TILE_UNITS - 1) / TILE_UNITS;
+    turn = segment.flags & LAST ? 0 : (turn + n_tiles) % N_WARPS;
+#else
     run_tier(state, segment, p, lane, warp, offset);
+#endif
     if ((segment.flags & TAIL) && p.tail_keys) run_tail(state, segment, p, lane, warp, offset);
 #if !LOGITS
     if (segment.flags & LAST) emit(state, p, segment, lane, warp);
 #endif
     if (next >= rest.y) break;
     const int4* words = reinterpret_cast<const int4*>(p.segments + next * SEGMENT_INTS);
+#if LISTED_SEGMENTS
+    const int place = next - rest.x;
+    const int4 c = place < LISTED_SEGMENTS ? listed[2 * place] : __ldg(words);
+    const int4 e = place < LISTED_SEGMENTS ? listed[2 * place + 1] : __ldg(words + 1);
+#else
     const int4 c = __ldg(words), e = __ldg(words + 1);
+#endif
     segment = {c.x, c.y, c.z, c.w, e.x, e.y, e.z, e.w};
     ++next;
     if (segment.flags & FIRST) {

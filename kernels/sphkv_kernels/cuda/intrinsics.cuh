@@ -11,6 +11,12 @@ static __device__ __forceinline__ float half_to_float(u32 bits) {
   return x;
 }
 
+static __device__ __forceinline__ float high_half_to_float(u32 bits) {
+  float x;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(bits));
+  return x;
+}
+
 // (low, high) -> one register of two fp16.
 static __device__ __forceinline__ u32 pack_half2(float low, float high) {
   u32 packed;

@@ -14,13 +14,16 @@ struct PositionFragment {
   u32 turns, fine;  // f / 2 pi as a 64-bit fraction
 };
 
+// Two groups side by side hide each other's steps; more would take registers from the loop.
+constexpr int POSITION_UNROLL = 2;
+
 #if POSITION_GROUPS
 static __device__ __forceinline__ PositionFragment* position_fragments() {
   return reinterpret_cast<PositionFragment*>(shared_memory + POSITION_OFFSET);
 }
 
 static __device__ __forceinline__ u32 rounded_away(float x, float y, u32 packed) {
-  return pack_half2(x - half_to_float(packed), y - half_to_float(packed >> 16));
+  return pack_half2(x - half_to_float(packed), y - high_half_to_float(packed));
 }
 
 // The fragments of a row into shared memory; the caller synchronises the block.
@@ -67,7 +70,7 @@ static __device__ __forceinline__ void position_terms(float (&term)[GROUP_TILES]
   for (int n = 0; n < GROUP_TILES; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) term[n][j] = 0.f;
-#pragma unroll 1
+#pragma unroll POSITION_UNROLL
   for (int group = 0; group < POSITION_GROUPS; ++group) {
     u32 high[2], low[2];
 #pragma unroll
