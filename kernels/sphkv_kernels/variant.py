@@ -160,7 +160,7 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     registers_first = sum(t.shape[0] for t in space.tables)
     rows = np.concatenate([*space.tables, np.stack([*space.registers, np.zeros(4, np.float16)])])
     name = "ada_logits" if variant.logits else "ada_decode"
-    sources = DECODE_SOURCES
+    sources: tuple[str, ...] = DECODE_SOURCES
     if variant.reconstruct:
         name, sources = "reconstruct", ("reconstruct.cuh", "{dispatch}", "reconstruct.cu")
     texts = [

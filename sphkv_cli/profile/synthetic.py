@@ -53,7 +53,8 @@ class SyntheticSpeedOptions:
                 f"--synthetic {self.shape!r} cannot be read",
                 "give sequences x KV heads x context x group size, for example 8x8x32768x4",
             )
-        shape = Shape(*(int(part) for part in parts), head_dim=self.head_dim)
+        n_sequences, n_kv_heads, n_tokens, group_size = map(int, parts)
+        shape = Shape(n_sequences, n_kv_heads, n_tokens, group_size, self.head_dim)
         if shape.group_size > 16:
             raise UsageError(f"groups of {shape.group_size}", "the kernel serves groups of 1 to 16")
         return shape
