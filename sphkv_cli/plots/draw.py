@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sphkv_cli.errors import EnvironmentUnable
-from sphkv_cli.plots.figures import Figure, GridPanel, PlotPanel
+from sphkv_cli.plots.figures import Figure, GridPanel, Panel, PlotPanel
 
 ImageFormat = Literal["png", "svg"]
 
@@ -43,27 +43,36 @@ def draw(figure: Figure, path: Path, image_format: ImageFormat = "png") -> None:
     width, height = _PANEL_INCHES
     canvas = Canvas(figsize=(width * n_columns, height * figure.n_rows), layout="constrained")
     axes = canvas.subplots(figure.n_rows, n_columns, squeeze=False).flat
+    colors = _colors(figure)
+    share_legend = _shares_legend(figure)
+    handles: dict[str, Any] = {}
     for panel in figure.panels:
         ax = next(axes)
         if isinstance(panel, GridPanel):
             _draw_grid(canvas, ax, panel)
         else:
-            _draw_series(ax, panel)
+            handles |= _draw_series(ax, panel, colors, has_legend=not share_legend)
     for unused in axes:
         unused.set_axis_off()
+    if share_legend:
+        canvas.legend(handles.values(), handles.keys(), fontsize="small", loc="outside right upper")
     if image_format == "png":
         FigureCanvasAgg(canvas).print_png(path, metadata={"Software": None})
     else:
         FigureCanvasSVG(canvas).print_svg(path, metadata={"Date": None})
 
 
-def _draw_series(ax: Any, panel: PlotPanel) -> None:
-    for index, series in enumerate(panel.series):
-        ax.plot(
+def _draw_series(
+    ax: Any, panel: PlotPanel, colors: dict[str, Any], *, has_legend: bool
+) -> dict[str, Any]:
+    """Draw, and return what a legend would show, by label."""
+    handles = {}
+    for series in panel.series:
+        (handles[series.label],) = ax.plot(
             series.x,
             series.y,
             label=series.label,
-            color=_color(index, len(panel.series)),
+            color=colors[series.label],
             linewidth=2.6 if series.emphasis else 1.3,
             zorder=4 if series.style == "points" else 3 if series.emphasis else 2,
             **_STYLES[series.style],
@@ -72,10 +81,11 @@ def _draw_series(ax: Any, panel: PlotPanel) -> None:
     ax.set_xscale(panel.x_scale)
     ax.set_yscale(panel.y_scale)
     ax.grid(True, color="#dddddd", linewidth=0.6)
-    if len(panel.series) > _MOST_INSIDE:  # many names would hide what they name
+    if has_legend and len(panel.series) > _MOST_INSIDE:  # many names would hide what they name
         ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    elif any(series.label for series in panel.series):
+    elif has_legend and any(series.label for series in panel.series):
         ax.legend(fontsize="x-small", framealpha=0.8)
+    return handles
 
 
 def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
@@ -102,9 +112,21 @@ def _label(ax: Any, panel: PlotPanel | GridPanel) -> None:
     ax.set_ylabel(panel.y_label)
 
 
-def _color(index: int, n_series: int) -> Any:
+def _labels(panel: Panel) -> list[str]:
+    return [] if isinstance(panel, GridPanel) else [series.label for series in panel.series]
+
+
+def _shares_legend(figure: Figure) -> bool:
+    """Whether panels name mostly the same many things, so that one legend serves them all."""
+    every = {label for panel in figure.panels for label in _labels(panel)}
+    most = max(len(_labels(panel)) for panel in figure.panels)
+    return len(figure.panels) > 1 and most > _MOST_INSIDE and len(every) <= 1.5 * most
+
+
+def _colors(figure: Figure) -> dict[str, Any]:
+    """A label has one colour in all panels of a figure."""
     import matplotlib
 
-    map_name = "tab10" if n_series <= 10 else "tab20"
-    colors = matplotlib.colormaps[map_name]
-    return colors(index % colors.N)
+    labels = list(dict.fromkeys(label for panel in figure.panels for label in _labels(panel)))
+    colors = matplotlib.colormaps["tab10" if len(labels) <= 10 else "tab20"]
+    return {label: colors(index % colors.N) for index, label in enumerate(labels)}
