@@ -109,9 +109,9 @@ def design_codes(
         measured_rows = [
             _row(rate, pair, errors, everything.index(pair), capture.head_dim) for pair in pairs
         ]
-        chosen = _choose(measured_rows)
+        chosen = choose(measured_rows)
         for row, pair in zip(measured_rows, pairs, strict=True):
-            if row in (chosen, _choose([r for r in measured_rows if r.has_kernel_layout])):
+            if row in (chosen, choose([r for r in measured_rows if r.has_kernel_layout])):
                 tier = TierFormat.spherical(*pair)
                 tiers.setdefault(tier.name, tier)
         ordered = sorted(measured_rows, key=lambda row: (row.is_vetoed, row.output_error))
@@ -234,7 +234,7 @@ def _row(
     )
 
 
-def _choose(rows: Sequence[DesignRow]) -> DesignRow | None:
+def choose(rows: Sequence[DesignRow]) -> DesignRow | None:
     """Least error among those that lose no head; if all do, the one whose worst head is best."""
     kept = [row for row in rows if not row.is_vetoed]
     if kept:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.blocks import Line, Table
 from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.candidates import laid_out_rate
+from sphkv_cli.fit.design import choose
 from sphkv_cli.fit.design_codes import leading_designs, native_designs, rows_fit, split_rates
+from sphkv_cli.fit.design_rows import DesignTables
 from sphkv_cli.fit.design_view import read_design
 from sphkv_cli.fit.options import FitOptions, parse_sweep
 from sphkv_cli.fit.stage import FitResult, fit_codebooks
@@ -107,6 +110,25 @@ def test_what_is_shown_says_what_was_chosen(designed: tuple[FitResult, Path]) ->
     lines = [block.text for block in blocks if isinstance(block, Line)]
     assert any("the first 4 stay dense" in line for line in lines)
     assert plain(result)["design"]["rows"]
+
+
+def test_a_pair_that_loses_a_head_is_not_chosen(designed: tuple[FitResult, Path]) -> None:
+    result, _ = designed
+    assert result.design is not None
+    first, second, third, *_ = result.design.of_rate(3.25)
+    lost = replace(first, worst_output_error=1.5, is_vetoed=1, is_chosen=0)
+    assert choose([lost, second, third]) is second
+    assert choose([third, second, first]) is first
+    worse = replace(second, worst_output_error=1.2, is_vetoed=1, is_chosen=0)
+    # Where all lose a head the least bad is kept, and the sentence warns.
+    assert choose([lost, worse]) is worse
+    assert choose([]) is None
+    rows = (replace(worse, is_chosen=1), lost)
+    (sentence,) = read_design(DesignTables((), rows, ""))
+    assert "not recommended" in sentence
+    rows = (replace(second, is_chosen=1, has_kernel_layout=0), replace(lost, has_kernel_layout=1))
+    (sentence,) = read_design(DesignTables((), rows, ""))
+    assert sentence.endswith(f"{lost.name}, loses a head.")
 
 
 def test_native_only_chooses_what_the_kernel_reads(
