@@ -113,12 +113,26 @@ def _plan(
         geometry=geometry,
         attention=attention,
         documents=[document.info for document in documents],
-        notes=notes,
+        notes=(*notes, *_fisher_note(options, documents)),
         pre_rope=options.pre_rope,
         store_dtype=options.store_dtype,
         folder=output.parent,
     )
     return plan, documents
+
+
+def _fisher_note(options: CaptureOptions, documents: Sequence[PlannedDocument]) -> tuple[str, ...]:
+    if not options.fisher:
+        return ()
+    counts = [
+        min(document.info.n_tokens, options.fisher_tokens)
+        for document in documents
+        if document.info.split == "fit"
+    ]
+    return (
+        f"Fisher weights from {options.fisher_samples} backward passes over {sum(counts):,} tokens "
+        f"of {len(counts)} fit documents, seed {options.seed}",
+    )
 
 
 def _tokenizer(tokenizer: Any) -> tuple[Callable[[str], Sequence[int]], tuple[int, ...]]:

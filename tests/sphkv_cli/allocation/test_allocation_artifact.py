@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sphkv_cli.allocation.calibration import CalibrationTables
+from sphkv_cli.allocation.estimator_store import stored_estimator
 from sphkv_cli.allocation.policy import QuotaPolicy
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.header import ArtifactRef
@@ -39,6 +40,10 @@ def test_version_1_loads() -> None:
             calibration.starts, calibration.log_scores, calibration.log_values
         )
         assert np.all(tables.expected(np.ones((1, 1, 3)), "drop") > 0)
+        assert reader.score_arrays == {}
+        assert stored_estimator(reader).name == reader.info.utility["name"] == "window"
+        np.testing.assert_array_equal(reader.drop_coefficients, [[reader.info.drop_coefficient]])
+        np.testing.assert_array_equal(reader.code_coefficients, [[1.0]])
         policy = QuotaPolicy.from_fractions(reader.quotas)
         assert policy.at_least.shape == (1, 1, 3)
         vectors = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(0))

@@ -84,6 +84,8 @@ def test_predictions_agree_with_measured_errors(allocation) -> None:
         # First order at few bits on peaked attention: right to a small factor.
         assert 0.25 < row.error_ratio < 4
         assert row.future_log_correlation > 0.3
+        # Fitted on other documents: what coded tokens cost is known to a small factor.
+        assert 0.25 < row.code_coherence / row.code_coefficient < 4
 
 
 def test_the_pages_of_the_artifact_build_a_cache_of_its_bytes(allocation, chain: Chain) -> None:
@@ -203,6 +205,7 @@ def test_the_same_inputs_give_the_same_digest(allocation, chain: Chain, tmp_path
         {"utility": "window", "calibrate": False},
         {"head_weights": "none"},
         {"drop_coefficient": 1.0},
+        {"code_coefficient": 1.0},
     ],
     ids=str,
 )
@@ -341,6 +344,7 @@ def test_view_shows_verdicts_bytes_and_every_layer(allocation) -> None:
         ({"utility": "magic"}, "'magic' is not known"),
         ({"drop_coefficient": 0.0}, "drop coefficient is 0.0"),
         ({"drop_coefficient": float("nan")}, "drop coefficient is nan"),
+        ({"code_coefficient": -1.0}, "code coefficient is -1.0; give --code-coefficient above 0"),
         ({"head_weights": "magic"}, "'magic' are not known; choose auto, fisher"),
         ({"utility": "recency", "calibrate": False}, "'recency' is no damage"),
         ({"seed": -1}, "seed is -1"),
