@@ -108,6 +108,11 @@ class Duel:
         """The rival's output error over polar's: above 1 polar is better."""
         return self.rival_error / self.polar_error
 
+    @property
+    def is_level(self) -> bool:
+        """Whether polar has 98 % of the rival's bytes or more."""
+        return self.polar_rate >= 0.98 * self.rival_rate
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -27,6 +27,7 @@ from sphkv_cli.fit.captured_vectors import documents_of
 from sphkv_cli.plots.draw import draw, require_matplotlib
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_cli.study.calibration import mean_frames
+from sphkv_codebooks.comparators.spherical_kmeans import SPHERICAL_KV_TIERS
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 
@@ -136,7 +137,7 @@ def _reading(
 ) -> tuple[str, ...]:
     said = [sentence(s) for s in standings]
     for side in SIDES:
-        fought = [duel for duel in duels if duel.side == side]
+        fought = [duel for duel in duels if duel.side == side and duel.is_level]
         if fought:
             won = sum(duel.ratio > 1 for duel in fought)
             hardest = min(fought, key=lambda duel: duel.ratio)
@@ -145,7 +146,21 @@ def _reading(
                 f"{len(fought)} settings; it fares worst against {hardest.rival} "
                 f"({hardest.setting}, {hardest.rival_rate:.3g} bits): {hardest.ratio:.2f}."
             )
-    return (*said, *_centring(rows))
+    return (*said, *_tiers(duels), *_centring(rows))
+
+
+def _tiers(duels: Sequence[Duel]) -> tuple[str, ...]:
+    """The tiers of the Spherical KV authors' public code, which lie under a bit."""
+    names = {f"spherical k-means g{size} K{count}" for size, count in SPHERICAL_KV_TIERS}
+    words = [
+        f"{duel.rival_error:.3g} against polar's {duel.polar_error:.3g} at {duel.rival_rate:.2f} "
+        f"and {duel.polar_rate:.2f} bits"
+        for duel in duels
+        if duel.setting in names
+    ]
+    if not words:
+        return ()
+    return (f"The Spherical KV authors' tiers, keys coded: {'; '.join(words)}.",)
 
 
 def _centring(rows: Sequence[CompareRow]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from sphkv_cli.comparison.result import CompareRow, Duel, How, RateStandings, Si
 
 TOLERANCE = 0.02
 TIE = 0.03
+FEWEST = 0.9
+"""A polar code below this share of a rival's bytes would lose by its bytes, not by its kind."""
 
 
 def standings_at(rows: Sequence[CompareRow], rate: float, side: Side) -> RateStandings:
@@ -97,11 +99,10 @@ def duels_of(rows: Sequence[CompareRow], side: Side) -> tuple[Duel, ...]:
     for rival_rows in settings.values():
         rival = min(rival_rows, key=lambda row: row.error_of(side))
         rate = rival.rate_of(side)
-        # A polar code far below the rival's bytes would lose by its bytes, not by its kind.
         fitting = [
             row
             for row in rows
-            if row.family == POLAR and (1 - TOLERANCE) * rate <= row.rate_of(side) <= rate + 1e-9
+            if row.family == POLAR and FEWEST * rate <= row.rate_of(side) <= rate + 1e-9
         ]
         if not fitting:
             continue

@@ -125,7 +125,7 @@ def duel_table(duels: Sequence[Duel]) -> Table:
                 f"{duel.setting}{', centred' if duel.rival_is_centred else ''}",
                 duel.side,
                 duel.rival_rate,
-                duel.polar_rate,
+                duel.polar_rate if duel.is_level else f"{duel.polar_rate:.4g} (fewer)",
                 duel.rival_error,
                 duel.polar_error,
                 f"{duel.ratio:.2f}",

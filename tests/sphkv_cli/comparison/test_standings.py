@@ -87,4 +87,10 @@ def test_a_duel_is_never_fought_with_more_bytes_or_far_fewer() -> None:
     ]
     (duel,) = duels_of(rows, "keys")
     assert (duel.polar_rate, duel.polar_error, duel.polar_is_centred) == (3.25, 0.015, False)
-    assert duel.ratio == pytest.approx(2.0)
+    assert duel.ratio == pytest.approx(2.0) and duel.is_level
+
+
+def test_a_duel_with_fewer_bytes_is_marked() -> None:
+    (duel,) = duels_of([row(POLAR, 0.875, 0.5), row("rival", 0.9, 0.3)], "keys")
+    assert not duel.is_level
+    assert not duels_of([row(POLAR, 0.8, 0.5), row("rival", 0.9, 0.3)], "keys")
