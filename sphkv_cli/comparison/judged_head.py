@@ -25,7 +25,7 @@ class JudgedHead:
     queries: (group_size, n_queries, head_dim); keys, values: (n_tokens, head_dim); framed_keys,
     framed_queries: the same, centred and balanced; seen, coded: (n_queries, n_tokens) bool, what a
     query sees, and what of it is read coded; products: (group_size, n_queries, n_tokens) q.k;
-    scores, log_sum_exp, output: exact attention.
+    scores, log_sum_exp, weights, output: exact attention.
     """
 
     softmax_scale: float
@@ -40,6 +40,7 @@ class JudgedHead:
     products: Tensor
     scores: Tensor
     log_sum_exp: Tensor
+    weights: Tensor
     output: Tensor
 
     def attention(self, products: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,9 +49,8 @@ class JudgedHead:
         scores = _scores(products, self.softmax_scale, self.logit_softcap, self.seen)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[..., None])
-        exact_weights = torch.exp(self.scores - self.log_sum_exp[..., None])
         moved = torch.where(self.seen, self.scores - scores, 0.0)
-        kl = (exact_weights * moved).sum(-1) - (self.log_sum_exp - lse)
+        kl = torch.linalg.vecdot(self.weights, moved) - (self.log_sum_exp - lse)
         output = weights @ self.values
         if values is None:
             return kl.clamp_min(0.0), output, output
@@ -100,6 +100,7 @@ def judged_heads(
         products = asked @ keys[:, head].T
         scores = _scores(products, info.softmax_scale, info.logit_softcap, seen)
         lse = torch.logsumexp(scores, dim=-1)
+        weights = torch.exp(scores - lse[..., None])
         own_values = values[:, head].contiguous()
         heads.append(
             JudgedHead(
@@ -115,7 +116,8 @@ def judged_heads(
                 products=products,
                 scores=scores,
                 log_sum_exp=lse,
-                output=torch.exp(scores - lse[..., None]) @ own_values,
+                weights=weights,
+                output=weights @ own_values,
             )
         )
     return heads

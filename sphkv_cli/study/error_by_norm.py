@@ -52,7 +52,7 @@ def head_errors(judged: JudgedHead, code: SphericalCode, rotation: Rotation) -> 
     error = keys - code.decode(code.encode(keys))
     norm2 = keys.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     error2 = error.square().sum(-1)
-    weights = torch.exp(judged.scores - judged.log_sum_exp[..., None]) * judged.coded
+    weights = judged.weights * judged.coded
     moved = (rotation.apply(judged.framed_queries) @ error.T) * judged.softmax_scale
     return HeadErrors(
         norm=_array(norm2.sqrt()),
