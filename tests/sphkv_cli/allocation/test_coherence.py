@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from sphkv_cli.allocation.coherence import DROP_BOUNDS, Coherence
+from sphkv_cli.allocation.coherence import (
+    DROP_BOUNDS,
+    Coherence,
+    PlanCoherence,
+    measure_coherence,
+)
 from sphkv_cli.allocation.output_error import HorizonAttention
+from sphkv_cli.allocation.stage import AllocationRun
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.progress import NullProgress
 
+from .conftest import OPTIONS, Chain
 from .test_estimators import context
 
 
@@ -66,3 +76,37 @@ def test_tokens_that_share_a_direction_hurt_more_than_their_sum(
     )
     ratio = float(measured.sum() / inputs.horizon_utility.drop[:, :20].sum())
     assert at_least < ratio < at_most
+
+
+def test_planned_sets_are_measured_apart(chain: Chain) -> None:
+    """Coding everything drops nothing; dropping everything codes nothing; a mixture is both."""
+    books = CodebooksReader.open(chain.codebooks)
+    with CaptureReader(chain.capture) as capture:
+        run = AllocationRun.prepare(OPTIONS, capture, books, NullProgress())
+        document = run.measure(capture.documents_of("fit")[0])
+        assert document.horizon is not None
+        shape = document.horizon.drop.shape
+
+        def measured(plan: np.ndarray) -> PlanCoherence:
+            tiers, weights = run.layout.tiers, run.head_weights
+            return measure_coherence(
+                capture, document, run.frames, tiers, plan, weights, NullProgress()
+            )
+
+        lowest = measured(np.ones(shape, dtype=np.int8))
+        nothing = measured(np.zeros(shape, dtype=np.int8))
+        mixed = np.ones(shape, dtype=np.int8)
+        mixed[..., ::2] = 0
+        both = measured(mixed)
+    for layer in range(shape[0]):
+        cost = document.errors.token_costs(0, layer, document.horizon)
+        np.testing.assert_allclose(lowest.codes.summed[layer], cost.sum(-1))
+        np.testing.assert_allclose(both.codes.summed[layer], cost[:, 1::2].sum(-1))
+    np.testing.assert_allclose(nothing.drops.summed, document.horizon.drop.sum(-1))
+    np.testing.assert_allclose(both.drops.summed, document.horizon.drop[..., ::2].sum(-1))
+    # Coding and dropping of nothing at all leave no error but rounding of the logits.
+    assert (lowest.drops.measured < 1e-9 * nothing.drops.measured).all()
+    assert (nothing.codes.measured < 1e-9 * lowest.codes.measured).all()
+    assert (both.codes.measured < lowest.codes.measured).all()
+    # First order on a capture of independent errors: right to a factor of a few.
+    assert (np.abs(np.log(lowest.codes.ratios())) < np.log(6)).all()
