@@ -73,6 +73,19 @@ def test_other_shapes_build_without_spills_in_the_loop(
 
 
 @needs_tools
+@pytest.mark.parametrize("groups", [1, 2])
+def test_position_term_keeps_its_budget(groups: int, tmp_path: Path) -> None:
+    tier = tier_of((3, 2, 2, 2), "lloyd_max:2")
+    loop, registers = built(
+        tmp_path, Variant((tier,), 128, 1, position_groups=groups, position_bytes=2), 90
+    )
+    assert loop.local_memory == 0
+    assert registers <= 168
+    assert loop.instructions["HMMA"] == 48 + 4 * groups
+    assert loop.total <= 800 + 85 * groups + 25
+
+
+@needs_tools
 def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
     tiers = (
         TierFormat.int8(),
