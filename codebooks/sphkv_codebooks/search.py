@@ -14,7 +14,7 @@ bits: D here is that of unit gain. Ours; the Gaussian limit 4^-R is Shannon's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -186,11 +186,6 @@ def frontier(space: SearchSpace, low: float, high: float) -> list[CodeDesign]:
                 depth_frontier, spec, coding = families[number]
                 found.append(_design(space.head_dim, depth_frontier, index, spec, coding))
     return found
-
-
-def sweep(space: SearchSpace, rates: Sequence[float]) -> list[CodeDesign]:
-    """The best code at each rate."""
-    return [best_code(space, rate) for rate in rates]
 
 
 def _design(

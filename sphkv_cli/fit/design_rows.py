@@ -11,10 +11,10 @@ from sphkv_codebooks.search import CodeDesign, SearchSpace, best_codes, gaussian
 
 @dataclass(frozen=True)
 class FrontierRow:
-    """The analytically best codes at one rate; NaN and "-" where there is none.
+    """The analytically best codes of at most one rate; None where there is none.
 
-    limit: 4^-rate; distortion, gap_db, spec: any number of cells; whole_bits_*: powers of two;
-    native_*: the codes that the CUDA kernel reads, at their own rate.
+    limit: 4^-rate; best: any number of cells; whole_bits: powers of two; native: what the CUDA
+    kernel reads.
     """
 
     rate: float
