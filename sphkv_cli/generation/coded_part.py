@@ -103,10 +103,10 @@ class LayerReader:
         offset, term = self.frame.offsets(queries), self.frame.term(queries)
         scale, softcap = self.described.softmax_scale, self.described.logit_softcap
         window = self.described.window
-        where = positions.to(torch.int32) if window and positions is not None else None
+        where = None
+        if window and positions is not None:
+            where = positions.to(torch.int32).contiguous()
         if self.uses_kernel:
-            # The argument is passed where it is needed: without it the kernel has less to check.
-            extra = {} if term is None else {"position_term": term}
             found = ada_decode(
                 framed,
                 pages,
@@ -115,8 +115,8 @@ class LayerReader:
                 logit_softcap=softcap,
                 window=window,
                 query_positions=where,
+                position_term=term,
                 plan=plan,
-                **extra,
             )
         else:
             found = ada_decode_reference(

@@ -40,15 +40,16 @@ class LayerFrame:
         if frames.balancing is None:
             query = query[:1]
         offset = None
-        if frames.key_mean is not None and frames.centring_of(layer) == "post_rope":
-            offset = frames.logit_offset(layer, per_head).T.to(device, dtype).contiguous()
+        constant = frames.logit_offset(layer, per_head)
+        if bool(constant.any()):  # after RoPE, or what a truncated mean before RoPE leaves
+            offset = constant.T.to(device, dtype).contiguous()
         term = frames.position_coefficients(layer, per_head)
         return LayerFrame(
             query.to(device, dtype).contiguous(),
             frames.output_from_frame(eye).to(device, dtype),
             offset,
             None if term is None else term[0].transpose(0, 1).to(device, dtype).contiguous(),
-            None if term is None else term[1].to(device, torch.float32),
+            None if term is None else term[1].to(device, torch.float32).contiguous(),
         )
 
     def queries(self, queries: Tensor) -> Tensor:
@@ -63,9 +64,8 @@ class LayerFrame:
         """What each logit gets by its token's position."""
         if self.position is None or self.frequencies is None:
             return None
-        return PositionTerm(
-            torch.einsum("nhd,hdip->nhip", queries, self.position), self.frequencies
-        )
+        coefficients = torch.einsum("nhd,hdip->nhip", queries, self.position)
+        return PositionTerm(coefficients.contiguous(), self.frequencies)
 
     def outputs(self, outputs: Tensor) -> Tensor:
         """(n, n_q_heads, d) out of the frame."""

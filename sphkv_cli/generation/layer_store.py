@@ -149,13 +149,13 @@ class LayerStore:
             if n_tail:
                 found = self.rule.place_prompt(self.layer, queries[s], keys, values, positions)
             placements.append(found)
-        return self._sealed(state, placements)
+        return self.sealed(state, placements)
 
     def later_placed(self, state: StoreState) -> StoreState:
         """The state with whatever the rule seals by now."""
         n_kv_heads = state.tail_keys.shape[1]
         counts = zip(state.n_sealed, state.n_tail, strict=True)
-        return self._sealed(state, [self.rule.place_later(*pair, n_kv_heads) for pair in counts])
+        return self.sealed(state, [self.rule.place_later(*pair, n_kv_heads) for pair in counts])
 
     def selected(self, state: StoreState, sequences: Sequence[int]) -> StoreState:
         """Sequence i is sequence sequences[i] of `state`; pages are shared until the next seal."""
@@ -198,8 +198,12 @@ class LayerStore:
         keys = state.tail_keys[s, :, :n].transpose(0, 1).float()
         return keys, state.tail_values[s, :, :n].transpose(0, 1).float(), positions
 
-    def _sealed(self, state: StoreState, placements: Sequence[Placement | None]) -> StoreState:
-        """The state with the first tokens of every tail on pages as placed."""
+    def sealed(self, state: StoreState, placements: Sequence[Placement | None]) -> StoreState:
+        """The state with the first tokens of every tail on pages as placed, per sequence.
+
+        Raises:
+            SphkvError: a vector that its tier cannot hold.
+        """
         if all(placement is None for placement in placements):
             return state
         device = state.tail_keys.device

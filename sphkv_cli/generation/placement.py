@@ -1,10 +1,13 @@
 """Which tokens leave the dense tail, when, and into which tier: the two rules.
 
 policy   the whole prompt is placed by the allocation's scores and quotas when it has been read;
-         later tokens stay dense until `window + page_size` of them wait, then the oldest page_size
-         are sealed in the largest tier that keeps the budget's bits per coordinate
+         later tokens stay dense until a page of them waits beyond `window`, then the oldest are
+         sealed in the largest tier that keeps the budget's bits per coordinate
 uniform  one tier for everything but the first tokens (dense for good) and the last `window`;
          whatever fills a page beyond the window is sealed, in the prompt and after it alike
+
+Every seal plans a layer's decode anew, which takes longer the more pages there are: a cache of n
+sealed tokens waits for n / 128 more before it seals again (a page below 128 pages).
 
 Source: ours; paging after vLLM (arXiv 2309.06180), the dense window after KIVI.
 """
@@ -20,6 +23,8 @@ from sphkv_cli.errors import UsageError
 from sphkv_cli.generation.context_policy import ContextPolicy
 from sphkv_codebooks.frame import FrameSet
 from sphkv_kernels.tier import TierFormat
+
+_TAIL_SHARE = 128
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class PlacementRule(ABC):
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
     ) -> Placement | None:
         """Arguments as `ContextPolicy.place`; None leaves the prompt in the tail."""
+
+    def tokens_per_seal(self, n_sealed: int) -> int:
+        """Tokens that wait beyond the window before n_sealed others get company: whole pages."""
+        return max(n_sealed // (_TAIL_SHARE * self.page_size), 1) * self.page_size
+
+    def pages_due(self, n_sealed: int, n_waiting: int) -> int:
+        """Full pages of n_waiting tokens beyond the window, or 0 while they are too few."""
+        return n_waiting // self.page_size * (n_waiting >= self.tokens_per_seal(n_sealed))
 
     @abstractmethod
     def place_later(self, n_sealed: int, n_tail: int, n_kv_heads: int) -> Placement | None:
@@ -102,7 +115,7 @@ class PolicyRule(PlacementRule):
     def place_later(self, n_sealed: int, n_tail: int, n_kv_heads: int) -> Placement | None:
         if self.window is None:
             return None
-        n_pages = max(n_tail - self.window, 0) // self.page_size
+        n_pages = self.pages_due(n_sealed, n_tail - self.window)
         return _pages(n_pages, self.page_size, self.later_tier, n_kv_heads) if n_pages else None
 
 
@@ -144,7 +157,7 @@ class UniformRule(PlacementRule):
 
     def place_later(self, n_sealed: int, n_tail: int, n_kv_heads: int) -> Placement | None:
         first = 0 if n_sealed else self.first_tokens
-        n_pages = max(n_tail - self.window - first, 0) // self.page_size
+        n_pages = self.pages_due(n_sealed, n_tail - self.window - first)
         if not n_pages:
             return None
         pages = _pages(n_pages, self.page_size, 0, n_kv_heads)
@@ -157,7 +170,7 @@ class UniformRule(PlacementRule):
         )
 
     def n_sealed(self, n_tokens: int) -> int:
-        """How many first tokens lie on pages once n_tokens have come (in any portions)."""
+        """How many of n_tokens read at once lie on pages; in portions too, below 128 pages."""
         placed = self.place_later(0, n_tokens, 1)
         return 0 if placed is None else placed.n_placed
 

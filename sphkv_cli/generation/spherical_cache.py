@@ -28,9 +28,11 @@ from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_frame import LayerFrame
 from sphkv_cli.generation.layer_store import LayerStore, NewTokens, StoreState
 from sphkv_cli.generation.matching import policy_for, uniform_for
-from sphkv_cli.generation.placement import PlacementRule
+from sphkv_cli.generation.placement import Placement, PlacementRule
 from sphkv_cli.models.geometry import ModelGeometry, inspect_model
 from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.build import KernelBuildError
+from sphkv_kernels.tier import PageError
 
 Backend = Literal["auto", "cuda", "reference"]
 _TRIAL_TOKENS = 3
@@ -341,6 +343,47 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 "its architecture is not supported",
             )
         self.reset()
+        tried = set()
+        for layer, described in enumerate(self.geometry.layers):
+            kind = (
+                described.window > 0,
+                described.logit_softcap > 0,
+                self.rule.frames.needs_positions(layer),
+                self.device_of(layer),
+            )
+            if kind not in tried:
+                tried.add(kind)
+                self._try_pages(layer, model.dtype)
+
+    def _try_pages(self, layer: int, dtype: torch.dtype) -> None:
+        """Seal a page of every tier and read them: kernels are built now, not at the first seal."""
+        shape, rule, store = self.geometry, self.rule, self.stores[layer]
+        n = rule.page_size * len(rule.tiers)
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(n_heads: int, n_tokens: int) -> Tensor:
+            size = (1, n_heads, n_tokens, shape.head_dim)
+            return torch.randn(size, generator=generator).to(self.device_of(layer), dtype)
+
+        page = torch.arange(n) // rule.page_size
+        heads = page[:, None].expand(-1, shape.n_kv_heads)
+        tokens, step = NewTokens(n, (tuple(range(n)),), (0,)), NewTokens(1, ((0,),), (n,))
+        keys, values = drawn(shape.n_kv_heads, n), drawn(shape.n_kv_heads, n)
+        try:
+            state = store.sealed(
+                store.appended(None, keys, values, tokens), [Placement(heads, heads)]
+            )
+            new = drawn(shape.n_kv_heads, 1)
+            state = store.appended(state, new, new, step)
+            query = drawn(shape.n_q_heads, 1)
+            output = self._readers[layer].attend(state, query, step)
+        except (PageError, KernelBuildError) as error:
+            raise SphkvError(
+                f"layer {layer}: its pages cannot be read here ({error})",
+                'pass backend="reference", or choose other tiers',
+            ) from error
+        if not bool(torch.isfinite(output).all()):
+            raise SphkvError(f"layer {layer}: a trial page reads back as NaN", "report this model")
 
 
 class SphericalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped

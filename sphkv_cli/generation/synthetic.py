@@ -4,6 +4,8 @@ Prefilling 32 prompts of 100,000 tokens to time a decode step would take an hour
 not depend on what the pages hold.  Source: ours.
 """
 
+import time
+
 import torch
 
 from sphkv_cli.errors import UsageError
@@ -47,6 +49,33 @@ def fill_at_random(
         keys, values = (torch.randn(tail, device=device).to(dtype) for _ in range(2))
         cache.adopt(layer, store.filled(pages, keys, values, _columns(tail[2], heads[0]), n_sealed))
     cache.n_columns = n_tokens
+
+
+def time_of_seal(cache: SphericalCache) -> tuple[float, int]:
+    """Seconds that sealing takes in all layers together, and after how many tokens it is due.
+
+    The cache is left as it is.
+    """
+    seconds, n_due = 0.0, 0
+    for layer, store in enumerate(cache.stores):
+        state, device = cache.states()[layer], cache.device_of(layer)
+        assert state is not None, "the cache is filled"
+        n_due = cache.rule.tokens_per_seal(state.n_sealed[0])
+        size = (state.n_sequences, cache.geometry.n_kv_heads, n_due, cache.geometry.head_dim)
+        keys = torch.randn(size, device=device).to(state.tail_keys.dtype)
+        columns = (tuple(range(n_due)),) * state.n_sequences
+        full = store.appended(state, keys, keys, NewTokens(n_due, columns, state.next_position))
+        _wait(device)
+        started = time.perf_counter()
+        store.later_placed(full)
+        _wait(device)
+        seconds += time.perf_counter() - started
+    return seconds, n_due
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _columns(n: int, n_sequences: int) -> NewTokens:

@@ -370,3 +370,28 @@ def test_a_model_without_such_a_cache_attends_as_before(
         assert (found - expected).abs().max() < 1e-9
         stepped = run(model, token_ids, DynamicCache(config=model.config), steps(30, token_ids))
         assert (stepped - expected[0]).abs().max() < 1e-9
+
+
+def test_pages_are_tried_before_the_first_token(
+    random_model: Model, frames: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sphkv_cli.generation import coded_part
+    from sphkv_kernels.tier import PageError
+
+    tried = []
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        tried.append((kwargs["window"], kwargs["logit_softcap"]))
+        if len(tried) == 2:
+            raise PageError("no such page")
+        return whole(*args, **kwargs)
+
+    whole = coded_part.ada_decode_reference
+    monkeypatch.setattr(coded_part, "ada_decode_reference", refusing)
+    model = random_model("gemma2")
+    before = model.config._attn_implementation
+    with pytest.raises(SphkvError, match=r"layer 1: its pages cannot be read here \(no such"):
+        SphericalCache(model, rule_of(frames("none"), TierFormat.int8()))
+    # A windowed layer and a full one, and the model is left as it was.
+    assert tried == [(24, 5.0), (0, 5.0)]
+    assert model.config._attn_implementation == before
