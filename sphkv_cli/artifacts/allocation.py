@@ -84,6 +84,10 @@ class AllocationReader(ArtifactReader):
         """Refuse any other capture than the one that was allocated; raises ArtifactError."""
         require_input(self.header, "capture", capture, path=str(self.path))
 
+    def is_of(self, capture: ArtifactRef) -> bool:
+        """Whether this very capture was allocated."""
+        return self.header.inputs["capture"].digest == capture.digest
+
     @cached_property
     def info(self) -> AllocationInfo:
         """Model, budget, score and rules."""

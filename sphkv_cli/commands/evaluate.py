@@ -45,6 +45,17 @@ def evaluate_command(
         ),
     ] = "auto",
     seeds: Annotated[int, typer.Option(help="Rotation seeds to average over (uniform).")] = 1,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Plan anew at this budget, repeatable (retention): 1b, 2b ..."),
+    ] = None,
+    rows: Annotated[
+        Literal["own", "published", "controls", "all"] | None,
+        typer.Option(help="Plan anew, with these methods beside ours (retention)."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Plan anew for so many first tokens (retention).")
+    ] = None,
     split: Annotated[
         Literal["select", "judge"], typer.Option(help="select only while developing.")
     ] = "judge",
@@ -112,6 +123,9 @@ def evaluate_command(
         first_scored=first_scored,
         sinks=parse_sinks(sinks),
         seeds=seeds,
+        budgets=tuple(budget or ()),
+        rows=rows,
+        context=context,
         split=split,
         max_documents=max_documents,
         stepwise=stepwise,

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.published import METHOD_NAMES
 from sphkv_cli.models.load import LoadOptions
 
 Protocol = Literal["auto", "uniform", "retention"]
 Split = Literal["select", "judge"]
+Rows = Literal["own", "published", "controls", "all"]
 
 DEFAULT_METHODS = ("turboquant:3", "turboquant:4", "kivi:2", "kivi:4", "fp8", "int8")
 
@@ -29,6 +31,10 @@ class EvaluateOptions:
         "auto" is what the codebooks chose, 0 none.
     seeds: how many rotation seeds rotated codes are run with (uniform); a row is their mean. Those
         of codebooks count from their own seed on, those of published methods from `seed` on.
+    budgets, rows, context: plans made anew from the allocation instead of those it holds
+        (retention): budgets as `Budget` reads them, empty for its own; rows "own", "published",
+        "controls" or "all" methods; context: tokens of it, None for all but the horizon. A capture
+        that was not allocated always gets new plans.
     split: whose documents are scored; max_documents: at most so many, spread evenly; None for all.
     stepwise: also run the policy's drop-in cache, one token per forward pass (retention).
     logit_chunk: positions whose logits over the vocabulary are held at a time.
@@ -46,6 +52,9 @@ class EvaluateOptions:
     first_scored: int = 64
     sinks: float | Literal["auto"] = "auto"
     seeds: int = 1
+    budgets: tuple[str, ...] = ()
+    rows: Rows | None = None
+    context: int | None = None
     split: Split = "judge"
     max_documents: int | None = None
     stepwise: bool = False
@@ -61,7 +70,18 @@ class EvaluateOptions:
     cache_dir: Path | None = None
     seed: int = 42
 
+    @property
+    def wants_new_plans(self) -> bool:
+        """Whether plans that an allocation holds are not enough."""
+        return bool(self.budgets) or self.rows is not None or self.context is not None
+
     def __post_init__(self) -> None:
+        for budget in self.budgets:
+            Budget.parse(budget)
+        if self.rows is not None and self.rows not in get_args(Rows):
+            raise UsageError(
+                f"--rows {self.rows} are unknown", "choose own, published, controls or all"
+            )
         if self.protocol not in get_args(Protocol):
             raise UsageError(
                 f"--protocol {self.protocol} is unknown", "choose auto, uniform or retention"
@@ -80,6 +100,7 @@ class EvaluateOptions:
             ("first_tokens", 0),
             ("first_scored", 0),
             ("seeds", 1),
+            ("context", 1),
             ("max_documents", 1),
             ("logit_chunk", 1),
             ("seed", 0),

@@ -5,7 +5,7 @@
 Source: frames and plans, ours; retention, Spherical KV (arXiv 2605.18856).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,10 @@ class PlanCoding(KeyValueCoding):
     @property
     def name(self) -> str:
         return self.label
+
+    def renamed(self, label: str) -> "PlanCoding":
+        """The same under another name."""
+        return replace(self, label=label)
 
     @property
     def token_group(self) -> int:

@@ -69,19 +69,31 @@ def _uniform(rows: Sequence[Row]) -> list[str]:
 
 
 def _retention(rows: Sequence[Row]) -> list[str]:
+    """Plan and policy at every budget (rows of several are named "plan, 2b")."""
     by_name = {row.name: row for row in rows}
-    plan, policy = by_name["plan"], by_name["policy"]
+    suffixes = [name.removeprefix("plan") for name in by_name if name.split(", ")[0] == "plan"]
     sentences = []
-    for name in ("best uniform tier + sink page", "best uniform tier"):
-        if name in by_name:
-            base = by_name[name]
+    for suffix in suffixes:
+        plan, policy = by_name["plan" + suffix], by_name["policy" + suffix]
+        where = suffix.replace(",", " at") or ""
+        baselines = [
+            row
+            for row in rows
+            if not row.is_ours
+            and row.name.endswith(suffix)
+            and not row.name.startswith(("joint", "oracle", "dense"))
+        ]
+        if baselines:
+            base = min(baselines, key=lambda row: row.kl_geometric.mean)
+            name = base.name.removesuffix(suffix)
             times = base.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
             how = f"{times:.2g} times less KL than" if times > 1 else "no less KL than"
             sentences.append(
-                f"The plan ({plan.coded_laid_out_rate:.2f} b laid out) has {how} the {name} "
-                f"({base.coded_laid_out_rate:.2f} b)."
+                f"The plan{where} ({plan.coded_laid_out_rate:.2f} b laid out) has {how} the best "
+                f"other method, {name} ({base.coded_laid_out_rate:.2f} b)."
             )
-            break
-    times = policy.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
-    sentences.append(f"The frozen policy has {times:.2f} times the KL of the plan made per text.")
+        times = policy.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
+        sentences.append(
+            f"The frozen policy{where} has {times:.2f} times the KL of the plan made per text."
+        )
     return sentences

@@ -26,7 +26,7 @@ from sphkv_cli.evaluation.plan_coding import PlanCoding
 from sphkv_cli.evaluation.protocol import RetentionProtocol
 from sphkv_cli.evaluation.recall_prompts import RecallPrompt
 from sphkv_cli.evaluation.result import DocumentScore, Row
-from sphkv_cli.evaluation.retention_rows import Controls, Kind, place_all
+from sphkv_cli.evaluation.retention_rows import PLAN, Controls, Kind, place_all
 from sphkv_cli.evaluation.summary import summarise
 from sphkv_cli.evaluation.token_scores import TokenScores
 from sphkv_cli.progress import Progress
@@ -127,9 +127,9 @@ class Bench:
         ]
         if self.no_weights is not None:
             found += [
-                ((budget, NO_WEIGHTS), "control", cost, replace(coding, label=NO_WEIGHTS))
+                ((budget, NO_WEIGHTS), "control", cost, coding.renamed(NO_WEIGHTS))
                 for (budget, name), _, cost, coding in self.no_weights._placed(document)
-                if name.startswith("plan")
+                if name == PLAN
             ]
         return found
 

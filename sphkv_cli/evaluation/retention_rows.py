@@ -40,7 +40,8 @@ Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 Options = NDArray[np.int8]
 
-POLICY, PLAN, ORACLE = "policy (frozen quotas)", "plan (solved per prompt)", "oracle (ceiling)"
+POLICY, PLAN, ORACLE = "policy", "plan", "oracle (ceiling)"
+"""Frozen quotas; solved for this context; solved with its true future."""
 RECENCY, WINDOW, POOLED = "recency", "window", "window-pooled"
 
 

@@ -25,6 +25,7 @@ from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_output, require_unchanged
 from sphkv_cli.errors import GateFailed, SphkvError, UsageError
 from sphkv_cli.evaluation.candidates import Work, WorkOf, retention_work, uniform_work
+from sphkv_cli.evaluation.fresh_retention import fresh_work, require_same_model
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
@@ -73,6 +74,8 @@ def evaluate(
         raise UsageError("--protocol retention needs an allocation", "pass allocation.h5")
     if options.stepwise and protocol != "retention":
         raise UsageError("--stepwise runs an allocation's policy", "pass --allocation")
+    if options.wants_new_plans and protocol != "retention":
+        raise UsageError("--budget, --rows and --context plan a context", "pass --allocation")
     inputs: dict[str, ArtifactRef] = {}
     with CaptureReader(capture) as reader:
         inputs["capture"] = reader.ref
@@ -102,11 +105,22 @@ def evaluate(
             assert allocation is not None
             require_unchanged(allocation)
             with AllocationReader(allocation) as plans:
-                plans.require_capture(reader.ref)
                 inputs["allocation"] = plans.ref
-                documents = _documents(options, reader, {info.index for info in plans.documents})
+                is_new = options.wants_new_plans or not plans.is_of(reader.ref)
+                planned = None if is_new else {info.index for info in plans.documents}
+                if is_new:
+                    require_same_model(plans, reader)
+                    if options.stepwise:
+                        raise UsageError(
+                            "--stepwise runs the plans that an allocation holds",
+                            "leave out --budget, --rows and --context, and pass its own capture",
+                        )
+                documents = _documents(options, reader, planned)
                 model = _load(options, reader, progress)
-                work = retention_work(options, plans, model.shape)
+                if is_new:
+                    work = fresh_work(options, plans, reader, model)
+                else:
+                    work = retention_work(options, plans, model.shape)
                 stepped = allocation if options.stepwise else None
                 judged = _judge(options, reader, documents, model, work, progress, stepped)
     result = _result(options, protocol, reader.model, judged, time.perf_counter() - started)

@@ -1,0 +1,82 @@
+"""Plans made anew from an allocation: other documents, other lengths, other budgets, other methods.
+
+What the allocation froze (score, calibration, prices, quotas) is applied to each document from one
+dense run of the model over it; quotas are scaled to the budget, never refitted.  The documents may
+be those of another capture of the same model, and longer ones than it was fitted on.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.frozen import FrozenAllocation
+from sphkv_cli.artifacts.allocation import AllocationReader
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
+from sphkv_cli.evaluation.candidates import Candidate, Work, WorkOf
+from sphkv_cli.evaluation.coding import DenseCoding
+from sphkv_cli.evaluation.context_measure import measure_context
+from sphkv_cli.evaluation.judged_model import JudgedModel
+from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.protocol import RetentionProtocol
+from sphkv_cli.evaluation.retention_rows import ORACLE, Controls, place_all, wanted_kinds
+
+
+def require_same_model(allocation: AllocationReader, capture: CaptureReader) -> None:
+    """Raise ArtifactError unless both are of one model; the capture may be any of it."""
+    if allocation.info.model_digest != capture.model_digest:
+        raise ArtifactError(
+            f"{allocation.path} allocates {allocation.info.model} (digest "
+            f"{allocation.info.model_digest[:12]}), {capture.path} captures {capture.model} "
+            f"(digest {capture.model_digest[:12]})",
+            "pass a capture of the model that was allocated",
+        )
+
+
+def fresh_work(
+    options: EvaluateOptions,
+    allocation: AllocationReader,
+    capture: CaptureReader,
+    model: JudgedModel,
+) -> WorkOf:
+    """Every method at every budget, for each document of the capture.
+
+    Raises (when a document's turn comes):
+        SphkvError: it is no longer than the context that was asked for.
+        UsageError: a budget below its metadata or above its dense cache.
+    """
+    if allocation.info.utility.get("is_ceiling"):
+        raise UsageError(
+            f"{allocation.path} scores tokens by the future, which a new text does not have",
+            "allocate with another --utility",
+        )
+    longest = max(document.n_tokens for document in capture.documents)
+    frozen = FrozenAllocation.of(allocation, longest)
+    budgets = options.budgets or (allocation.info.budget,)
+    kinds = wanted_kinds(options.rows or "own")
+
+    @lru_cache(maxsize=1)
+    def work(index: int) -> Work:
+        document = next(d for d in capture.documents if d.index == index)
+        n_context = options.context or document.n_tokens - allocation.info.horizon
+        if not 0 < n_context < document.n_tokens - 1:
+            raise SphkvError(
+                f"document {document.name} has {document.n_tokens} tokens, a context of "
+                f"{n_context} leaves none to score",
+                "capture longer documents, or give a smaller --context",
+            )
+        ids = torch.from_numpy(capture.token_ids(document))
+        context = measure_context(model, frozen, document.name, ids, n_context)
+        found = []
+        for budget in budgets:
+            planner = frozen.at(Budget.parse(budget)).planner
+            for placed in place_all(context, planner, kinds, Controls({})):
+                name = placed.name if len(budgets) == 1 else f"{placed.name}, {budget}"
+                coding = placed.coding(frozen, model.shape).renamed(name)
+                is_ours = placed.kind == "own" and placed.name != ORACLE
+                found.append(Candidate(coding, is_ours))
+        found.append(Candidate(DenseCoding(model.shape), False))
+        return Work(tuple(found), RetentionProtocol(n_context))
+
+    return work

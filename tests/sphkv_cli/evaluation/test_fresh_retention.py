@@ -1,0 +1,95 @@
+"""`evaluate` with plans made anew: other budgets, lengths, methods and captures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sphkv_cli.capture.options import CaptureOptions, TextSource
+from sphkv_cli.capture.stage import capture
+from sphkv_cli.errors import ArtifactError, UsageError
+from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.retention_rows import ORACLE, PLAN, POLICY
+from sphkv_cli.evaluation.stage import evaluate
+
+
+def test_a_longer_capture_of_the_same_model_is_planned_anew_within_the_budget(
+    tiny_chain: Any, tmp_path: Path
+) -> None:
+    texts = []
+    for split in ("fit", "select", "judge"):
+        path = tmp_path / f"{split}.txt"
+        path.write_text(" ".join(f"{split} {i * i + 1}" for i in range(120)))
+        texts.append(TextSource.parse(f"{split}={path}"))
+    longer = tmp_path / "longer.h5"
+    # Twice as long as the documents of the fit.
+    options = CaptureOptions(model=str(tiny_chain.model), texts=tuple(texts), document_tokens=300)
+    capture(options, longer)
+    result = evaluate(
+        EvaluateOptions(max_documents=1, model=str(tiny_chain.model)),
+        longer,
+        None,
+        tiny_chain.allocation,
+        tmp_path / "a.json",
+    )
+    rows = {row.name: row for row in result.rows}
+    assert {PLAN, POLICY, ORACLE} <= set(rows)
+    assert rows[POLICY].is_ours and not rows[ORACLE].is_ours
+    for name in (PLAN, POLICY, ORACLE):
+        assert 3.5 < rows[name].coded_laid_out_rate <= 4.0
+        assert rows[name].documents[0].n_tokens == 300
+        assert rows[name].documents[0].n_scored == 39
+    # The dense control differs from the dense run by float32 rounding alone.
+    assert result.rows[-1].kl.mean < 1e-6
+
+
+def test_budgets_and_context_are_those_asked_for(tiny_chain: Any, tmp_path: Path) -> None:
+    options = EvaluateOptions(
+        budgets=("3b", "6b"),
+        rows="published",
+        context=100,
+        max_documents=1,
+        model=str(tiny_chain.model),
+    )
+    result = evaluate(options, tiny_chain.capture, None, tiny_chain.allocation, tmp_path / "b.json")
+    rates = {row.name: row.coded_laid_out_rate for row in result.rows}
+    assert 2.5 < rates[f"{POLICY}, 3b"] <= 3.0 < rates[f"{POLICY}, 6b"] <= 6.0
+    assert rates["SnapKV, bf16, 3b"] <= 3.0
+    assert result.rows[0].documents[0].n_scored == 150 - 100 - 1
+
+
+def test_new_plans_need_an_allocation_of_the_same_model(tiny_chain: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="plan a context"):
+        evaluate(
+            EvaluateOptions(rows="own"),
+            tiny_chain.capture,
+            tiny_chain.codebooks,
+            None,
+            tmp_path / "c.json",
+        )
+    with pytest.raises(UsageError, match="--context"):
+        EvaluateOptions(context=0)
+    with pytest.raises(UsageError, match="budget"):
+        EvaluateOptions(budgets=("much",))
+
+
+def test_another_model_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    from sphkv_cli.artifacts.allocation import AllocationReader
+    from sphkv_cli.artifacts.capture import CaptureReader
+    from sphkv_cli.capture.options import SyntheticOptions
+    from sphkv_cli.capture.synthetic import capture_synthetic
+    from sphkv_cli.evaluation.fresh_retention import require_same_model
+
+    other = tmp_path / "other.h5"
+    capture_synthetic(
+        SyntheticOptions(
+            n_layers=2, n_q_heads=4, n_kv_heads=2, head_dim=32, n_documents=3, document_tokens=96
+        ),
+        other,
+    )
+    with (
+        AllocationReader(tiny_chain.allocation) as plans,
+        CaptureReader(other) as reader,
+        pytest.raises(ArtifactError, match="of the model that was allocated"),
+    ):
+        require_same_model(plans, reader)
