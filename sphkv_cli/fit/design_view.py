@@ -45,8 +45,14 @@ def design_blocks(design: DesignTables) -> tuple[Block, ...]:
 
 
 def read_design(design: DesignTables) -> tuple[str, ...]:
-    """One plain sentence per rate on the choice."""
-    return tuple(_read_rate(rate, design.of_rate(rate)) for rate in design.rates)
+    """One plain sentence per rate on the choice, and one on tiers that the kernel does not read."""
+    sentences = [_read_rate(rate, design.of_rate(rate)) for rate in design.rates]
+    if any(row.is_chosen and not row.has_kernel_layout for row in design.rows):
+        sentences.append(
+            "Chosen codes that only the reference reads are tiers too: a plan with them has no "
+            "speed on a GPU yet; --native-only leaves them out."
+        )
+    return tuple(sentences)
 
 
 def _frontier_row(row: FrontierRow) -> tuple[object, ...]:
