@@ -207,3 +207,31 @@ def test_a_constant_signal_gets_no_weight() -> None:
 def test_unknown_estimators_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="'snapkv' is not known; choose one of combination, win"):
         require_utility("snapkv")
+
+
+def test_expected_attention_turns_its_queries_to_the_horizon() -> None:
+    """Without spread it is the attention of the mean query, turned forward to each position."""
+    inputs, known = context(), future()
+    known = replace(known, covariance=0 * known.covariance)
+    horizon = N_CONTEXT + ((torch.arange(8) + 0.5) / 8 * (N_TOKENS - N_CONTEXT)).long()
+    total = torch.zeros(2, N_CONTEXT, dtype=torch.float64)
+    mean = torch.from_numpy(known.mean[0])
+    for position in horizon:
+        asked = known.turned(0, mean[None], position[None])[0].double()
+        for head in range(4):
+            p = torch.softmax(0.35 * inputs.keys[:N_CONTEXT, head // 2].double() @ asked[head], 0)
+            norms = inputs.values[:N_CONTEXT, head // 2].double().norm(dim=-1)
+            total[head // 2] += (p * norms).square()
+    found = SignalUtility(SIGNALS["expected-attention"], known).score(inputs)
+    torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-12)
+
+
+def test_the_fit_cares_for_the_tokens_that_matter() -> None:
+    """A few tokens of large damage follow one signal, many of small damage the other."""
+    rng = torch.Generator().manual_seed(0)
+    logs = torch.randn(1, 1000, 2, dtype=torch.float64, generator=rng)
+    target = torch.where(torch.arange(1000) < 100, 4 + logs[0, :, 0], -4 + logs[0, :, 1])
+    weights = fit_weights([LayerSamples(logs, target[None])])[0]
+    plain = np.linalg.lstsq(logs[0].numpy(), target.numpy() - target.numpy().mean(), rcond=None)[0]
+    assert plain[0] < plain[1]
+    assert weights[1] > weights[2]
