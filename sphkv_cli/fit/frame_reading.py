@@ -48,8 +48,9 @@ def _choice(frames: FrameSet, rows: Sequence[FrameRow], chosen: Sequence[FrameRo
     final = float(np.mean([row.output_error for row in chosen]))
     return (
         f"Centring by measurement: {frames.centring_summary}. Mean squared output error of a 3-bit "
-        f"key code (relative, mean over layers and heads; last 32 and first 4 tokens and sinks "
-        f"dense): {', '.join(means)}; chosen frames {final:.4f}."
+        "key code (relative, mean over layers and heads; last 32 and first 4 tokens and sinks "
+        "dense; every second document as if it stood later in a text): "
+        f"{', '.join(means)}; chosen frames {final:.4f}."
     )
 
 
