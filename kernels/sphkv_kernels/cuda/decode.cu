@@ -259,8 +259,10 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   while (true) {
 #if LISTED_SEGMENTS
     // The next segment's records come to L2 while this one is worked on.
-    if (lane.index == 0 && next < rest.y && next - rest.x < LISTED_SEGMENTS)
-      prefetch_line(reinterpret_cast<const u8*>(p.records + listed[2 * (next - rest.x)].z + warp));
+    if (lane.index == 0 && next < rest.y && next - rest.x < LISTED_SEGMENTS) {
+      const int4 then = listed[2 * (next - rest.x)];
+      if (int(warp) < then.w) prefetch_line(reinterpret_cast<const u8*>(p.records + then.z + warp));
+    }
     run_tier(state, segment, p, lane, (warp + N_WARPS - turn) % N_WARPS, offset);
     const int n_tiles = ((segment.n_pages << p.page_units_log2) + TILE_UNITS - 1) / TILE_UNITS;
     turn = segment.flags & LAST ? 0 : (turn + n_tiles) % N_WARPS;
