@@ -22,12 +22,14 @@ from sphkv_cli.comparison.result import CompareRow, Comparison, Duel, RateStandi
 from sphkv_cli.comparison.rows import rows_of
 from sphkv_cli.comparison.standings import duels_of, sentence, standings_at
 from sphkv_cli.comparison.view import SIDES, figure, tables_of
+from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.fit.captured_vectors import documents_of
 from sphkv_cli.plots.draw import draw, require_matplotlib
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_cli.study.calibration import mean_frames
 from sphkv_codebooks.comparators.spherical_kmeans import SPHERICAL_KV_TIERS
+from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 
@@ -69,10 +71,16 @@ def compare(
         judged = documents_of(reader, "judge")[: options.max_documents]
         fitted = documents_of(reader, "fit")
         frame = _frame(reader, books)
-        candidates = candidates_of(
-            *(options, reader.head_dim, books.codes if books else ()),
-            sum(document.n_tokens for document in fitted),
-        )
+        n_fit_tokens = sum(document.n_tokens for document in fitted)
+        try:
+            candidates = candidates_of(
+                options, reader.head_dim, books.codes if books else (), n_fit_tokens
+            )
+        except CodeError as error:
+            raise SphkvError(
+                f"the methods do not fit head_dim {reader.head_dim}: {error}",
+                "leave the method out with --method",
+            ) from error
         layers = _layers(reader.n_layers, options.max_layers)
         protocol = UniformProtocol(options.window, options.first_tokens)
         progress.start(f"Comparing {len(candidates)} codings", len(layers), "layers")

@@ -10,6 +10,7 @@ from sphkv_cli.plots.figures import Figure, GridPanel, Panel, PlotPanel
 ImageFormat = Literal["png", "svg"]
 
 _PANEL_INCHES = (5.2, 3.7)
+_LEGEND_INCHES = 2.6
 _MOST_INSIDE = 6
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linestyle": "-"},
@@ -41,10 +42,13 @@ def draw(figure: Figure, path: Path, image_format: ImageFormat = "png") -> None:
 
     n_columns = min(figure.n_columns, len(figure.panels))
     width, height = _PANEL_INCHES
-    canvas = Canvas(figsize=(width * n_columns, height * figure.n_rows), layout="constrained")
+    share_legend = _shares_legend(figure)
+    canvas = Canvas(
+        figsize=(width * n_columns + share_legend * _LEGEND_INCHES, height * figure.n_rows),
+        layout="constrained",
+    )
     axes = canvas.subplots(figure.n_rows, n_columns, squeeze=False).flat
     colors = _colors(figure)
-    share_legend = _shares_legend(figure)
     handles: dict[str, Any] = {}
     for panel in figure.panels:
         ax = next(axes)

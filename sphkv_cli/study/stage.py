@@ -23,6 +23,7 @@ from sphkv_cli.study.inputs import StudyInputs, StudyOptions, open_codebooks
 from sphkv_cli.study.page import RESULT_FILE, study_page
 from sphkv_cli.study.registry import STUDIES, Study
 from sphkv_cli.study.result import StudyResult
+from sphkv_codebooks.errors import CodeError
 
 INDEX_FILE = "README.md"
 
@@ -130,7 +131,7 @@ def _outcome(
             if output is not None:
                 digest = _write(study, result, inputs, output / study.name, provenance)
                 _write_index(output)
-        except SphkvError as error:
+        except (SphkvError, CodeError) as error:
             result, failed = None, str(error)
         finally:
             inputs.progress.finish()

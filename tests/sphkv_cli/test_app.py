@@ -34,7 +34,7 @@ ARCHIVED = {
 
 def test_help_names_every_command_and_the_exit_codes() -> None:
     stdout, _ = run("--help")
-    for name in ("capture", "fit-codebooks", "allocate", "profile", "inspect", "doctor"):
+    for name in ("capture", "fit-codebooks", "allocate", "profile", "inspect", "doctor", "study"):
         assert name in stdout
     assert "Exit codes" in stdout
 

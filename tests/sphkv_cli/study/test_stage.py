@@ -19,6 +19,7 @@ from sphkv_cli.study.inputs import StudyInputs, StudyOptions
 from sphkv_cli.study.registry import STUDIES, Study, studies_named
 from sphkv_cli.study.result import StudyResult
 from sphkv_cli.study.stage import run_studies
+from sphkv_codebooks.errors import CodeError
 
 FIGURE = Figure("line", "A line.", (PlotPanel("t", "x", "y", (Series("s", (0, 1), (1, 2)),)),))
 
@@ -81,6 +82,16 @@ def test_a_failing_study_leaves_nothing_and_the_others_stay(
     report = run_studies(studies, StudyOptions(), output=tmp_path)
     assert report.failures == ("broken: no such luck; try again",)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "depth", "last"}
+
+
+def test_a_code_that_cannot_be_is_a_failure_of_its_study_alone(
+    make_study: Callable[..., Study],
+) -> None:
+    def cannot(_: StudyInputs) -> StudyResult:
+        raise CodeError("depth 9 is out of range")
+
+    report = run_studies([make_study("depth", cannot)], StudyOptions())
+    assert report.failures == ("depth: depth 9 is out of range",)
 
 
 def test_an_interrupted_study_leaves_what_was_there_before(
