@@ -91,6 +91,18 @@ STUDIES: tuple[Study, ...] = (
         "sphkv_cli.study.utility",
     ),
     Study(
+        "page-sizes",
+        "What do pages cost beside codes?",
+        ("capture",),
+        "sphkv_cli.study.page_sizes",
+    ),
+    Study(
+        "growing",
+        "What does it cost that precision never comes back while a cache grows?",
+        ("capture",),
+        "sphkv_cli.study.growing",
+    ),
+    Study(
         "retention",
         "What does a cache of so many bits lose, by method?",
         ("capture", "model"),

@@ -1,0 +1,82 @@
+"""The studies of retention, page sizes and growing caches on a tiny captured model."""
+
+from typing import Any
+
+import pytest
+
+from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.blocks import Table
+from sphkv_cli.errors import UsageError
+from sphkv_cli.study import growing, page_sizes, retention
+from sphkv_cli.study.inputs import StudyInputs, StudyOptions
+from sphkv_cli.study.result import StudyResult
+
+
+def run(
+    study: Any, tiny_chain: Any, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> StudyResult:
+    from sphkv_cli.allocation.options import AllocateOptions
+
+    def smaller(**given: Any) -> AllocateOptions:
+        # The tiny documents have 150 tokens.
+        short: dict[str, Any] = {"horizon": 40, "window": 32, "page_size": 16}
+        if study is page_sizes:
+            del short["page_size"]
+        return AllocateOptions(**given, **short)
+
+    monkeypatch.setattr(study, "AllocateOptions", smaller)
+    asked = StudyOptions(max_documents=1, recall_prompts=0, **options)
+    with CaptureReader(tiny_chain.capture) as reader:
+        books = CodebooksReader.open(tiny_chain.codebooks)
+        inputs = StudyInputs(asked, reader, books, str(tiny_chain.model))
+        found: StudyResult = study.run(inputs)
+    return found
+
+
+def columns(table: Table) -> dict[str, list[Any]]:
+    return {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+
+
+def test_retention_compares_at_no_more_than_the_budget(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(retention, tiny_chain, monkeypatch, budgets=("4b", "7b"), rows="all")
+    found = columns(result.tables[0])
+    for budget, rate in zip(found["budget"], found["laid-out b"], strict=True):
+        assert rate <= float(budget[:-1])
+    names = set(found["method"])
+    assert {"plan", "policy", "oracle (ceiling)", "joint, no F", "joint, recency score"} <= names
+    assert {"SnapKV, bf16", "PyramidKV, bf16", "Ada-KV, bf16", "joint, c_drop = 1"} <= names
+    assert "7b" in result.reading[0]
+
+
+def test_growing_never_exceeds_its_budget_nor_the_solver_by_two_percent(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(growing, tiny_chain, monkeypatch, budgets=("3b", "6b"))
+    found = columns(result.tables[0])
+    assert found["steps over budget"] == [0] * 6
+    assert all(end >= 1 for end in found["end over free"])
+    assert max(found["worst over solver"]) <= 1.02
+    assert min(found["worst over bound"]) >= 1
+
+
+def test_page_sizes_account_for_every_byte(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(page_sizes, tiny_chain, monkeypatch, budgets=("4b",))
+    found = columns(result.tables[0])
+    assert found["page size"] == [16, 32, 64]
+    for row in result.tables[0].rows:
+        assert sum(row[4:9]) == pytest.approx(100)
+        assert row[3] <= 4.0
+    # The same tokens on fewer pages need fewer entries.
+    assert found["page table %"][0] > found["page table %"][1] > found["page table %"][2]
+
+
+def test_studies_of_plans_need_codebooks(tiny_chain: Any) -> None:
+    with CaptureReader(tiny_chain.capture) as reader:
+        for study in (retention, growing, page_sizes):
+            with pytest.raises(UsageError, match="needs tiers"):
+                study.run(StudyInputs(StudyOptions(), reader))
