@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, one thread each.
+WORKERS ?= 2
 
 .PHONY: demo test lint bench model clean help
 
@@ -14,7 +16,7 @@ demo: $(VENV)/model
 	BIN=$(BIN) examples/demo.sh
 
 test: $(VENV)/model lint
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations=15
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
