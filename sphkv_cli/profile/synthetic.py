@@ -11,7 +11,6 @@ with the float64 reference in the same run.
 
 import importlib.util
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sphkv_cli.errors import EnvironmentUnable, SphkvError, UsageError
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_kernels.benchmark import CaseReport, MetadataCase, Shape
 
+STAGE = "profile-synthetic"
 DEFAULT_CODES = ("4/2/2/2:fp16", "4/3/3/3:e5m6", "3/2/2/2:r2")
 PAGE_SIZES = (16, 32, 64)
 TERM_PAIRS = 4
@@ -112,8 +112,9 @@ def profile_synthetic(
     import torch
 
     from sphkv_cli.artifacts.header import collect_provenance
-    from sphkv_cli.artifacts.report import save_report
+    from sphkv_cli.artifacts.report import as_json, save_report
     from sphkv_cli.artifacts.store import check_output
+    from sphkv_cli.profile.synthetic_view import tables
     from sphkv_kernels.benchmark import metadata_case, run_case
     from sphkv_kernels.tier import PageError
     from sphkv_kernels.timing import best_of, device_provenance, memory_rates, sdpa_baselines
@@ -177,7 +178,7 @@ def profile_synthetic(
     )
     ref = save_report(
         output,
-        {"stage": "profile-synthetic", "speed": content},
+        {"stage": STAGE, STAGE: {**as_json(content), "tables": tables(content)}},
         inputs={},
         provenance=collect_provenance(seed=options.seed),
         force=force,
@@ -227,8 +228,3 @@ def _draw(content: SyntheticSpeed, plot: Path) -> None:
     figure = roofline(content.cases, content.read_gb_per_s)
     with replaced_when_whole(plot) as temporary:
         draw(figure, temporary, "svg" if plot.suffix == ".svg" else "png")
-
-
-def codes_of(cases: Sequence[CaseReport]) -> tuple[str, ...]:
-    """Names of the codes in the order of the cases."""
-    return tuple(dict.fromkeys(case.tiers[0] for case in cases))

@@ -1,7 +1,7 @@
 """`sphkv profile --synthetic` for people: speed, then what metadata costs."""
 
 from sphkv_cli.blocks import Block, Line, Table
-from sphkv_cli.profile.synthetic import SyntheticSpeedReport
+from sphkv_cli.profile.synthetic import SyntheticSpeed, SyntheticSpeedReport
 
 
 def view(report: SyntheticSpeedReport) -> tuple[Block, ...]:
@@ -11,6 +11,16 @@ def view(report: SyntheticSpeedReport) -> tuple[Block, ...]:
         f"{content.device['gpu']}: copy {content.copy_gb_per_s:.0f} GB/s, read "
         f"{content.read_gb_per_s:.0f} GB/s; shapes are sequences x KV heads x context x group"
     )
+    return (
+        Line(head),
+        *tables(content),
+        Line(f"Rebuilt: the same codes decoded to bf16 in memory, then attended. {content.fp8}"),
+        Line(f"Report: {report.path} ({report.seconds:.0f} s)"),
+    )
+
+
+def tables(content: SyntheticSpeed) -> tuple[Table, Table]:
+    """Speed, and metadata."""
     speed = Table(
         "Decode step, cold L2, median (p20-p80), against the best bf16 of this run",
         ("code", "shape", "bits", "us", "p20", "p80", "GB/s", "of read", "bf16 us", "speed-up",
@@ -54,10 +64,4 @@ def view(report: SyntheticSpeedReport) -> tuple[Block, ...]:
         ],
         text_columns=2,
     )  # fmt: skip
-    return (
-        Line(head),
-        speed,
-        metadata,
-        Line(f"Rebuilt: the same codes decoded to bf16 in memory, then attended. {content.fp8}"),
-        Line(f"Report: {report.path} ({report.seconds:.0f} s)"),
-    )
+    return speed, metadata

@@ -15,7 +15,7 @@ from sphkv_cli.profile.synthetic import (
     SyntheticSpeedReport,
     profile_synthetic,
 )
-from sphkv_cli.profile.synthetic_view import view
+from sphkv_cli.profile.synthetic_view import tables, view
 from sphkv_kernels.benchmark import CaseReport, MetadataCase, Shape
 from sphkv_kernels.timing import Latency
 
@@ -88,3 +88,6 @@ def test_view_and_report_hold_every_case() -> None:
     assert "1x2x64x4" in repr(blocks)
     assert "No fp8." in repr(blocks)
     assert as_json(content)["cases"][0]["speed_up"] == 3.0
+    speed, metadata_table = as_json(tables(content))
+    assert speed["rows"][0][:2] == ["code", "1x2x64x4"]
+    assert len(metadata_table["rows"]) == 1
