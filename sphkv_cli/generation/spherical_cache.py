@@ -222,8 +222,10 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             SphkvError: the layer before did not attend to what it cached, or too many tokens.
         """
         waiting = HANDED.get()
-        if waiting is not None and waiting.cache is self:
-            HANDED.set(None)
+        if layer == 0:
+            # A forward pass that was interrupted has left the first layers a step ahead.
+            self._undo()
+        elif waiting is not None and waiting.cache is self:
             self._undo()
             raise SphkvError(
                 f"layer {self.geometry.layers[waiting.layer].name} does not attend to the keys "
@@ -231,7 +233,6 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 "its architecture is not supported",
             )
         if layer == 0:
-            self._tokens = None
             self._before = list(self._states)
             n_after = self.n_columns + keys.shape[2]
             if n_after > self.geometry.max_tokens:
@@ -285,11 +286,14 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._states[layer] = state
         if layer == self.geometry.n_layers - 1:
             self.n_columns += key.shape[2]
-            self._before = list(self._states)
+            self._before, self._tokens = list(self._states), None
         return output
 
     def _undo(self) -> None:
-        self._states = list(self._before)
+        """Forget the step that is under way, if one is."""
+        HANDED.set(None)
+        if self._tokens is not None:
+            self._states, self._tokens = list(self._before), None
 
     def _read_tokens(self, key: Tensor, call: AttentionCall) -> NewTokens:
         """Which columns are tokens, from the mask's diagonal, and where they stand."""

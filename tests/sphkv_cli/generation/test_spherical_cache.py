@@ -332,6 +332,27 @@ def test_memory_that_runs_out_leaves_the_cache_as_it_was(
     assert (found - expected[47:]).abs().max() < 1e-9
 
 
+def test_an_interrupted_step_is_forgotten(
+    random_model: Model, frames: Frames, token_ids: Tensor
+) -> None:
+    model = random_model("llama")
+    rule = rule_of(frames("none"), TierFormat.spherical(code_4222()), window=0)
+    cache = SphericalCache(model, rule)
+    run(model, token_ids[:47], cache, [40, *[1] * 7])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for module in (model.model.layers[2], model.model.layers[1].mlp):
+        hook = module.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, token_ids[47:48], cache, [1])
+        hook.remove()
+    found = run(model, token_ids[47:60], cache, [1] * 13)
+    expected = run(model, token_ids[:60], SphericalCache(model, rule), [40, *[1] * 20])
+    assert (found - expected[47:]).abs().max() < 1e-9
+
+
 def test_what_cannot_work_is_refused_at_once(
     random_model: Model, frames: Frames, token_ids: Tensor
 ) -> None:
