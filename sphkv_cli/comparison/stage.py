@@ -168,7 +168,10 @@ def _tiers(duels: Sequence[Duel]) -> tuple[str, ...]:
     ]
     if not words:
         return ()
-    return (f"The Spherical KV authors' tiers, keys coded: {'; '.join(words)}.",)
+    return (
+        "The Spherical KV authors' tiers, keys coded, their tables of directions outside the rate: "
+        f"{'; '.join(words)}.",
+    )
 
 
 def _centring(rows: Sequence[CompareRow]) -> tuple[str, ...]:
