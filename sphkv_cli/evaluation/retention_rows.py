@@ -42,7 +42,8 @@ Options = NDArray[np.int8]
 
 POLICY, PLAN, ORACLE = "policy", "plan", "oracle (ceiling)"
 """Frozen quotas; solved for this context; solved with its true future."""
-RECENCY, WINDOW, POOLED = "recency", "window", "window-pooled"
+PIN_FIRST, PIN_LAST = 4, 32
+"""Tokens of the control that keeps the ends of the context in the largest tier."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class _Placing:
             yield self._joint(
                 f"joint, {name} score", "control", at_budget, self.context.scored_by(name)
             )
+        yield self._pinned()
         yield self._head_means()
 
     def _in_order(self) -> Int:
@@ -229,6 +231,34 @@ class _Placing:
             return None
         options = (found.option_of_item + np.int8(first)).reshape(costs.shape[:3])
         return Placed(name, kind, order, options.astype(np.int8), found.cost)
+
+    def _pinned(self) -> Placed | None:
+        """The first and last tokens of the context in the largest tier, whatever they score."""
+        layout, document = self.planner.layout, self.context.document
+        scores = document.scores.copy()
+        scores[..., :PIN_FIRST] = np.inf
+        scores[..., max(self.n_context - PIN_LAST, 0) :] = np.inf
+        order = order_by_score(scores)
+        costs = self._page_costs(self.planner, self.planner.utilities(document), order)
+        sizes, largest = layout.option_bytes(), len(layout.tiers)
+        n_pinned = min(layout.n_pages(PIN_FIRST + PIN_LAST), costs.shape[2])
+        pinned_bytes = int(sizes[:, largest].sum()) * layout.n_kv_heads * n_pinned
+        parts = [
+            (of_layer[:, n_pinned:].reshape(-1, largest + 1), sizes[layer])
+            for layer, of_layer in enumerate(costs)
+        ]
+        options = np.full(costs.shape[:3], largest, dtype=np.int8)
+        cost = float(costs[:, :, :n_pinned, largest].sum())
+        try:
+            if n_pinned < costs.shape[2]:
+                plan = solve_parts(parts, self.budget_bytes - pinned_bytes, n_threads=1).plan
+                rest = (*costs.shape[:2], costs.shape[2] - n_pinned)
+                options[:, :, n_pinned:] = plan.option_of_item.reshape(rest)
+                cost += plan.cost
+        except InfeasibleBudgetError:
+            return None
+        name = f"joint, first {PIN_FIRST} and last {PIN_LAST} pinned"
+        return Placed(name, "control", order, options, cost)
 
     def _head_means(self) -> Placed | None:
         """Every token of a head needs what its mean token needs; pages in order of position."""

@@ -91,13 +91,16 @@ def test_parts_that_are_taken_away_never_lower_the_predicted_cost(
     model: JudgedModel, frozen: FrozenAllocation, document: Any
 ) -> None:
     info, ids = document
-    frozen = frozen.at(Budget.parse("7b"))
+    frozen = frozen.at(Budget.parse("10b"))
     context = measure_context(model, frozen, "text", ids, info.n_context)
     rows = {
         row.name: row
         for row in place_all(context, frozen.planner, wanted_kinds("all"), Controls({}))
     }
     plan = rows[PLAN].cost
+    pinned = rows["joint, first 4 and last 32 pinned"].coding(frozen, model.shape).tier_of_token
+    assert (pinned[..., :4] == pinned.max()).all()
+    assert (pinned[..., -32:] == pinned.max()).all()
     for name in ("joint, no drop", "joint, no top tier", POLICY, "uniform"):
         assert rows[name].cost >= plan * (1 - 1e-9), name
 
