@@ -1,9 +1,11 @@
-"""Cutting a cache's pages into equal shares of bytes, one per block of a persistent grid.
+"""Cutting a cache's pages into equal shares of time, one per block of a persistent grid.
 
-    share = total bytes / n_blocks;   a segment = pages of one tier of one (sequence, KV head)
+    share = total cost / n_blocks;   a segment = pages of one tier of one (sequence, KV head)
+
+The cost of a page is its time in a block (`page_cost`), in bytes at the read rate.
 
 Pages of a (sequence, KV head), a row, are sorted by tier, laid end to end with all the others, and
-cut every `share` bytes, at page boundaries, or at the ends of rows where that makes the slowest
+cut every `share`, at page boundaries, or at the ends of rows where that makes the slowest
 block faster (it saves a block a second start and merge). A row cut into several parts is merged
 inside the launch by the block that arrives last. The plan depends on the page table and the grid
 only: it is made once and serves every decode step until pages are added (the tail grows without a
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.page_cost import page_costs
 from sphkv_kernels.tier import PageError
 
 FIRST, LAST, TAIL = 1, 2, 4
@@ -87,8 +90,9 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     offsets = table.offsets.cpu().numpy()[order] // 16
     used = np.unique(tiers[kept])
     page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
+    costs = np.asarray(page_costs(cache), dtype=np.int64)[tiers[order]]
     segments, block_starts, n_parts = _cut(
-        rows[order], np.searchsorted(used, tiers[order]), page_bytes, n_rows, n_blocks
+        rows[order], np.searchsorted(used, tiers[order]), costs, n_rows, n_blocks
     )
     heads, others = _split_heads(segments, block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
@@ -111,7 +115,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     )
 
 
-def _assign_blocks(rows: Ints, tiers: Ints, page_bytes: Ints, n_rows: int, n_blocks: int) -> Ints:
+def _assign_blocks(rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int) -> Ints:
     """(n_pages): the block of every page, non-decreasing.
 
     The best of two cuts by the time of the slowest block, where a part of a row costs as much as
@@ -122,53 +126,53 @@ def _assign_blocks(rows: Ints, tiers: Ints, page_bytes: Ints, n_rows: int, n_blo
         return np.zeros(0, dtype=np.int64)
     new_row = np.r_[True, np.diff(rows) != 0]
     new_tier = new_row | np.r_[True, np.diff(tiers) != 0]
-    cost = page_bytes + PART_BYTES * new_row + SEGMENT_BYTES * new_tier
+    cost = page_cost + PART_BYTES * new_row + SEGMENT_BYTES * new_tier
     # A page belongs to the block in whose share its middle lies.
-    middle = np.cumsum(cost) - page_bytes / 2
+    middle = np.cumsum(cost) - page_cost / 2
     equal = (middle * n_blocks / int(cost.sum())).astype(np.int64)
     if n_rows <= n_blocks:  # every part costs the same beside its bytes
-        row_bytes = np.zeros(n_rows)
-        np.add.at(row_bytes, rows, page_bytes)
-        parts = _parts_of_rows(row_bytes, n_blocks)
-        before = np.cumsum(row_bytes) - row_bytes
-        inside = np.cumsum(page_bytes) - page_bytes / 2 - before[rows]
-        share = (inside * parts[rows] / row_bytes[rows]).astype(np.int64)
+        row_cost = np.zeros(n_rows)
+        np.add.at(row_cost, rows, page_cost)
+        parts = _parts_of_rows(row_cost, n_blocks)
+        before = np.cumsum(row_cost) - row_cost
+        inside = np.cumsum(page_cost) - page_cost / 2 - before[rows]
+        share = (inside * parts[rows] / row_cost[rows]).astype(np.int64)
         aligned = (np.cumsum(parts) - parts)[rows] + share
     else:
         row_cost = np.zeros(n_rows)
         np.add.at(row_cost, rows, cost)
         aligned = _pack_rows(row_cost, n_blocks)[rows]
-    costs = [_slowest(block, rows, tiers, page_bytes) for block in (aligned, equal)]
+    costs = [_slowest(block, rows, tiers, page_cost) for block in (aligned, equal)]
     return equal if costs[1] < WORTH_SPLITTING * costs[0] else aligned
 
 
-def _slowest(block: Ints, rows: Ints, tiers: Ints, page_bytes: Ints) -> float:
+def _slowest(block: Ints, rows: Ints, tiers: Ints, page_cost: Ints) -> float:
     """Bytes of the slowest block, its parts and segments included."""
     new_part = np.r_[True, (np.diff(block) != 0) | (np.diff(rows) != 0)]
     new_segment = new_part | np.r_[True, np.diff(tiers) != 0]
-    cost = page_bytes + PART_BYTES * new_part + SEGMENT_BYTES * new_segment
+    cost = page_cost + PART_BYTES * new_part + SEGMENT_BYTES * new_segment
     return float(np.bincount(block, weights=cost).max())
 
 
-def _parts_of_rows(row_bytes: npt.NDArray[np.float64], n_blocks: int) -> Ints:
+def _parts_of_rows(row_cost: npt.NDArray[np.float64], n_blocks: int) -> Ints:
     """Parts per row, n_blocks in all at most, such that the largest part is as small as can be."""
-    low, high = float(row_bytes.sum()) / n_blocks, float(row_bytes.max())
+    low, high = float(row_cost.sum()) / n_blocks, float(row_cost.max())
     for _ in range(50):
         share = (low + high) / 2
-        if np.maximum(np.ceil(row_bytes / share), 1).sum() <= n_blocks:
+        if np.maximum(np.ceil(row_cost / share), 1).sum() <= n_blocks:
             high = share
         else:
             low = share
-    return np.maximum(np.ceil(row_bytes / high), 1).astype(np.int64)
+    return np.maximum(np.ceil(row_cost / high), 1).astype(np.int64)
 
 
-def _pack_rows(row_bytes: npt.NDArray[np.float64], n_blocks: int) -> Ints:
+def _pack_rows(row_cost: npt.NDArray[np.float64], n_blocks: int) -> Ints:
     """Block of every row, rows in order and whole, the fullest block as small as can be."""
-    ends = np.cumsum(row_bytes)
+    ends = np.cumsum(row_cost)
 
     def starts_of(share: float) -> list[int]:
         starts = [0]
-        while starts[-1] < row_bytes.size and len(starts) <= n_blocks:
+        while starts[-1] < row_cost.size and len(starts) <= n_blocks:
             done = ends[starts[-1] - 1] if starts[-1] else 0.0
             starts.append(max(int(np.searchsorted(ends, done + share, "right")), starts[-1] + 1))
         return starts
@@ -177,20 +181,20 @@ def _pack_rows(row_bytes: npt.NDArray[np.float64], n_blocks: int) -> Ints:
     for _ in range(40):
         share = (low + high) / 2
         starts = starts_of(share)
-        low, high = (low, share) if starts[-1] >= row_bytes.size else (share, high)
+        low, high = (low, share) if starts[-1] >= row_cost.size else (share, high)
     starts = starts_of(high)
-    return np.searchsorted(np.array(starts[1:]), np.arange(row_bytes.size), "right")
+    return np.searchsorted(np.array(starts[1:]), np.arange(row_cost.size), "right")
 
 
 def _cut(
-    rows: Ints, tiers: Ints, page_bytes: Ints, n_rows: int, n_blocks: int
+    rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int
 ) -> tuple[Ints, Ints, int]:
     """``(segments (n, 8), block_starts (n_blocks + 1), n_parts)`` of pages sorted by (row, tier).
 
     Rows without a page still get a segment: its tail, or an empty result, has to be written.
     """
     n_pages = rows.size
-    block = _assign_blocks(rows, tiers, page_bytes, n_rows, n_blocks)
+    block = _assign_blocks(rows, tiers, page_cost, n_rows, n_blocks)
     key = np.stack([block, rows, tiers]) if n_pages else np.zeros((3, 0), dtype=np.int64)
     starts = (
         np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])

@@ -10,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.page_cost import page_costs
 from sphkv_kernels.page_table import PageTable
+from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.plan import FIRST, LAST, TAIL, DecodePlan, make_plan
 from sphkv_kernels.tier import PageError, TierFormat
 
@@ -21,15 +24,15 @@ def empty_pages(counts: list[list[int]], page_size: int = 16) -> PagedCache:
     tiers = (TierFormat.int8(), TierFormat.dense())
     flat = [tier for row in counts for tier, n in enumerate(row) for _ in range(n)]
     sizes = np.array([2 * (page_size * 64 + 2 * page_size), 2 * page_size * 128])
-    page_bytes = sizes[flat] if flat else np.zeros(0, dtype=np.int64)
+    n_bytes = sizes[flat] if flat else np.zeros(0, dtype=np.int64)
     starts = np.cumsum([0, *(sum(row) for row in counts)])
     table = PageTable(
-        offsets=torch.from_numpy(np.cumsum(page_bytes) - page_bytes),
+        offsets=torch.from_numpy(np.cumsum(n_bytes) - n_bytes),
         tiers=torch.tensor(flat, dtype=torch.int8),
         live_tokens=torch.full((len(flat),), page_size, dtype=torch.int16),
         starts=torch.from_numpy(starts.astype(np.int32)),
     )
-    pool = torch.zeros(int(page_bytes.sum()), dtype=torch.uint8)
+    pool = torch.zeros(int(n_bytes.sum()), dtype=torch.uint8)
     return PagedCache(tiers, page_size, len(counts), 1, 64, pool, table)
 
 
@@ -110,3 +113,31 @@ def test_dead_slots_and_broken_tables_never_reach_a_plan() -> None:
     broken = replace(cache, page_table=replace(table, offsets=offsets))
     with pytest.raises(PageError, match="inside the pool"):
         make_plan(broken, 3)
+
+
+def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
+    """One row of many pages in three tiers of very different cost per byte."""
+    codes = [
+        SphericalCode.analytic(f"c{i}", 128, bits, radius)
+        for i, (bits, radius) in enumerate([((4, 2, 2, 2), "fp16"), ((3, 1, 1, 1), "lloyd_max:1")])
+    ]
+    tiers = (*map(TierFormat.spherical, codes), TierFormat.int8())
+    counts = [600, 600, 300]
+    flat = np.repeat([0, 1, 2], counts)
+    sizes = np.array([page_bytes(tier, 128, 32) for tier in tiers])[flat]
+    table = PageTable(
+        offsets=torch.from_numpy(np.cumsum(sizes) - sizes),
+        tiers=torch.from_numpy(flat.astype(np.int8)),
+        live_tokens=torch.full((flat.size,), 32, dtype=torch.int16),
+        starts=torch.tensor([0, flat.size], dtype=torch.int32),
+    )
+    pool = torch.zeros(int(sizes.sum()), dtype=torch.uint8)
+    cache = PagedCache(tiers, 32, 1, 1, 128, pool, table)
+    costs = page_costs(cache)
+    # A code of half the bytes is not half the time: its instructions bind it.
+    assert costs[1] / costs[0] > 1.3 * page_bytes(tiers[1], 128, 32) / page_bytes(tiers[0], 128, 32)
+    per_block = [
+        sum(costs[plan_tier] * n_pages for _, plan_tier, _, n_pages, *_ in block)
+        for block in segments_of(make_plan(cache, 10))
+    ]
+    assert max(per_block) <= 1.03 * sum(per_block) / 10
