@@ -2,7 +2,8 @@
 
 The run's own queries, keys and values are measured layer by layer as they pass: no capture of the
 text is needed, and its length is free.  The queries are those of the window, one in four before it
-and at most 128 of the horizon.  Source: ours.
+(at most 512, so that work grows with the length and not its square) and at most 128 of the horizon.
+Source: ours.
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from sphkv_cli.evaluation.protocol import RetentionProtocol
 Float = NDArray[np.float64]
 
 _QUERY_STRIDE = 4
+_QUERIES_BEFORE = 512
 _HORIZON_QUERIES = 128
 
 
@@ -101,7 +103,7 @@ class _MeasuringRun:
         n_context: int,
     ) -> "_MeasuringRun":
         start = max(n_context - allocation.window, 0)
-        before = torch.arange(0, start, _QUERY_STRIDE)
+        before = torch.arange(0, start, max(_QUERY_STRIDE, -(-start // _QUERIES_BEFORE)))
         window = torch.arange(start, n_context)
         steps = min(n_tokens - n_context, _HORIZON_QUERIES)
         horizon = torch.linspace(n_context, n_tokens - 1, steps).round().long()

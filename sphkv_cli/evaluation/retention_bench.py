@@ -22,6 +22,7 @@ from sphkv_cli.evaluation.context_measure import MeasuredContext, measure_contex
 from sphkv_cli.evaluation.copy_back import CodingOf, RecallScore, copy_back_recall
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
+from sphkv_cli.evaluation.output_errors import OutputError, output_errors
 from sphkv_cli.evaluation.plan_coding import PlanCoding
 from sphkv_cli.evaluation.protocol import RetentionProtocol
 from sphkv_cli.evaluation.recall_prompts import RecallPrompt
@@ -48,12 +49,17 @@ class BenchDocument:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One method at one budget; recall: None where it was not asked."""
+    """One method at one budget.
+
+    output_error: of attention outputs, mean over documents (the p99 the largest); recall: None
+    where it was not asked.
+    """
 
     budget: str
     kind: Kind
     row: Row
     predicted: float
+    output_error: OutputError
     recall: RecallScore | None
 
 
@@ -86,6 +92,7 @@ class Bench:
         scores: dict[Key, list[tuple[DocumentScore, TokenScores]]] = {}
         kinds: dict[Key, Kind] = {}
         predicted: dict[Key, list[float]] = {}
+        errors: dict[Key, list[OutputError]] = {}
         for document in documents:
             placed = self._placed(document)
             found = judge_document(
@@ -95,7 +102,14 @@ class Bench:
                 RetentionProtocol(document.n_context),
                 progress=progress,
             )
-            for (key, kind, cost, _), score in zip(placed, found, strict=True):
+            outputs = output_errors(
+                self.model,
+                [coding for _, _, _, coding in placed],
+                document.token_ids,
+                document.n_context,
+            )
+            for (key, kind, cost, _), score, error in zip(placed, found, outputs, strict=True):
+                errors.setdefault(key, []).append(error)
                 scores.setdefault(key, []).append(score)
                 kinds[key] = kind
                 predicted.setdefault(key, []).append(cost)
@@ -111,6 +125,10 @@ class Bench:
                     is_ours=kinds[key] != "published",
                 ),
                 float(np.mean(predicted[key])),
+                OutputError(
+                    float(np.mean([error.mean for error in errors[key]])),
+                    max(error.p99 for error in errors[key]),
+                ),
                 recalls.get(key),
             )
             # What does not fit every document is no row.

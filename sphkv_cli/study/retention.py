@@ -43,7 +43,7 @@ from sphkv_cli.study.result import StudyResult
 
 _COLUMNS = (
     "budget", "method", "laid-out b", "KL", "95 % low", "high", "KL p99", "perplexity ratio",
-    "top-1", "digits recalled", "predicted",
+    "top-1", "output error", "its p99", "digits recalled", "predicted",
 )  # fmt: skip
 
 
@@ -100,6 +100,8 @@ def run(inputs: StudyInputs) -> StudyResult:
             f"Window of {asked.window} queries, score {fit.estimator.name}, head weights "
             f"{fit.weights.source}; KL is the geometric mean over documents with its 95 % "
             "interval, p99 over all scored tokens, perplexity over dense perplexity.",
+            "Output error is relative, per layer, head and query after the context, with all that "
+            "comes before it dense; p99 is that of the worst document.",
             "Laid-out bits count codes, padding, page table, positions and fixed tables of the "
             "context; tokens after it stay dense and are not counted.",
             f"Controls are calibrated on the same fit documents: {', '.join(CONTROL_SCORES)}.",
@@ -154,6 +156,8 @@ def _table(rows: Sequence[BenchRow]) -> Table:
                 found.row.kl_p99,
                 found.row.perplexity_ratio.mean,
                 found.row.top1.mean,
+                found.output_error.mean,
+                found.output_error.p99,
                 None if found.recall is None else found.recall.digit_accuracy.mean,
                 found.predicted,
             )

@@ -12,8 +12,10 @@ from sphkv_cli.allocation.frozen import FrozenAllocation
 from sphkv_cli.allocation.published import ada_pages, pyramid_pages, snapkv_pages
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
+from sphkv_cli.evaluation.coding import DenseCoding
 from sphkv_cli.evaluation.context_measure import measure_context
 from sphkv_cli.evaluation.judged_model import JudgedModel
+from sphkv_cli.evaluation.output_errors import output_errors
 from sphkv_cli.evaluation.retention_rows import (
     ORACLE,
     PLAN,
@@ -151,3 +153,20 @@ def test_ada_budgets_follow_the_scores_above_an_even_floor() -> None:
     # Head 0 holds the best 640 tokens: 80 % of the layer's pages go to it, up to all it has.
     assert np.all(counts[:, 0] >= 32)
     assert np.all(counts[:, 1:] >= 1)
+
+
+def test_output_errors_fall_with_the_budget_and_vanish_for_a_dense_cache(
+    model: JudgedModel, frozen: FrozenAllocation, document: Any
+) -> None:
+    info, ids = document
+    codings = []
+    for budget in ("3b", "9b"):
+        at = frozen.at(Budget.parse(budget))
+        context = measure_context(model, at, "text", ids, info.n_context)
+        plan = place_all(context, at.planner, ("own",), Controls({}))[0]
+        codings.append(plan.coding(at, model.shape))
+    found = output_errors(model, [*codings, DenseCoding(model.shape)], ids, info.n_context)
+    assert found[0].mean > found[1].mean > found[2].mean
+    # float32 against itself in another order of summation at most.
+    assert found[2].p99 < 1e-5
+    assert all(error.p99 >= error.mean for error in found[:2])
