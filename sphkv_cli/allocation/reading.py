@@ -58,7 +58,7 @@ def _comparisons(checks: Sequence[DocumentPlan]) -> tuple[str, ...]:
             f"Measured on {len(times)} {checks[0].split} documents, the plan's output error is "
             f"{shown:.3g}x {verdict} {name} within the same bytes."
         )
-    if not names:
+    if not any(name.startswith("uniform") for name in names):
         sentences.append("No uniform tier fits this budget: there is nothing to compare with.")
     return tuple(sentences)
 

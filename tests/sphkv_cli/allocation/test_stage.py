@@ -233,6 +233,12 @@ def test_controls_run_and_say_what_they_are(
         assert best > 1.5 * reference
 
 
+def test_a_budget_below_every_uniform_tier_says_so(chain: Chain, tmp_path: Path) -> None:
+    low = replace(OPTIONS, budget="4b", tiers=("int8", "dense"))
+    result = allocate(low, chain.capture, chain.codebooks, tmp_path / "a.h5")
+    assert any("No uniform tier fits this budget" in said for said in result.summary.reading)
+
+
 def test_fisher_weights_are_used_where_they_were_captured(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(SphkvError, match="holds no Fisher weights; capture with --fisher"):
         wanted = replace(OPTIONS, head_weights="fisher")
