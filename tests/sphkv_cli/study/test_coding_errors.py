@@ -128,6 +128,13 @@ def test_books_per_head_are_paid_for(tiny_capture: CaptureReader) -> None:
     assert online.table_bytes() - analytic.table_bytes() == extra
 
 
+def test_every_layer_is_coded_with_its_own_books(tiny_capture: CaptureReader) -> None:
+    offline = rotated(tiny_capture, "offline")
+    values = torch.from_numpy(tiny_capture.values(0, 0))
+    first, second = (offline.code(n, values, values, torch.arange(160)).values for n in (0, 1))
+    assert not torch.equal(first, second)
+
+
 def test_books_fitted_to_a_prompt_code_it_no_worse(tiny_capture: CaptureReader) -> None:
     keys = torch.from_numpy(tiny_capture.keys(4, 0))
     values = torch.from_numpy(tiny_capture.values(4, 0))

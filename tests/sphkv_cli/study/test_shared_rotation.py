@@ -33,6 +33,13 @@ def test_each_head_has_a_rotation_of_its_own_that_is_undone(tiny_capture: Captur
     assert float((coded.values - values).norm() / values.norm()) < 0.02
 
 
+def test_equal_vectors_of_two_heads_are_turned_apart(tiny_capture: CaptureReader) -> None:
+    values = torch.from_numpy(tiny_capture.values(0, 0))
+    same = values[:, :1].expand_as(values)
+    coded = turned(tiny_capture, (4, 2, 2, 2), 5).code(0, values, same, torch.arange(160)).values
+    assert not torch.equal(coded[:, 0], coded[:, 1])
+
+
 def test_another_seed_is_another_rotation(tiny_capture: CaptureReader) -> None:
     values = torch.from_numpy(tiny_capture.values(0, 0))
     coded = [
