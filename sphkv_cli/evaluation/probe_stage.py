@@ -6,10 +6,8 @@ dense and once per code, policy or uniform tier, in the same run.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
@@ -17,11 +15,9 @@ from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_output, require_unchanged
-from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.candidates import uniform_work
-from sphkv_cli.evaluation.coding import DenseCoding, KeyValueCoding
 from sphkv_cli.evaluation.copy_back import (
-    CodingOf,
     RecallScore,
     copy_back_prompts,
     copy_back_recall,
@@ -29,11 +25,10 @@ from sphkv_cli.evaluation.copy_back import (
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.needle import needle_grid, needle_prompts
 from sphkv_cli.evaluation.options import EvaluateOptions
-from sphkv_cli.evaluation.plan_coding import PlanCoding, uniform_plan
-from sphkv_cli.evaluation.policy_coding import policy_coding
 from sphkv_cli.evaluation.probe_options import ProbeOptions
 from sphkv_cli.evaluation.probe_reading import gates_of, read_probe
 from sphkv_cli.evaluation.probe_result import ProbeResult, ProbeRow
+from sphkv_cli.evaluation.probe_rows import AskedRow, retention_rows
 from sphkv_cli.evaluation.protocol import ReadProtocol
 from sphkv_cli.evaluation.recall_prompts import (
     PromptShape,
@@ -49,15 +44,6 @@ _RETENTION = (
     "retention: each prompt's context is prefilled dense and coded once, the question and the "
     "answer after it stay dense and read it"
 )
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A row to fill: its coding for each prompt."""
-
-    name: str
-    is_ours: bool
-    coding: KeyValueCoding | CodingOf
 
 
 def probe(
@@ -120,7 +106,7 @@ def probe(
                 inputs["codebooks"] = books.ref
             work = uniform_work(options, books, model.shape)(0)
             protocol = work.protocol
-            rows = [_Asked(c.coding.name, c.is_ours, c.coding) for c in work.candidates]
+            rows = [AskedRow(c.coding.name, c.is_ours, c.coding) for c in work.candidates]
         else:
             assert allocation is not None
             require_unchanged(allocation)
@@ -128,7 +114,7 @@ def probe(
                 plans.require_capture(reader.ref)
                 inputs["allocation"] = plans.ref
                 policy = ContextPolicy.of(plans, max(asked.lengths))
-                rows = _retention_rows(options, asked.lengths, model, policy)
+                rows = retention_rows(options, asked.lengths, model, policy)
         description = _RETENTION if protocol is None else protocol.description
         progress.start("asking", len(rows) * len(prompts), "prompts")
         filled = [_fill(asked, model, row, prompts, protocol, progress) for row in rows]
@@ -194,7 +180,7 @@ def _prompts(
 def _fill(
     asked: ProbeOptions,
     model: JudgedModel,
-    row: _Asked,
+    row: AskedRow,
     prompts: Sequence[RecallPrompt],
     protocol: ReadProtocol | None,
     progress: Progress,
@@ -216,74 +202,3 @@ def _fill(
 
 def _named(score: RecallScore, name: str) -> RecallScore:
     return replace(score, coding=name)
-
-
-def _retention_rows(
-    options: EvaluateOptions, lengths: Sequence[int], model: JudgedModel, policy: ContextPolicy
-) -> list[_Asked]:
-    """The policy, the uniform tiers asked for beside it, and the dense control.
-
-    The best uniform tier has a row where some tier fits the budget at every length.
-    """
-    tiers = policy.layout.tiers
-    known = {tier.name: index for index, tier in enumerate(tiers)}
-    for name in options.tiers:
-        if name != "best" and name not in known:
-            raise UsageError(f"there is no tier {name!r}", f"one of {', '.join(known)}, or best")
-
-    def of_policy(prompt: RecallPrompt) -> PlanCoding:
-        return policy_coding(model, policy, prompt.token_ids[: prompt.n_context])
-
-    def uniform(tier: int, prompt: RecallPrompt, sink_page: bool) -> PlanCoding:
-        n_context = prompt.n_context
-        return uniform_plan(
-            tier, policy.layout, policy.frames, model.shape, n_context, sink_page=sink_page
-        )
-
-    def uniform_bytes(n_context: int, tier: int, sink_page: bool) -> int:
-        options = np.full(
-            (model.shape.n_layers, model.shape.n_kv_heads, policy.layout.n_pages(n_context)),
-            tier + 1,
-            dtype=np.int8,
-        )
-        if sink_page:
-            options[:, :, 0] = len(tiers)
-        return policy.layout.measure(options, n_context).total
-
-    def best_tier(n_context: int, sink_page: bool) -> int | None:
-        budget = policy.budget_bytes(n_context)
-        sizes = [uniform_bytes(n_context, tier, sink_page) for tier in range(len(tiers))]
-        fitting = [tier for tier, size in enumerate(sizes) if size <= budget]
-        return max(fitting, key=lambda tier: sizes[tier]) if fitting else None
-
-    def best(prompt: RecallPrompt, sink_page: bool) -> PlanCoding:
-        tier = best_tier(prompt.n_context, sink_page)
-        assert tier is not None, "rows are made where some tier fits every length"
-        return uniform(tier, prompt, sink_page)
-
-    rows = [_Asked("policy", True, of_policy)]
-    for name in options.tiers:
-        for sink_page in (False, True):
-            label = ("best uniform tier" if name == "best" else f"uniform {name}") + (
-                " + sink page" if sink_page else ""
-            )
-            coding: CodingOf
-            if name == "best":
-                if any(best_tier(n_context, sink_page) is None for n_context in lengths):
-                    continue
-                coding = _bind_best(best, sink_page)
-            else:
-                coding = _bind(uniform, known[name], sink_page)
-            rows.append(_Asked(label, False, coding))
-    rows.append(_Asked("dense", False, DenseCoding(model.shape)))
-    return rows
-
-
-def _bind(
-    uniform: Callable[[int, RecallPrompt, bool], PlanCoding], tier: int, sink_page: bool
-) -> CodingOf:
-    return lambda prompt: uniform(tier, prompt, sink_page)
-
-
-def _bind_best(best: Callable[[RecallPrompt, bool], PlanCoding], sink_page: bool) -> CodingOf:
-    return lambda prompt: best(prompt, sink_page)

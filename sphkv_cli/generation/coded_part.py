@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sphkv_cli.generation.dense_part import dense_part
 from sphkv_cli.generation.layer_frame import LayerFrame
-from sphkv_cli.generation.layer_store import NewTokens, StoreState
+from sphkv_cli.generation.store_state import NewTokens, StoreState
 from sphkv_cli.models.geometry import AttentionLayer
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import AttentionPlan, ada_decode

@@ -26,13 +26,14 @@ from sphkv_cli.generation.attention import (
 )
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_frame import LayerFrame
-from sphkv_cli.generation.layer_store import LayerStore, NewTokens, StoreState
+from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.matching import policy_for, uniform_for
-from sphkv_cli.generation.placement import Placement, PlacementRule
+from sphkv_cli.generation.new_tokens import read_tokens
+from sphkv_cli.generation.placement import PlacementRule
+from sphkv_cli.generation.store_state import NewTokens, StoreState
+from sphkv_cli.generation.trial import try_pages
 from sphkv_cli.models.geometry import ModelGeometry, inspect_model
 from sphkv_kernels.block_words import native_layout_of
-from sphkv_kernels.build import KernelBuildError
-from sphkv_kernels.tier import PageError
 
 Backend = Literal["auto", "cuda", "reference"]
 _TRIAL_TOKENS = 3
@@ -269,7 +270,10 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
     ) -> Tensor:
         if self._tokens is None:
-            self._tokens = self._read_tokens(key, call)
+            state = self._states[0]
+            known = None if state is None else state.next_position
+            positions = call.options.get("position_ids")
+            self._tokens = read_tokens(key.shape[0], key.shape[2], call.mask, positions, known)
         tokens, store, before = self._tokens, self.stores[layer], self._states[layer]
         state = store.appended(before, key, value, tokens)
         if before is None:
@@ -294,41 +298,6 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         HANDED.set(None)
         if self._tokens is not None:
             self._states, self._tokens = list(self._before), None
-
-    def _read_tokens(self, key: Tensor, call: AttentionCall) -> NewTokens:
-        """Which columns are tokens, from the mask's diagonal, and where they stand."""
-        n_sequences, n = key.shape[0], key.shape[2]
-        columns = [list(range(n)) for _ in range(n_sequences)]
-        if call.mask is not None:
-            if call.mask.dtype != torch.bool or call.mask.ndim != 4:
-                raise SphkvError(
-                    f"an attention mask of {call.mask.dtype}, {call.mask.ndim} axes",
-                    "pass a mask (n_sequences, n_tokens) of 0 and 1, or none",
-                )
-            own = call.mask[:, 0, :, -n:].diagonal(dim1=-2, dim2=-1)
-            is_token = own.expand(n_sequences, n).tolist()
-            columns = [[c for c in range(n) if row[c]] for row in is_token]
-        positions = call.options.get("position_ids")
-        if positions is None:
-            raise SphkvError(
-                "the model does not tell its attention the positions of tokens",
-                "its architecture is not supported",
-            )
-        where = positions.expand(n_sequences, n).tolist()
-        first = []
-        for s, chosen in enumerate(columns):
-            state = self._states[0]
-            expected = None if state is None else state.next_position[s]
-            found = [where[s][c] for c in chosen]
-            start = found[0] if expected is None and found else (expected or 0)
-            if found != list(range(start, start + len(found))):
-                raise SphkvError(
-                    f"sequence {s}: the new tokens have positions {found[0]}..{found[-1]}, "
-                    f"expected {start} and on",
-                    "pass position_ids that go on from the cached tokens",
-                )
-            first.append(start)
-        return NewTokens(n, tuple(tuple(chosen) for chosen in columns), tuple(first))
 
     def _frame(self, layer: int, module: Any) -> LayerFrame:
         device = next(module.parameters()).device
@@ -357,37 +326,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             )
             if kind not in tried:
                 tried.add(kind)
-                self._try_pages(layer, model.dtype)
-
-    def _try_pages(self, layer: int, dtype: torch.dtype) -> None:
-        """Seal a page of every tier and read them: kernels are built now, not at the first seal."""
-        shape, rule, store = self.geometry, self.rule, self.stores[layer]
-        n = rule.page_size * len(rule.tiers)
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn(n_heads: int, n_tokens: int) -> Tensor:
-            size = (1, n_heads, n_tokens, shape.head_dim)
-            return torch.randn(size, generator=generator).to(self.device_of(layer), dtype)
-
-        page = torch.arange(n) // rule.page_size
-        heads = page[:, None].expand(-1, shape.n_kv_heads)
-        tokens, step = NewTokens(n, (tuple(range(n)),), (0,)), NewTokens(1, ((0,),), (n,))
-        keys, values = drawn(shape.n_kv_heads, n), drawn(shape.n_kv_heads, n)
-        try:
-            state = store.sealed(
-                store.appended(None, keys, values, tokens), [Placement(heads, heads)]
-            )
-            new = drawn(shape.n_kv_heads, 1)
-            state = store.appended(state, new, new, step)
-            query = drawn(shape.n_q_heads, 1)
-            output = self._readers[layer].attend(state, query, step)
-        except (PageError, KernelBuildError) as error:
-            raise SphkvError(
-                f"layer {layer}: its pages cannot be read here ({error})",
-                'pass backend="reference", or choose other tiers',
-            ) from error
-        if not bool(torch.isfinite(output).all()):
-            raise SphkvError(f"layer {layer}: a trial page reads back as NaN", "report this model")
+                try_pages(self.stores[layer], self._readers[layer], self.geometry, model)
 
 
 class SphericalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped

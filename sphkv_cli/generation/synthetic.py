@@ -9,9 +9,9 @@ import time
 import torch
 
 from sphkv_cli.errors import UsageError
-from sphkv_cli.generation.layer_store import NewTokens
 from sphkv_cli.generation.placement import UniformRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
+from sphkv_cli.generation.store_state import NewTokens
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.synthetic import tiled_cache
 

@@ -1,0 +1,52 @@
+"""A page of every tier, sealed and read: what cannot be read fails now, not at the first seal.
+
+The CUDA kernels of the tiers are built on the way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphkv_cli.errors import SphkvError
+from sphkv_cli.generation.coded_part import LayerReader
+from sphkv_cli.generation.layer_store import LayerStore
+from sphkv_cli.generation.placement import Placement
+from sphkv_cli.generation.store_state import NewTokens
+from sphkv_cli.models.geometry import ModelGeometry
+from sphkv_kernels.build import KernelBuildError
+from sphkv_kernels.tier import PageError
+
+
+def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, model: Any) -> None:
+    """Seal and read in one layer.
+
+    Raises:
+        SphkvError: the pages cannot be read here; names the layer and the reason.
+    """
+    rule, device = store.rule, reader.frame.output.device
+    n = rule.page_size * len(rule.tiers)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(n_heads: int, n_tokens: int) -> Tensor:
+        size = (1, n_heads, n_tokens, shape.head_dim)
+        return torch.randn(size, generator=generator).to(device, model.dtype)
+
+    page = torch.arange(n) // rule.page_size
+    heads = page[:, None].expand(-1, shape.n_kv_heads)
+    tokens, step = NewTokens(n, (tuple(range(n)),), (0,)), NewTokens(1, ((0,),), (n,))
+    keys, values = drawn(shape.n_kv_heads, n), drawn(shape.n_kv_heads, n)
+    try:
+        state = store.sealed(store.appended(None, keys, values, tokens), [Placement(heads, heads)])
+        new = drawn(shape.n_kv_heads, 1)
+        state = store.appended(state, new, new, step)
+        output = reader.attend(state, drawn(shape.n_q_heads, 1), step)
+    except (PageError, KernelBuildError) as error:
+        raise SphkvError(
+            f"layer {store.layer}: its pages cannot be read here ({error})",
+            'pass backend="reference", or choose other tiers',
+        ) from error
+    if not bool(torch.isfinite(output).all()):
+        raise SphkvError(
+            f"layer {store.layer}: a trial page reads back as NaN", "choose other tiers"
+        )
