@@ -39,6 +39,12 @@ CODES = {
     "polar-5333-r3": ((5, 3, 3, 3), "lloyd_max:3"),
 }
 DENSE = ("DynamicCache", "StaticCache")
+# hidden, intermediate, layers, query heads, KV heads, head_dim, vocabulary, positions
+SHAPES = {
+    "random-7b": (4096, 14336, 32, 32, 8, 128, 32000, 131072 + 4096),
+    "random-smollm2": (576, 1536, 30, 9, 3, 64, 49152, 8192 + 4096),
+}
+TINY = (64, 96, 2, 4, 2, 32, 128, 512)
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def main() -> None:
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", choices=("smollm2", "random-7b"))
+    parser.add_argument("--model", default="smollm2", choices=("smollm2", *SHAPES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
     parser.add_argument("--steps", type=int, default=24, help="timed after two that warm up")
@@ -111,10 +117,7 @@ def _model(name: str, device: torch.device) -> Any:
         from sphkv_cli.models.source import resolve_model
 
         return load_model(resolve_model(name), LoadOptions("bfloat16", str(device)))
-    size = {
-        "random-7b": (4096, 14336, 32, 32, 8, 128, 32000, 131072 + 4096),
-        "tiny": (64, 96, 2, 4, 2, 32, 128, 512),
-    }[name]
+    size = TINY if name == "tiny" else SHAPES[name]
     config = LlamaConfig(
         hidden_size=size[0],
         intermediate_size=size[1],
