@@ -45,11 +45,15 @@ N_SEEDS = 3
 FIT_TOKENS = 2048
 CURVE_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 """Of the first domain, whose fit documents are as long as the last of these."""
+MAX_LAYERS = 10
+"""Layers looked at where no number is asked for: minutes instead of a quarter of an hour."""
 
 
 def run(inputs: StudyInputs) -> StudyResult:
     """Capture every domain, measure every pair, then the learning curve of the first domain."""
     name = model_name(inputs)
+    options = replace(inputs.options, max_layers=inputs.options.max_layers or MAX_LAYERS)
+    inputs = replace(inputs, options=options)
     tokenizer = tokenizer_of(name)
     domains, notes = all_domains(tokenizer, CURVE_TOKENS[-1], inputs.seed)
     with ExitStack() as stack:
