@@ -38,6 +38,7 @@ from sphkv_cli.evaluation.recall_prompts import (
 )
 from sphkv_cli.evaluation.stage import load_captured
 from sphkv_cli.generation.context_policy import ContextPolicy
+from sphkv_cli.models.load import load_tokenizer
 from sphkv_cli.progress import NullProgress, Progress
 
 _RETENTION = (
@@ -85,7 +86,8 @@ def probe(
             for info in reader.documents_of(options.split)
             for token in reader.token_ids(info)
         ]
-        model, tokenizer = load_captured(options, reader, progress)
+        model, source = load_captured(options, reader, progress)
+        tokenizer = load_tokenizer(source)
         shape = PromptShape(
             n_context=asked.lengths[0],
             n_keys=1 if asked.kind == "needle" else asked.keys,

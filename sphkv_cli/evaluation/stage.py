@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from sphkv_cli.evaluation.stepwise import NAME as STEPWISE
 from sphkv_cli.evaluation.stepwise import judge_stepwise
 from sphkv_cli.evaluation.summary import mean_over_seeds, summarise
 from sphkv_cli.evaluation.token_scores import TokenScores
+from sphkv_cli.models.source import ModelSource
 from sphkv_cli.progress import NullProgress, Progress
 
 
@@ -190,14 +191,14 @@ def _load(options: EvaluateOptions, reader: CaptureReader, progress: Progress) -
 
 def load_captured(
     options: EvaluateOptions, reader: CaptureReader, progress: Progress
-) -> tuple[JudgedModel, Any]:
-    """The captured model and its tokenizer.
+) -> tuple[JudgedModel, ModelSource]:
+    """The captured model, and where it was found (its tokenizer is there too).
 
     Raises:
         ArtifactError: it is not the captured one.
         EnvironmentUnable, SphkvError: it cannot be loaded or listened to.
     """
-    from sphkv_cli.models.load import load_model, load_tokenizer
+    from sphkv_cli.models.load import load_model
     from sphkv_cli.models.source import resolve_model
 
     source = resolve_model(
@@ -212,7 +213,7 @@ def load_captured(
     model = JudgedModel.of(load_model(source, options.load))
     progress.finish()
     model.require_captured(reader.info, str(reader.path))
-    return model, load_tokenizer(source)
+    return model, source
 
 
 def _judge(
