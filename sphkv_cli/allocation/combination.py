@@ -26,7 +26,8 @@ from sphkv_cli.allocation.context import LayerContext
 from sphkv_cli.allocation.estimator_names import COMBINATION, SIGNAL_NAMES
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.future_queries import FutureQueries
-from sphkv_cli.allocation.signals import SIGNALS, SignalInputs
+from sphkv_cli.allocation.signal_inputs import SignalInputs
+from sphkv_cli.allocation.signals import SIGNALS
 
 Float = NDArray[np.float64]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from sphkv_cli.allocation.context import LayerContext
 from sphkv_cli.allocation.estimator_names import COMBINATION, ORACLE
 from sphkv_cli.allocation.future_queries import FutureQueries
-from sphkv_cli.allocation.signals import SIGNALS, Signal, SignalInputs
+from sphkv_cli.allocation.signal_inputs import SignalInputs
+from sphkv_cli.allocation.signals import SIGNALS, Signal
 
 
 class UtilityEstimator(ABC):

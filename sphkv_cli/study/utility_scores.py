@@ -26,7 +26,8 @@ from sphkv_cli.allocation.estimator_names import COMBINATION
 from sphkv_cli.allocation.future_queries import FutureQueries
 from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.page_costs import TierErrors, Utilities
-from sphkv_cli.allocation.signals import SIGNALS, SignalInputs
+from sphkv_cli.allocation.signal_inputs import SignalInputs
+from sphkv_cli.allocation.signals import SIGNALS
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.progress import Progress
 from sphkv_codebooks.frame import FrameSet
