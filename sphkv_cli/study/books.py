@@ -35,6 +35,7 @@ from sphkv_cli.study.books_report import (
     cost_table,
     quality_figure,
     quality_table,
+    ratio_table,
     read,
 )
 from sphkv_cli.study.calibration import (
@@ -109,7 +110,7 @@ def run(inputs: StudyInputs) -> StudyResult:
     if kls[0] is not None and len(layers) < capture.n_layers:
         conditions.append("KL is that of all layers coded, the errors are those of some.")
     return StudyResult(
-        tables=(quality_table(judged), cost_table(costs, TIMED_TOKENS)),
+        tables=(quality_table(judged), ratio_table(judged), cost_table(costs, TIMED_TOKENS)),
         figures=(quality_figure(judged), cost_figure(costs, TIMED_TOKENS)),
         reading=read(judged, costs),
         conditions=conditions,

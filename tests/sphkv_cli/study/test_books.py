@@ -104,9 +104,10 @@ def test_the_study_runs_without_a_model(
     monkeypatch.setattr("sphkv_cli.study.books.TIMED_TOKENS", 256)
     monkeypatch.setattr("sphkv_cli.study.books.time_books.__defaults__", (256,))
     result = run(StudyInputs(StudyOptions(max_queries=8), tiny_capture))
-    quality, costs = result.tables
+    quality, ratios, costs = result.tables
     assert len(quality.rows) == 2 * 2 * 3 + 2 and len(costs.rows) == 5
-    assert {row[11] for row in quality.rows} == {None}  # no KL without a model
+    assert len(ratios.rows) == 2 * 2 * 2
+    assert {row[10] for row in quality.rows} == {None}  # no KL without a model
     by = {tuple(row[:3]): row for row in quality.rows}
     code = quality.rows[0][0]
     assert float(by[code, "hadamard", "analytic"][8]) < float(by["KIVI-2", "-", "-"][8])  # type: ignore[arg-type]
