@@ -211,7 +211,6 @@ def cost_figure(costs: Sequence[Cost], n_tokens: int) -> Figure:
             "bits per coordinate (code rate)",
             "ms per layer",
             [Series(c.name, [c.code_rate], [value], "points") for c, value in parts],
-            y_scale="log",
         )
         for title, parts in (
             ("prefill coding", [(c, c.prefill_ms) for c in costs]),
