@@ -38,10 +38,14 @@ def grid_figure(result: ProbeResult) -> Figure:
         tuple(
             GridPanel(
                 f"{grid.coding}, {grid.laid_out_rate:.2f} b",
-                f"depth ({depths})",
-                f"context ({lengths})",
+                "depth of the statement",
+                "context tokens",
                 grid.digit_accuracy,
                 "digits that come back",
+                row_names=tuple(map(str, grid.lengths)),
+                column_names=tuple(f"{depth:g}" for depth in grid.depths),
+                # Colours of one probe mean the same in every picture.
+                limits=(0.0, 1.0),
             )
             for grid in grids
         ),

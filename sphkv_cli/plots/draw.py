@@ -102,6 +102,8 @@ def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
         values = np.ma.masked_less_equal(values, 0.0)
         norm = LogNorm()
     image = ax.imshow(values, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
+    if panel.limits is not None:
+        image.set_clim(*panel.limits)
     _label(ax, panel)
     if panel.row_names:
         ax.set_yticks(range(len(panel.row_names)), panel.row_names)

@@ -53,7 +53,10 @@ class PlotPanel:
 
 @dataclass(frozen=True)
 class GridPanel:
-    """A number per row and column, as colours; NaN stays blank. Unnamed ones are numbered."""
+    """A number per row and column, as colours; NaN stays blank. Unnamed ones are numbered.
+
+    limits: numbers of the first and the last colour; None: the smallest and the largest there are.
+    """
 
     title: str
     x_label: str
@@ -63,6 +66,7 @@ class GridPanel:
     color_scale: Scale = "linear"
     row_names: Sequence[str] = ()
     column_names: Sequence[str] = ()
+    limits: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.values or len({len(row) for row in self.values}) != 1:

@@ -80,3 +80,16 @@ def test_what_cannot_be_asked_is_refused(tiny_chain: Any, tmp_path: Path) -> Non
     found = CliRunner().invoke(app, ["evaluate", str(tiny_chain.capture), "--gate-recall", "0.9"])
     assert found.exit_code == 2 and "need --probe" in found.output
     assert not output.exists()
+
+
+def test_a_needles_colours_mean_the_same_in_every_picture(tiny_chain: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    from sphkv_cli.evaluation.probe_plot import draw_grids, grid_figure
+
+    asked = ProbeOptions("needle", lengths=(100,), depths=(0.0, 1.0), prompts=1)
+    result = run(tiny_chain, tmp_path / "probe.json", asked, uniform=True, methods=("int8",))
+    for panel in grid_figure(result).panels:
+        assert panel.limits == (0, 1) and panel.row_names == ("100",)  # type: ignore[union-attr]
+        assert panel.column_names == ("0", "1")  # type: ignore[union-attr]
+    draw_grids(result, tmp_path / "needle.svg")
+    assert (tmp_path / "needle.svg").read_text().lstrip().startswith("<?xml")
