@@ -172,21 +172,15 @@ class PagedCache:
         heads = (chosen[:, None] * self.n_kv_heads + kv_heads).reshape(-1)
         table, entries = self.page_table.select(heads)
 
-        def rows(t: Tensor | None, which: Tensor) -> Tensor | None:
-            if t is not None and t.dtype == torch.uint16:
-                # CUDA does not index uint16.
-                return t.view(torch.int16)[which].view(torch.uint16)
-            return None if t is None else t[which]
-
         return replace(
             self,
             n_sequences=len(sequences),
             page_table=table,
-            positions=rows(self.positions, entries),
-            tail_keys=rows(self.tail_keys, chosen),
-            tail_values=rows(self.tail_values, chosen),
-            tail_tokens=rows(self.tail_tokens, chosen),
-            tail_positions=rows(self.tail_positions, chosen),
+            positions=chosen_rows(self.positions, entries),
+            tail_keys=chosen_rows(self.tail_keys, chosen),
+            tail_values=chosen_rows(self.tail_values, chosen),
+            tail_tokens=chosen_rows(self.tail_tokens, chosen),
+            tail_positions=chosen_rows(self.tail_positions, chosen),
         )
 
 
@@ -259,3 +253,10 @@ def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim:
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise PageError(f"sequence {index}: {name} is {tuple(tensor.shape)}, expected {shape}")
+
+
+def chosen_rows(rows: Tensor | None, which: Tensor) -> Tensor | None:
+    """``rows[which]`` for a mask or indices, None for None; CUDA itself does not index uint16."""
+    if rows is None or rows.dtype != torch.uint16:
+        return None if rows is None else rows[which]
+    return rows.view(torch.int16)[which].view(torch.uint16)

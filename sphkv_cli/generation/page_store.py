@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache import PagedCache, chosen_rows
 from sphkv_kernels.page_table import PageTable
 
 
@@ -23,7 +23,7 @@ def joined(first: PagedCache, second: PagedCache) -> PagedCache:
     order = torch.argsort(heads, stable=True)
     positions = None
     if first.positions is not None and second.positions is not None:
-        positions = torch.cat([first.positions, second.positions])[order]
+        positions = chosen_rows(torch.cat([first.positions, second.positions]), order)
     table = PageTable(
         torch.cat([a.offsets, b.offsets + first.pool.numel()])[order],
         torch.cat([a.tiers, b.tiers])[order],
@@ -42,8 +42,7 @@ def kept(cache: PagedCache, mask: Tensor) -> PagedCache:
     starts = torch.zeros_like(table.starts)
     starts[1:] = counts.cumsum(0).to(torch.int32)
     chosen = PageTable(table.offsets[mask], table.tiers[mask], table.live_tokens[mask], starts)
-    positions = None if cache.positions is None else cache.positions[mask]
-    return replace(cache, page_table=chosen, positions=positions)
+    return replace(cache, page_table=chosen, positions=chosen_rows(cache.positions, mask))
 
 
 def compacted(cache: PagedCache) -> PagedCache:
