@@ -254,21 +254,23 @@ class GrowingAllocation:
         before: option of the moved pages when the step began, in order of their latest moves; is
             extended.
         """
-        core = list(before)[-_CORE_MOVED:]
+        # Where each page of the core may go down from: its option when the step began, or, for a
+        # page that moved earlier in the step, the one it has now.
+        ceilings = {page: before[page] for page in list(before)[-_CORE_MOVED:]}
         wanted, most = n_bytes, 0
-        for page in core:
-            wanted += int(self._bytes[page, before[page]] - self._bytes[page, self._options[page]])
-            most += int(self._bytes[page, before[page]] - self._bytes[page, 0])
-        known, n_moved = set(core), len(core)
-        while self._heap and (len(core) - n_moved < _CORE_PAGES or most < wanted):
+        for page, ceiling in ceilings.items():
+            wanted += int(self._bytes[page, ceiling] - self._bytes[page, self._options[page]])
+            most += int(self._bytes[page, ceiling] - self._bytes[page, 0])
+        n_moved = len(ceilings)
+        while self._heap and (len(ceilings) - n_moved < _CORE_PAGES or most < wanted):
             _, page, option, _ = heapq.heappop(self._heap)
-            if option != self._options[page] or page in known:
+            if option != self._options[page] or page in ceilings:
                 continue
-            known.add(page)
-            core.append(page)
-            before[page] = option
+            ceilings[page] = option
+            before.setdefault(page, option)
             most += int(self._bytes[page, option] - self._bytes[page, 0])
-        pages, start = np.array(core), np.array([before[page] for page in core])
+        core = list(ceilings)
+        pages, start = np.array(core), np.array(list(ceilings.values()))
         freed = self._bytes[pages, start][:, None] - self._bytes[pages]
         lost = self._costs[pages] - self._costs[pages, start][:, None]
         freed[np.arange(self.n_options) > start[:, None]] = -1

@@ -5,7 +5,7 @@ import itertools
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sphkv_cli.allocation.solver import InfeasibleBudgetError, solve
@@ -58,6 +58,8 @@ def budgets_of(kind: str, n_steps: int, per_step: int) -> list[int]:
     return [schedule.budget_bytes(step + 1) for step in range(n_steps)]
 
 
+# A page that moves early in a step and meets the exact choice at its end.
+@example("shrinking", 0, 5, 3405)
 @given(schedules, st.integers(0, 10_000), st.integers(1, 5), st.integers(900, 6000))
 @settings(max_examples=60, deadline=None)
 def test_budget_holds_after_every_step_and_precision_never_rises(
