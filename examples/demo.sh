@@ -16,7 +16,7 @@ step() {
 step capture --model smollm2 --text-file fit=examples/text/emma.txt \
 	--text-file select=examples/text/persuasion.txt \
 	--text-file judge=examples/text/pride_and_prejudice.txt \
-	--document-tokens 640 --max-tokens 5120 --output "$out/capture.h5" --force
+	--document-tokens 640 --max-tokens 5120 --fisher --output "$out/capture.h5" --force
 step fit-codebooks "$out/capture.h5" --output "$out/codebooks.h5" --force
 step allocate "$out/capture.h5" "$out/codebooks.h5" --budget 3b \
 	--output "$out/allocation.h5" --force
