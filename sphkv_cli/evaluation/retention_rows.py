@@ -1,7 +1,8 @@
 """One context at one budget, placed by every method: ours, the published ones, and controls.
 
 A method is an order of the tokens of each KV head and an option for each page of that order; its
-bytes are those of the page layout, fixed tables included, and never above the budget.
+bytes are those of the page layout, fixed tables included, and never above the budget.  Eviction
+methods keep tokens of their own, in bf16: bare bytes, without padding, page table or frames.
 
     own        joint plan solved for this context; the frozen quotas; oracle (sees the future)
     published  one tier for all (with and without a dense first page), SnapKV, PyramidKV and Ada-KV
@@ -28,7 +29,7 @@ from sphkv_cli.allocation.page_costs import (
     page_of_token,
 )
 from sphkv_cli.allocation.planning import Planner
-from sphkv_cli.allocation.published import ada_pages, pyramid_pages, snapkv_pages
+from sphkv_cli.allocation.published import ada_counts, even_counts, pyramid_counts
 from sphkv_cli.allocation.solver import InfeasibleBudgetError, solve_parts
 from sphkv_cli.evaluation.coding import ModelCacheShape
 from sphkv_cli.evaluation.context_measure import MeasuredContext
@@ -50,7 +51,8 @@ PIN_FIRST, PIN_LAST = 4, 32
 class Placed:
     """One method's choice: option_of_page (n_layers, n_kv_heads, n_pages) over order (.., tokens).
 
-    cost: predicted, NaN where the method has no use for it.
+    cost: predicted, NaN where the method has no use for it.  evicts: every token is a page of its
+    own and kept dense or dropped.
     """
 
     name: str
@@ -58,13 +60,17 @@ class Placed:
     order: Int
     option_of_page: Options
     cost: float
+    evicts: bool = False
 
     def coding(self, allocation: FrozenAllocation, shape: ModelCacheShape) -> PlanCoding:
         """As a cache."""
         layout = allocation.planner.layout
-        pages = page_of_token(self.order, layout.page_size)
+        pages = page_of_token(self.order, 1 if self.evicts else layout.page_size)
         options = option_of_token(self.option_of_page, pages)
-        n_bytes = layout.measure(self.option_of_page, self.order.shape[-1]).total
+        if self.evicts:
+            n_bytes = int(np.count_nonzero(options)) * dense_token_bytes(shape.head_dim)
+        else:
+            n_bytes = layout.measure(self.option_of_page, self.order.shape[-1]).total
         return PlanCoding(
             self.name,
             layout.tiers,
@@ -73,6 +79,11 @@ class Placed:
             (options - np.int8(1)).astype(np.int8),
             n_bytes,
         )
+
+
+def dense_token_bytes(head_dim: int) -> int:
+    """Bytes of a key and a value in bf16."""
+    return 2 * 2 * head_dim
 
 
 @dataclass(frozen=True)
@@ -154,16 +165,16 @@ class _Placing:
             )
             yield Placed(name, "published", in_order, pages.copy(), baseline.cost)
         snapkv = order_by_score(self.context.snapkv)
-        largest = len(layout.tiers)
-        total = int(self.budget_bytes // layout.option_bytes()[:, largest].max())
-        n_pages = layout.n_pages(self.n_context)
+        largest, n = len(layout.tiers), self.n_context
+        budget = planner.budget.resolve(layout.n_coordinates(n))
+        total = budget.n_bytes // dense_token_bytes(layout.head_dim)
         for name, counts in (
-            ("SnapKV, bf16", snapkv_pages(total, n_pages, *shape)),
-            ("PyramidKV, bf16", pyramid_pages(total, n_pages, *shape)),
-            ("Ada-KV, bf16", ada_pages(self.context.snapkv, total, layout.page_size)),
+            ("SnapKV, bf16", even_counts(total, n, *shape)),
+            ("PyramidKV, bf16", pyramid_counts(total, n, *shape)),
+            ("Ada-KV, bf16", ada_counts(self.context.snapkv, total)),
         ):
-            options = np.where(np.arange(n_pages) < counts[..., None], largest, 0).astype(np.int8)
-            yield Placed(name, "published", snapkv, options, float("nan"))
+            options = np.where(np.arange(n) < counts[..., None], largest, 0).astype(np.int8)
+            yield Placed(name, "published", snapkv, options, float("nan"), evicts=True)
         yield self._snapkv_over_low_tier()
         yield self._tiers_per_head()
         yield self._joint("joint, no drop", "published", planner, self.context.document, first=1)
@@ -292,7 +303,7 @@ class _Placing:
             total = (self.budget_bytes - base) // step
             if total < layout.n_layers * layout.n_kv_heads:
                 continue
-            counts = snapkv_pages(int(total), n_pages, *heads)
+            counts = even_counts(int(total), n_pages, *heads)
             dense = np.arange(n_pages) < counts[..., None]
             options = np.where(dense, largest, low).astype(np.int8)
             cost = np.take_along_axis(costs, options[..., None].astype(np.int64), axis=-1).sum()

@@ -9,7 +9,7 @@ import torch
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.frozen import FrozenAllocation
-from sphkv_cli.allocation.published import ada_pages, pyramid_pages, snapkv_pages
+from sphkv_cli.allocation.published import WINDOW, ada_counts, even_counts, pyramid_counts
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.evaluation.coding import DenseCoding
@@ -80,13 +80,13 @@ def test_no_row_is_laid_out_above_the_budget(
         coding = row.coding(frozen, model.shape)
         assert coding.laid_out_bytes <= n_bytes, row.name
         assert coding.tier_of_token.shape[-1] == n_context
-    # What eviction leaves unspent is less than one page for all heads together.
-    largest = int(planner.layout.option_bytes().max())
+    # What eviction leaves unspent is less than one token.
     spent = {row.name: row.coding(frozen, model.shape).laid_out_bytes for row in rows}
     for name in ("SnapKV, bf16", "PyramidKV, bf16", "Ada-KV, bf16"):
-        assert n_bytes - spent[name] < largest or np.all(
-            next(row for row in rows if row.name == name).option_of_page > 0
-        )
+        assert n_bytes - spent[name] < 4 * planner.layout.head_dim
+        kept = next(row for row in rows if row.name == name).option_of_page > 0
+        each = kept.sum(axis=-1)
+        assert each.min() >= min(WINDOW, each.mean()) - 1
 
 
 def test_parts_that_are_taken_away_never_lower_the_predicted_cost(
@@ -123,36 +123,38 @@ def test_the_price_of_a_drop_moves_the_plan(
     assert kept[1].sum() >= kept[0].sum()
 
 
-@pytest.mark.parametrize("total", [0, 1, 90, 400, 90 * 12])
-def test_published_budgets_spend_all_pages_and_no_head_more_than_it_has(total: int) -> None:
-    n_pages, shape = 12, (30, 3)
-    scores = np.random.default_rng(1).random((*shape, n_pages * 16))
+@pytest.mark.parametrize("total", [0, 1, 90, 400, 90 * 40, 90 * 192])
+def test_published_budgets_spend_all_tokens_and_no_head_more_than_it_has(total: int) -> None:
+    n_context, shape = 192, (30, 3)
+    scores = np.random.default_rng(1).random((*shape, n_context))
+    scores[..., -WINDOW:] = np.inf
     for counts in (
-        snapkv_pages(total, n_pages, *shape),
-        pyramid_pages(total, n_pages, *shape),
-        ada_pages(scores, total, 16),
+        even_counts(total, n_context, *shape),
+        pyramid_counts(total, n_context, *shape),
+        ada_counts(scores, total),
     ):
         assert counts.sum() == total
-        assert counts.min() >= 0 and counts.max() <= n_pages
+        assert counts.min() >= 0 and counts.max() <= n_context
 
 
-def test_pyramid_budgets_fall_over_the_layers_and_end_at_a_twentieth() -> None:
-    counts = pyramid_pages(30 * 3 * 40, 400, 30, 3)
-    per_layer = counts.sum(axis=1)
+def test_pyramid_budgets_fall_over_the_layers_and_end_at_a_twentieth_beside_the_window() -> None:
+    counts = pyramid_counts(30 * 3 * (40 + WINDOW), 400, 30, 3)
+    per_layer = counts.sum(axis=1) - 3 * WINDOW
     assert np.all(np.diff(per_layer) <= 0)
     assert per_layer[0] == pytest.approx(3 * (2 * 40 - 2), abs=3)
     assert per_layer[-1] == pytest.approx(3 * 2, abs=3)
 
 
-def test_ada_budgets_follow_the_scores_above_an_even_floor() -> None:
+def test_ada_budgets_follow_the_scores_above_an_even_floor_beside_the_window() -> None:
     rng = np.random.default_rng(2)
-    scores = rng.random((2, 4, 640))
+    scores = rng.random((2, 4, 640 + WINDOW))
     scores[:, 0] += 10.0
-    counts = ada_pages(scores, 2 * 4 * 10, 16)
-    assert np.all(counts.sum(axis=1) == 40)
-    # Head 0 holds the best 640 tokens: 80 % of the layer's pages go to it, up to all it has.
-    assert np.all(counts[:, 0] >= 32)
-    assert np.all(counts[:, 1:] >= 1)
+    scores[..., -WINDOW:] = np.inf
+    counts = ada_counts(scores, 2 * 4 * (160 + WINDOW)) - WINDOW
+    assert np.all(counts.sum(axis=1) == 640)
+    # Head 0 holds the layer's best 640 tokens: 80 % go to it, and its even part of the rest.
+    assert np.all(counts[:, 0] == 512 + 32)
+    assert np.all(counts[:, 1:] == 32)
 
 
 def test_output_errors_fall_with_the_budget_and_vanish_for_a_dense_cache(
