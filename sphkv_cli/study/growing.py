@@ -20,11 +20,9 @@ import numpy as np
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.measure import MeasuredDocument
-from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.page_costs import document_costs
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.solver import solve
-from sphkv_cli.allocation.stage import AllocationRun
 from sphkv_cli.blocks import Table
 from sphkv_cli.errors import UsageError
 from sphkv_cli.growing.allocation import GrowingAllocation
@@ -33,6 +31,7 @@ from sphkv_cli.growing.schedule import BudgetSchedule
 from sphkv_cli.plots.figures import Figure, PlotPanel, Series
 from sphkv_cli.study.inputs import StudyInputs
 from sphkv_cli.study.result import StudyResult
+from sphkv_cli.study.window_run import window_run
 
 _COLUMNS = (
     "schedule", "budget", "documents", "steps over budget", "worst over solver",
@@ -73,16 +72,7 @@ def run(inputs: StudyInputs) -> StudyResult:
     Raises:
         UsageError: no capture or codebooks, or a budget that cannot be laid out.
     """
-    capture, budgets = inputs.require_capture(), inputs.options.budgets
-    if inputs.codebooks is None:
-        raise UsageError("this study needs tiers", "give codebooks with --codebooks codebooks.h5")
-    asked = AllocateOptions(
-        budget=budgets[len(budgets) // 2],
-        utility="window",
-        drop_coefficient=8.0,
-        seed=inputs.seed,
-    )
-    fit = AllocationRun.prepare(asked, capture, inputs.codebooks, inputs.progress)
+    fit, budgets = window_run(inputs), inputs.options.budgets
     planner, _ = fit.fit()
     runs = [
         _grown(planner, document, schedule, budget)
@@ -95,9 +85,9 @@ def run(inputs: StudyInputs) -> StudyResult:
         figures=(_figure(runs),),
         reading=_reading(runs),
         conditions=(
-            f"{capture.model}; pages of {asked.page_size} tokens of every KV head, sealed in order "
-            f"of position; score {fit.estimator.name}, window {asked.window}, a drop at 8x its "
-            "sum.",
+            f"{fit.capture.model}; pages of {fit.options.page_size} tokens of every KV head, "
+            f"sealed in order of position; score {fit.estimator.name}, window "
+            f"{fit.options.window}, a drop at 8x its sum.",
             "Costs are predicted and over dual bounds, so what is printed is never too small; a "
             "step's time is that of its demotions, on one core.",
         ),

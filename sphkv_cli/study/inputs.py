@@ -44,6 +44,11 @@ class StudyOptions:
         for budget in self.budgets:
             Budget.parse(budget)
 
+    @property
+    def middle_budget(self) -> str:
+        """The budget at which a study that fits once does so."""
+        return self.budgets[len(self.budgets) // 2]
+
 
 @dataclass(frozen=True, eq=False)
 class StudyInputs:
@@ -69,6 +74,18 @@ class StudyInputs:
         if self.capture is None:
             raise UsageError("this study reads a capture", "give it with --capture capture.h5")
         return self.capture
+
+    def require_codebooks(self) -> CodebooksReader:
+        """The codebooks.
+
+        Raises:
+            UsageError: none were given.
+        """
+        if self.codebooks is None:
+            raise UsageError(
+                "this study needs tiers", "give codebooks with --codebooks codebooks.h5"
+            )
+        return self.codebooks
 
     def documents(self, split: Split) -> tuple[DocumentInfo, ...]:
         """The first `max_documents` of a split; SphkvError where there are none."""

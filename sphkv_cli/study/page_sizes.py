@@ -12,14 +12,14 @@ import numpy as np
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.layout import order_tiers
 from sphkv_cli.allocation.measure import MeasuredDocument
-from sphkv_cli.allocation.options import PAGE_SIZES, AllocateOptions
+from sphkv_cli.allocation.options import PAGE_SIZES
 from sphkv_cli.allocation.planning import Planner
-from sphkv_cli.allocation.stage import AllocationRun
 from sphkv_cli.blocks import Table
 from sphkv_cli.errors import UsageError
 from sphkv_cli.plots.figures import Figure, PlotPanel, Series
 from sphkv_cli.study.inputs import StudyInputs
 from sphkv_cli.study.result import StudyResult
+from sphkv_cli.study.window_run import window_run
 
 _COLUMNS = (
     "budget", "page size", "pages", "laid-out b", "codes %", "padding %", "page table %",
@@ -48,17 +48,7 @@ def run(inputs: StudyInputs) -> StudyResult:
     Raises:
         UsageError: no capture or codebooks, or a budget that cannot be laid out.
     """
-    capture, budgets = inputs.require_capture(), inputs.options.budgets
-    if inputs.codebooks is None:
-        raise UsageError("this study needs tiers", "give codebooks with --codebooks codebooks.h5")
-    # The window's score needs no fit of its own, and pages are cut from any order alike.
-    asked = AllocateOptions(
-        budget=budgets[len(budgets) // 2],
-        utility="window",
-        drop_coefficient=8.0,
-        seed=inputs.seed,
-    )
-    fit = AllocationRun.prepare(asked, capture, inputs.codebooks, inputs.progress)
+    fit, budgets = window_run(inputs), inputs.options.budgets
     planner, fitted = fit.fit()
     judged = [fit.measure(info) for info in inputs.documents("judge")]
     rows = [
@@ -71,9 +61,9 @@ def run(inputs: StudyInputs) -> StudyResult:
         figures=(_figure(rows),),
         reading=_reading(rows),
         conditions=(
-            f"{len(judged)} judge documents of {capture.model}, contexts of "
-            f"{judged[0].n_context} tokens; score {fit.estimator.name}, window {asked.window}, "
-            "a drop at 8x its sum.",
+            f"{len(judged)} judge documents of {fit.capture.model}, contexts of "
+            f"{judged[0].n_context} tokens; score {fit.estimator.name}, window "
+            f"{fit.options.window}, a drop at 8x its sum.",
             "Shares are of all laid-out bytes; costs are predicted, relative to pages of 32.",
         ),
     )

@@ -21,7 +21,6 @@ from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.stage import AllocationRun
 from sphkv_cli.blocks import Table
-from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.copy_back import RecallScore, copy_back_prompts, copy_back_recall
 from sphkv_cli.evaluation.recall_prompts import (
     PromptShape,
@@ -54,11 +53,10 @@ def run(inputs: StudyInputs) -> StudyResult:
         UsageError: no capture or codebooks, a budget that cannot be laid out.
         SphkvError: splits without documents, NaN or Inf in the capture.
     """
-    capture, options = inputs.require_capture(), inputs.options
-    if inputs.codebooks is None:
-        raise UsageError("this study needs tiers", "give codebooks with --codebooks codebooks.h5")
-    asked = AllocateOptions(budget=options.budgets[len(options.budgets) // 2], seed=options.seed)
-    fit = AllocationRun.prepare(asked, capture, inputs.codebooks, inputs.progress)
+    options = inputs.options
+    capture, codebooks = inputs.require_capture(), inputs.require_codebooks()
+    asked = AllocateOptions(budget=options.middle_budget, seed=options.seed)
+    fit = AllocationRun.prepare(asked, capture, codebooks, inputs.progress)
     planner, fitted = fit.fit()
     kinds = wanted_kinds(options.rows)
     planners = _planners(planner, options.budgets, fitted)
@@ -67,7 +65,7 @@ def run(inputs: StudyInputs) -> StudyResult:
     if "control" in kinds:
         controls = control_planners(fit, planner, fitted)
         unweighted = AllocationRun.prepare(
-            replace(asked, head_weights="none"), capture, inputs.codebooks, inputs.progress
+            replace(asked, head_weights="none"), capture, codebooks, inputs.progress
         )
         other, other_fitted = unweighted.fit()
         no_weights = Bench(

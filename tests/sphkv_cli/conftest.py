@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.sphkv_cli.tiny_models import save_llama
 
 
 @dataclass(frozen=True)
@@ -15,38 +16,6 @@ class TinyChain:
     capture: Path
     codebooks: Path
     allocation: Path
-
-
-def _save_model(folder: Path) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim > 1:
-                weight.copy_(noise * (1.0 if "embed" in name else weight.shape[-1] ** -0.5))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +30,7 @@ def tiny_chain(tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
 
     folder = tmp_path_factory.mktemp("tiny_chain")
     made = TinyChain(
-        _save_model(folder / "tiny"),
+        save_llama(folder / "tiny"),
         folder / "capture.h5",
         folder / "codebooks.h5",
         folder / "allocation.h5",

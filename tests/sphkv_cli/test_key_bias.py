@@ -28,6 +28,7 @@ from sphkv_cli.fit.rope_frequencies import rope_frequencies
 from sphkv_cli.fit.stage import fit_codebooks
 from sphkv_cli.profile.options import ProfileOptions
 from sphkv_cli.profile.stage import profile
+from tests.sphkv_cli.tiny_models import fill_matrices, save_model
 
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 2, 2, 32
 CODES = ("full=4/2/2/2/3", "fine=7/6/6/6/6")
@@ -43,15 +44,19 @@ class Chain:
     capture: Path
 
 
-def save_biased_model(folder: Path) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+def _fill_biased(name: str, weight: torch.Tensor, noise: torch.Tensor) -> None:
+    if name.endswith("k_proj.bias"):
+        weight.copy_(20 * noise)
+    elif "q_proj" in name:
+        # Short queries, so that the turning bias does not rule the softmax.
+        weight.copy_(0.3 * noise * weight.shape[-1] ** -0.5)
+    else:
+        fill_matrices(name, weight, noise)
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+def save_biased_model(folder: Path) -> Path:
+    from transformers import Qwen2Config
+
     config = Qwen2Config(
         vocab_size=256,
         hidden_size=64,
@@ -65,20 +70,7 @@ def save_biased_model(folder: Path) -> Path:
         eos_token_id=None,
     )
     config.head_dim = HEAD_DIM
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if name.endswith("k_proj.bias"):
-                weight.copy_(20 * noise)
-            elif "q_proj" in name:
-                # Short queries, so that the turning bias does not rule the softmax.
-                weight.copy_(0.3 * noise * weight.shape[-1] ** -0.5)
-            elif weight.ndim > 1:
-                weight.copy_(noise * (1.0 if "embed" in name else weight.shape[-1] ** -0.5))
-    model.save_pretrained(folder)
-    return folder
+    return save_model(folder, config, fill=_fill_biased)
 
 
 @pytest.fixture(scope="module")

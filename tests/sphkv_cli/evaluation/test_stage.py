@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.stage import allocate
@@ -26,6 +25,7 @@ from sphkv_cli.fit.key_means import layer_keys
 from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.fit.rope_frequencies import rope_frequencies
 from sphkv_cli.fit.stage import fit_codebooks
+from tests.sphkv_cli.tiny_models import save_llama
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,10 @@ class Chain:
     allocation: Path
 
 
-def _save_model(folder: Path, seed: int) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim > 1:
-                weight.copy_(noise * (1.0 if "embed" in name else weight.shape[-1] ** -0.5))
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = tmp_path_factory.mktemp("chain")
-    model = _save_model(folder / "tiny", seed=7)
+    model = save_llama(folder / "tiny", seed=7)
     texts = []
     for name, word in (("one", "alpha"), ("two", "beta"), ("three", "gamma")):
         path = folder / f"{name}.txt"
@@ -183,7 +151,7 @@ def test_bad_input_is_refused(chain: Chain, tmp_path: Path) -> None:
     refused(UsageError, "--window 31", methods=("kivi:2",), window=16)
     refused(SphkvError, "--first-scored", first_scored=149)
     refused(ArtifactError, "does not exist", capture=tmp_path / "none.h5")
-    other = _save_model(tmp_path / "other", seed=8)
+    other = save_llama(tmp_path / "other", seed=8)
     with pytest.raises(ArtifactError, match="digest"):
         evaluate(EvaluateOptions(model=str(other)), chain.capture, chain.codebooks, None, output)
     synthetic = tmp_path / "synthetic.h5"

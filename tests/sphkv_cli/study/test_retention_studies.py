@@ -8,7 +8,7 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.blocks import Table
 from sphkv_cli.errors import UsageError
-from sphkv_cli.study import growing, page_sizes, retention
+from sphkv_cli.study import growing, page_sizes, retention, window_run
 from sphkv_cli.study.inputs import StudyInputs, StudyOptions
 from sphkv_cli.study.result import StudyResult
 
@@ -25,7 +25,8 @@ def run(
             del short["page_size"]
         return AllocateOptions(**given, **short)
 
-    monkeypatch.setattr(study, "AllocateOptions", smaller)
+    module = study if study is retention else window_run
+    monkeypatch.setattr(module, "AllocateOptions", smaller)
     asked = StudyOptions(max_documents=1, recall_prompts=0, **options)
     with CaptureReader(tiny_chain.capture) as reader:
         books = CodebooksReader.open(tiny_chain.codebooks)
