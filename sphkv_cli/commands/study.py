@@ -44,6 +44,13 @@ def study_command(
     recall_prompts: Annotated[
         int, typer.Option(help="Copy-back prompts that retention asks of each method.")
     ] = 4,
+    horizon: Annotated[
+        int,
+        typer.Option(help="Last tokens of a document, after the context (studies that allocate)."),
+    ] = 128,
+    window: Annotated[
+        int, typer.Option(help="Last positions of a context whose queries score its tokens.")
+    ] = 64,
     seed: Seed = 42,
     force: ForceFlag = False,
     json_output: JsonFlag = False,
@@ -69,6 +76,8 @@ def study_command(
         tuple(budget) if budget else StudyOptions.budgets,
         rows,
         recall_prompts,
+        horizon,
+        window,
     )
     with TerminalProgress() as progress:
         report = run_studies(

@@ -129,17 +129,24 @@ def copy_back_recall(
             n_bytes = of_prompt.stored_bytes(n_coded) + of_prompt.table_bytes()
             n_bytes += dense_key_bytes(run.n_dense_keys, model.shape.head_dim, prompt.n_tokens)
             name, rate = of_prompt.name, 8.0 * n_bytes / model.shape.n_coordinates(max(n_coded, 1))
-        found.append(_recalled(model, prompt, hidden, rate))
+        found.append(prompt_recall(model, prompt, hidden, rate))
         progress.advance()
     return RecallScore.of(name, found)
 
 
-def _recalled(
-    model: JudgedModel, prompt: RecallPrompt, hidden: torch.Tensor, rate: float
+def prompt_recall(
+    model: JudgedModel,
+    prompt: RecallPrompt,
+    hidden: torch.Tensor,
+    rate: float,
+    *,
+    first_position: int = 0,
 ) -> PromptRecall:
+    """What a run recalled; hidden: final states of the tokens from first_position on."""
     digits = []
     for start, stop in prompt.answers:
-        likeliest = model.head(hidden[start - 1 : stop - 1]).argmax(dim=-1).cpu()
+        rows = slice(start - 1 - first_position, stop - 1 - first_position)
+        likeliest = model.head(hidden[rows]).argmax(dim=-1).cpu()
         digits.append(tuple((likeliest == prompt.token_ids[start:stop]).tolist()))
     return PromptRecall(prompt.name, tuple(digits), prompt.depths, rate)
 

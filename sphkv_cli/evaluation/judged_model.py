@@ -85,11 +85,18 @@ class JudgedModel:
         run.check_complete()
         return hidden, run
 
-    def _hidden(self, token_ids: Tensor) -> Tensor:
+    def continued_hidden(self, token_ids: Tensor, first_position: int) -> Tensor:
+        """Final hidden states of tokens from a later position on; only inside `reading_coded`,
+        whose run knows what came before them."""
+        steps = torch.arange(token_ids.numel(), device=self.model.device)
+        return self._hidden(token_ids, position_ids=(first_position + steps)[None])
+
+    def _hidden(self, token_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         body = self.model.get_decoder()
+        ids = token_ids[None].to(self.model.device)
         try:
             with torch.inference_mode():
-                output = body(input_ids=token_ids[None].to(self.model.device), use_cache=False)
+                output = body(input_ids=ids, position_ids=position_ids, use_cache=False)
         except torch.OutOfMemoryError as error:
             raise SphkvError(
                 f"the device ran out of memory on a document of {token_ids.numel()} tokens",

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sphkv_cli.allocation.frozen import FrozenAllocation
+from sphkv_cli.allocation.layout import LaidOutBytes, PageLayout
 from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.page_costs import (
     Utilities,
@@ -52,7 +53,7 @@ class Placed:
     """One method's choice: option_of_page (n_layers, n_kv_heads, n_pages) over order (.., tokens).
 
     cost: predicted, NaN where the method has no use for it.  evicts: every token is a page of its
-    own and kept dense or dropped.
+    own and kept dense or dropped.  gap: to the dual bound, NaN where nothing was solved.
     """
 
     name: str
@@ -61,23 +62,27 @@ class Placed:
     option_of_page: Options
     cost: float
     evicts: bool = False
+    gap: float = float("nan")
+
+    def laid_out(self, layout: PageLayout) -> LaidOutBytes:
+        """Its bytes by purpose; of eviction methods the kept tokens alone."""
+        if self.evicts:
+            kept = int(np.count_nonzero(self.option_of_page))
+            return LaidOutBytes(kept * dense_token_bytes(layout.head_dim), 0, 0, 0, 0)
+        return layout.measure(self.option_of_page, self.order.shape[-1])
 
     def coding(self, allocation: FrozenAllocation, shape: ModelCacheShape) -> PlanCoding:
         """As a cache."""
         layout = allocation.planner.layout
         pages = page_of_token(self.order, 1 if self.evicts else layout.page_size)
         options = option_of_token(self.option_of_page, pages)
-        if self.evicts:
-            n_bytes = int(np.count_nonzero(options)) * dense_token_bytes(shape.head_dim)
-        else:
-            n_bytes = layout.measure(self.option_of_page, self.order.shape[-1]).total
         return PlanCoding(
             self.name,
             layout.tiers,
             allocation.frames,
             shape,
             (options - np.int8(1)).astype(np.int8),
-            n_bytes,
+            self.laid_out(layout).total,
         )
 
 
@@ -145,8 +150,9 @@ class _Placing:
 
     def own(self) -> Iterator[Placed | None]:
         planned = self.planner.plan(self.context.document)
-        for name, placed in ((PLAN, planned.plan), (POLICY, planned.policy)):
-            yield Placed(name, "own", planned.order, placed.option_of_page, placed.cost)
+        plan, policy, gap = planned.plan, planned.policy, planned.solution.gap
+        yield Placed(PLAN, "own", planned.order, plan.option_of_page, plan.cost, gap=gap)
+        yield Placed(POLICY, "own", planned.order, policy.option_of_page, policy.cost)
         document = self.context.document
         assert document.horizon is not None
         seen = replace(document, scores=document.horizon.drop)

@@ -26,6 +26,7 @@ class StudyOptions:
     and layer, evenly spaced; max_layers: layers looked at, evenly spaced, None for all.
     budgets, rows, recall_prompts: of `retention`: as `Budget` reads them; which methods
     (own, published, controls, all); copy-back prompts per method, 0 for none.
+    horizon, window: of studies that allocate, as `allocate` has them.
     """
 
     seed: int = 42
@@ -35,12 +36,16 @@ class StudyOptions:
     budgets: tuple[str, ...] = ("1b", "2b", "3b", "4b")
     rows: Literal["own", "published", "controls", "all"] = "all"
     recall_prompts: int = 4
+    horizon: int = 128
+    window: int = 64
 
     def __post_init__(self) -> None:
         for name in ("max_documents", "max_queries", "max_layers"):
             require_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         require_at_least("--seed", self.seed, 0)
         require_at_least("--recall-prompts", self.recall_prompts, 0)
+        require_at_least("--horizon", self.horizon, 1)
+        require_at_least("--window", self.window, 1)
         for budget in self.budgets:
             Budget.parse(budget)
 

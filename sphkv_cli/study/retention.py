@@ -55,11 +55,17 @@ def run(inputs: StudyInputs) -> StudyResult:
     """
     options = inputs.options
     capture, codebooks = inputs.require_capture(), inputs.require_codebooks()
-    asked = AllocateOptions(budget=options.middle_budget, seed=options.seed)
+    asked = AllocateOptions(
+        budget=options.middle_budget,
+        horizon=options.horizon,
+        window=options.window,
+        seed=options.seed,
+    )
     fit = AllocationRun.prepare(asked, capture, codebooks, inputs.progress)
     planner, fitted = fit.fit()
     kinds = wanted_kinds(options.rows)
     planners = _planners(planner, options.budgets, fitted)
+    control_budget = options.budgets[(len(options.budgets) - 1) // 2]
     controls, no_weights = Controls({}), None
     model = inputs.judged_model
     if "control" in kinds:
@@ -71,12 +77,18 @@ def run(inputs: StudyInputs) -> StudyResult:
         no_weights = Bench(
             model,
             FrozenAllocation.fitted(unweighted, other),
-            _planners(other, options.budgets, other_fitted),
+            _planners(other, (control_budget,), other_fitted),
             ("own",),
             Controls({}),
         )
     bench = Bench(
-        model, FrozenAllocation.fitted(fit, planner), planners, kinds, controls, no_weights
+        model,
+        FrozenAllocation.fitted(fit, planner),
+        planners,
+        kinds,
+        controls,
+        (control_budget,),
+        no_weights,
     )
     documents = [
         BenchDocument(
@@ -102,7 +114,8 @@ def run(inputs: StudyInputs) -> StudyResult:
             "comes before it dense; p99 is that of the worst document.",
             "Laid-out bits count codes, padding, page table, positions and fixed tables of the "
             "context; tokens after it stay dense and are not counted.",
-            f"Controls are calibrated on the same fit documents: {', '.join(CONTROL_SCORES)}.",
+            f"Controls stand at {control_budget}, calibrated on the same fit documents: "
+            f"{', '.join(CONTROL_SCORES)}.",
         ),
     )
 
@@ -154,8 +167,8 @@ def _table(rows: Sequence[BenchRow]) -> Table:
                 found.row.kl_p99,
                 found.row.perplexity_ratio.mean,
                 found.row.top1.mean,
-                found.output_error.mean,
-                found.output_error.p99,
+                None if found.output_error is None else found.output_error.mean,
+                None if found.output_error is None else found.output_error.p99,
                 None if found.recall is None else found.recall.digit_accuracy.mean,
                 found.predicted,
             )

@@ -18,6 +18,8 @@ def window_run(inputs: StudyInputs) -> AllocationRun:
         budget=inputs.options.middle_budget,
         utility="window",
         drop_coefficient=8.0,
+        horizon=inputs.options.horizon,
+        window=inputs.options.window,
         seed=inputs.seed,
     )
     return AllocationRun.prepare(

@@ -1,5 +1,6 @@
 """The studies of retention, page sizes and growing caches on a tiny captured model."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,16 +19,11 @@ def run(
 ) -> StudyResult:
     from sphkv_cli.allocation.options import AllocateOptions
 
-    def smaller(**given: Any) -> AllocateOptions:
-        # The tiny documents have 150 tokens.
-        short: dict[str, Any] = {"horizon": 40, "window": 32, "page_size": 16}
-        if study is page_sizes:
-            del short["page_size"]
-        return AllocateOptions(**given, **short)
-
-    module = study if study is retention else window_run
-    monkeypatch.setattr(module, "AllocateOptions", smaller)
-    asked = StudyOptions(max_documents=1, recall_prompts=0, **options)
+    if study is not page_sizes:
+        module = study if study is retention else window_run
+        monkeypatch.setattr(module, "AllocateOptions", partial(AllocateOptions, page_size=16))
+    # The tiny documents have 150 tokens.
+    asked = StudyOptions(max_documents=1, recall_prompts=0, horizon=40, window=32, **options)
     with CaptureReader(tiny_chain.capture) as reader:
         books = CodebooksReader.open(tiny_chain.codebooks)
         inputs = StudyInputs(asked, reader, books, str(tiny_chain.model))
@@ -50,6 +46,13 @@ def test_retention_compares_at_no_more_than_the_budget(
     assert {"plan", "policy", "oracle (ceiling)", "joint, no F", "joint, recency score"} <= names
     assert {"SnapKV, bf16", "PyramidKV, bf16", "Ada-KV, bf16", "joint, c_drop = 1"} <= names
     assert "7b" in result.reading[0]
+    # Controls stand at one budget, all others at both.
+    at = {
+        name: [b for b, n in zip(found["budget"], found["method"], strict=True) if n == name]
+        for name in names
+    }
+    assert at["plan"] == ["4b", "7b"]
+    assert at["joint, c_drop = 1"] == at["joint, no F"] == ["4b"]
 
 
 def test_growing_never_exceeds_its_budget_nor_the_solver_by_two_percent(
