@@ -11,6 +11,8 @@ number. Fewer instructions are faster only where memory does not bind: see NOTES
 
 from __future__ import annotations
 
+import numpy as np
+
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.layout import Scheme
@@ -28,6 +30,10 @@ LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
 }
 """By scheme and head_dim, NVRTC 13 for sm_90."""
 
+POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
+"""By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit radii
+(the fastest code), head_dim 128, 8 x 8 x 32768 x 4 (at 4 x 8 x 131072 x 8 within 0.04 of it)."""
+
 
 def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:
     """Of a tier; None where the kernel does not read one of its codes.
@@ -41,3 +47,21 @@ def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCo
             return None
         loops.append(LOOP_INSTRUCTIONS[layout.scheme][code.head_dim])
     return 32.0 * sum(loops) / 2.0 / (LOOP_TOKENS * 2 * key_code.head_dim)
+
+
+def position_term_cost(n_pairs: int) -> float:
+    """What a position term of n_pairs RoPE pairs adds to a decode step, as a share of its time.
+
+    A model of the kernel's measured times, not of its instructions: interpolated between
+    `POSITION_TERM_SHARES`, 0 without pairs, and past the last point along its last slope. Where
+    the code is slower than the one measured or the context short, it costs relatively less.
+    Raises ValueError for fewer than 0 pairs.
+    """
+    if n_pairs < 0:
+        raise ValueError(f"a position term of {n_pairs} RoPE pairs: 0 or more")
+    padded = 4 * 2 ** max(0, (-(-n_pairs // 4) - 1).bit_length()) if n_pairs else 0
+    pairs, shares = zip(*sorted(POSITION_TERM_SHARES.items()), strict=True)
+    if padded > pairs[-1]:
+        slope = (shares[-1] - shares[-2]) / (pairs[-1] - pairs[-2])
+        return float(shares[-1] + slope * (padded - pairs[-1]))
+    return float(np.interp(padded, pairs, shares))

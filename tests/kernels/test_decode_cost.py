@@ -6,7 +6,11 @@ import pytest
 
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.build import compile_cubin
-from sphkv_kernels.decode_cost import LOOP_TOKENS, instructions_per_coordinate
+from sphkv_kernels.decode_cost import (
+    LOOP_TOKENS,
+    instructions_per_coordinate,
+    position_term_cost,
+)
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.variant import Variant, kernel_source
 from tests.kernels.cases import NATIVE_CODES
@@ -46,3 +50,13 @@ def test_every_native_code_has_an_estimate_and_no_other(head_dim: int) -> None:
     assert mixed == pytest.approx((costs[0] + costs[5]) / 2)  # type: ignore[operator]
     other = SphericalCode.analytic("x", head_dim, radius="fp16", n_cells=(12, 4, 4, 4))
     assert instructions_per_coordinate(other, codes[0]) is None
+
+
+def test_more_rope_pairs_never_cost_less() -> None:
+    costs = [position_term_cost(n_pairs) for n_pairs in range(130)]
+    assert costs[0] == 0.0
+    assert costs == sorted(costs)
+    assert costs[1] == costs[4] > 0.0  # pairs come in groups
+    assert costs[128] > costs[32] > costs[8]
+    with pytest.raises(ValueError, match="-1 RoPE pairs"):
+        position_term_cost(-1)
