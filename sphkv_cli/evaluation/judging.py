@@ -1,19 +1,24 @@
-"""One document under many codings: hidden states once dense, once per coding, then scores."""
+"""One document under many codings: hidden states once dense, once per coding, then scores.
+
+Under the retention protocol the context is prefilled once and only the tokens after it run again
+(`context_reading.py`); under any other protocol every coding runs the whole document.
+"""
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
+from sphkv_cli.evaluation.context_reading import ContextReader
 from sphkv_cli.evaluation.judged_model import JudgedModel
-from sphkv_cli.evaluation.masked_attention import CodedRun
-from sphkv_cli.evaluation.protocol import ReadProtocol
+from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol
 from sphkv_cli.evaluation.result import DocumentScore
+from sphkv_cli.evaluation.retained_context import RetainedContext
 from sphkv_cli.evaluation.sinks import dense_key_bytes
 from sphkv_cli.evaluation.token_scores import TokenScores, score_tokens
 from sphkv_cli.progress import NullProgress, Progress
@@ -59,38 +64,69 @@ def judge_document(
         )
     ids = document.token_ids.to(model.model.device)
     dense = model.dense_hidden(ids)
-    hidden, runs, seconds = [], [], []
+    read, first = _reader(model, document, codings, protocol)
+    hidden, n_dense_keys, seconds = [], [], []
     for coding in codings:
         started = time.perf_counter()
-        states, run = model.coded_hidden(ids, coding, protocol)
+        states, n_dense = read(coding)
         hidden.append(states)
-        runs.append(run)
+        n_dense_keys.append(n_dense)
         seconds.append(time.perf_counter() - started)
         progress.advance()
-    scores = score_tokens(model.head, dense, hidden, ids, positions, chunk=logit_chunk)
+    shifted = range(positions.start - first, positions.stop - first)
+    scores = score_tokens(
+        model.head, dense[first:], hidden, ids[first:], shifted, chunk=logit_chunk
+    )
     found = []
-    for coding, run, score, elapsed in zip(codings, runs, scores, seconds, strict=True):
+    for coding, n_dense, score, elapsed in zip(codings, n_dense_keys, scores, seconds, strict=True):
         if not np.isfinite(score.kl).all():
             raise SphkvError(
                 f"{coding.name} makes the logits of {document.name} NaN or infinite",
                 "run the model in float32 (--dtype float32)",
             )
-        found.append((_document_score(document, coding, protocol, run, score, elapsed), score))
+        score = replace(score, positions=score.positions + first)
+        row = _document_score(document, model.shape, coding, protocol, n_dense, score, elapsed)
+        found.append((row, score))
     return found
+
+
+_Read = Callable[[KeyValueCoding], tuple[torch.Tensor, int]]
+
+
+def _reader(
+    model: JudgedModel,
+    document: JudgedDocument,
+    codings: Sequence[KeyValueCoding],
+    protocol: ReadProtocol,
+) -> tuple[_Read, int]:
+    """What gives the final hidden states of a coding, of the tokens from the returned one on, and
+    the keys that it left dense."""
+    if isinstance(protocol, RetentionProtocol):
+        n_context = protocol.n_context
+        context = RetainedContext.of(model, document.name, document.token_ids, n_context)
+        return ContextReader.of(context, codings).read, n_context
+
+    def whole(coding: KeyValueCoding) -> tuple[torch.Tensor, int]:
+        hidden, run = model.coded_hidden(
+            document.token_ids.to(model.model.device), coding, protocol
+        )
+        return hidden, run.n_dense_keys
+
+    return whole, 0
 
 
 def _document_score(
     document: JudgedDocument,
+    shape: ModelCacheShape,
     coding: KeyValueCoding,
     protocol: ReadProtocol,
-    run: CodedRun,
+    n_dense_keys: int,
     scores: TokenScores,
     seconds: float,
 ) -> DocumentScore:
     n_coded = len(protocol.coded_positions(document.n_tokens))
-    shape = ModelCacheShape(run.geometry.n_layers, run.geometry.n_kv_heads, run.geometry.head_dim)
     coded_bytes = coding.stored_bytes(n_coded) + coding.table_bytes()
-    coded_bytes += dense_key_bytes(run.n_dense_keys, shape.head_dim, document.n_tokens)
+    coded_bytes += dense_key_bytes(n_dense_keys, shape.head_dim, document.n_tokens)
     return score_of(
         document,
         shape,
@@ -98,7 +134,7 @@ def _document_score(
         n_coded=n_coded,
         coded_bytes=coded_bytes,
         code_rate=coding.code_rate(n_coded),
-        dense_keys=run.n_dense_keys,
+        dense_keys=n_dense_keys,
         seconds=seconds,
     )
 
