@@ -13,7 +13,8 @@ from sphkv_cli.errors import UsageError
 def evaluate_command(
     capture: CaptureArgument,
     codebooks: Annotated[
-        Path | None, typer.Option(help="Evaluate its codes: every query reads the coded past.")
+        Path | None,
+        typer.Option(help="Evaluate its codes; with an allocation, beside its plans in one table."),
     ] = None,
     allocation: Annotated[
         Path | None, typer.Option(help="Evaluate its plans: a context coded once, then new tokens.")
@@ -28,23 +29,32 @@ def evaluate_command(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Published methods beside them, repeatable: turboquant:3, kivi:4 ..."),
+        typer.Option(
+            help="Published methods beside them, repeatable: turboquant:3, kivi:4, polarquant ..."
+        ),
     ] = None,
     tier: Annotated[
         list[str] | None,
         typer.Option(help="Tiers run for every page beside the plan, repeatable; best fits it."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Last tokens kept dense (uniform).")] = 32,
-    first_tokens: Annotated[int, typer.Option(help="First tokens kept dense (uniform).")] = 4,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens kept dense: 32 (uniform); retention: codes stand a second time so."
+        ),
+    ] = None,
+    first_tokens: Annotated[
+        int | None, typer.Option(help="First tokens kept dense: 4 (uniform); retention: likewise.")
+    ] = None,
     first_scored: Annotated[int, typer.Option(help="First position compared (uniform).")] = 64,
     sinks: Annotated[
         str,
         typer.Option(
-            help="Keys below this share of their head's median norm stay dense (uniform, our "
-            "codes, bytes counted); auto as the codebooks chose, 0 none."
+            help="Keys below this share of their head's median norm stay dense (our codes, bytes "
+            "counted); auto as the codebooks chose, 0 none."
         ),
     ] = "auto",
-    seeds: Annotated[int, typer.Option(help="Rotation seeds to average over (uniform).")] = 1,
+    seeds: Annotated[int, typer.Option(help="Rotation seeds to average over.")] = 1,
     budget: Annotated[
         list[str] | None,
         typer.Option(help="Plan anew at this budget, repeatable (retention): 1b, 2b ..."),
@@ -88,8 +98,12 @@ def evaluate_command(
         float | None, typer.Option(help="Gate: least fraction of digits that come back.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the needle's grid to this .png or .svg.")
+        Path | None,
+        typer.Option(help="Draw KL against bytes, or the needle's grid, to this .png or .svg."),
     ] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Also print KL by position.")
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="Where the captured model is, if not under its name.")
     ] = None,
@@ -107,7 +121,8 @@ def evaluate_command(
     json_output: JsonFlag = False,
 ) -> None:
     """Run the model with the coded cache beside the dense one: KL, top-1 and perplexity."""
-    from sphkv_cli.evaluation.options import DEFAULT_METHODS, EvaluateOptions, parse_sinks
+    from sphkv_cli.evaluation.options import EvaluateOptions, parse_sinks
+    from sphkv_cli.evaluation.rate_plot import draw_rates, require_drawable
     from sphkv_cli.evaluation.stage import evaluate, require_gates
     from sphkv_cli.evaluation.view import view
     from sphkv_cli.models.load import LoadOptions
@@ -116,7 +131,7 @@ def evaluate_command(
     options = EvaluateOptions(
         protocol=protocol,
         codes=tuple(code or ()),
-        methods=tuple(method) if method else DEFAULT_METHODS,
+        methods=tuple(method) if method else None,
         tiers=tuple(tier) if tier else ("best",),
         window=window,
         first_tokens=first_tokens,
@@ -171,13 +186,14 @@ def evaluate_command(
             draw_grids(found, plot)
         require_gates(found)
         return
-    if gate_recall is not None or plot is not None:
-        raise UsageError(
-            "--gate-recall and --plot need --probe", "pass --probe copy-back or needle"
-        )
+    if gate_recall is not None:
+        raise UsageError("--gate-recall needs --probe", "pass --probe copy-back or needle")
+    require_drawable(plot)
     with TerminalProgress() as progress:
         result = evaluate(
             options, capture, codebooks, allocation, output, progress=progress, force=force
         )
-    Output(json_output).show(result, view(result))
+    Output(json_output).show(result, view(result, by_position=by_position))
+    if plot is not None:
+        draw_rates(result, plot)
     require_gates(result)

@@ -1,6 +1,5 @@
 """Which codings a run evaluates: uniform ones for all documents, or plans for each document."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,31 +13,17 @@ from sphkv_cli.allocation.layout import (
 )
 from sphkv_cli.artifacts.allocation import AllocationReader, PlanInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
-from sphkv_cli.errors import UsageError
-from sphkv_cli.evaluation.coding import DenseCoding, KeyValueCoding, ModelCacheShape
-from sphkv_cli.evaluation.frame_coding import FrameCoding
-from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.candidate import Candidate
+from sphkv_cli.evaluation.coding import DenseCoding, ModelCacheShape
+from sphkv_cli.evaluation.options import (
+    UNIFORM_FIRST_TOKENS,
+    UNIFORM_WINDOW,
+    EvaluateOptions,
+)
 from sphkv_cli.evaluation.plan_coding import PlanCoding, uniform_plan
 from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol, UniformProtocol
-from sphkv_cli.evaluation.published import published_codings
-from sphkv_cli.evaluation.sinks import SinksKeptDense
-from sphkv_codebooks.sink_rule import SinkRule
+from sphkv_cli.evaluation.quantisers import chosen_tiers, uniform_candidates
 from sphkv_kernels.tier import TierFormat
-
-_SEED = re.compile(r", seed \d+$")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """coding; whether gates hold for it; row: rotation seeds of one code share theirs."""
-
-    coding: KeyValueCoding
-    is_ours: bool
-
-    @property
-    def row(self) -> str:
-        """Name of the row that its scores go into."""
-        return _SEED.sub("", self.coding.name)
 
 
 @dataclass(frozen=True)
@@ -61,27 +46,12 @@ def uniform_work(
     Raises:
         UsageError: an unknown code, or ",centred" methods without means.
     """
-    protocol = UniformProtocol(options.window, options.first_tokens, options.first_scored)
-    seeds = range(options.seed, options.seed + options.seeds)
-    found: list[Candidate] = []
-    frames = None
-    if books is not None:
-        frames = books.frames
-        sinks = _sinks(options, books)
-        for tier in _chosen_tiers(options.codes, books.tiers, str(books.path)):
-            for coding in _with_seeds(tier, books, shape, options.seeds):
-                protected = coding if sinks is None else SinksKeptDense(coding, sinks)
-                found.append(Candidate(protected, True))
-    elif options.codes:
-        raise UsageError(f"--code {options.codes[0]} needs codebooks", "pass codebooks.h5")
-    is_centred = frames is not None and frames.key_mean is not None
-    if not is_centred and any(name.endswith(",centred") for name in options.methods):
-        raise UsageError(
-            "centred methods need key means",
-            "pass codebooks fitted with --centring auto, post_rope or pre_rope",
-        )
-    published = published_codings(options.methods, shape, frames, seeds)
-    found += [Candidate(coding, False) for coding in published]
+    protocol = UniformProtocol(
+        UNIFORM_WINDOW if options.window is None else options.window,
+        UNIFORM_FIRST_TOKENS if options.first_tokens is None else options.first_tokens,
+        options.first_scored,
+    )
+    found = uniform_candidates(options, books, shape)
     for candidate in found:
         protocol.check_group(candidate.coding.name, candidate.coding.token_group)
     found.append(Candidate(DenseCoding(shape), False))
@@ -89,45 +59,15 @@ def uniform_work(
     return lambda _: work
 
 
-def _sinks(options: EvaluateOptions, books: CodebooksReader) -> SinkRule | None:
-    """The rule of the codebooks, with the factor asked for; None where it finds nothing."""
-    rule = books.sinks
-    if rule is None:
-        if options.sinks != "auto" and options.sinks > 0:
-            raise UsageError(
-                f"{books.path} holds no norms to find sinks by",
-                "make it again with `sphkv fit-codebooks`, or pass --sinks 0",
-            )
-        return None
-    if options.sinks != "auto":
-        rule = replace(rule, factor=options.sinks)
-    return rule if rule.factor > 0 else None
+def beside(work_of: WorkOf, others: Sequence[Candidate]) -> WorkOf:
+    """The same with further candidates for every document, before the control, which is last."""
 
+    def work(index: int) -> Work:
+        found = work_of(index)
+        *planned, control = found.candidates
+        return replace(found, candidates=(*planned, *others, control))
 
-def _with_seeds(
-    tier: TierFormat, books: CodebooksReader, shape: ModelCacheShape, n_seeds: int
-) -> list[KeyValueCoding]:
-    frames = books.frames
-    if n_seeds == 1 or frames.rotation.kind == "none":
-        return [FrameCoding(tier, frames, shape)]
-    first = frames.rotation
-    rotations = [first] + [
-        replace(first, seed=first.seed + step, stored_matrix=None) for step in range(1, n_seeds)
-    ]
-    return [
-        FrameCoding(tier, replace(frames, rotation=rotation), shape, f", seed {rotation.seed}")
-        for rotation in rotations
-    ]
-
-
-def _chosen_tiers(
-    names: Sequence[str], tiers: Sequence[TierFormat], path: str
-) -> tuple[TierFormat, ...]:
-    known = {tier.name: tier for tier in tiers}
-    for name in names:
-        if name not in known:
-            raise UsageError(f"{path} has no tier {name!r}", f"one of {', '.join(known)}")
-    return tuple(tier for tier in tiers if not names or tier.name in names)
+    return work
 
 
 def retention_work(
@@ -150,7 +90,7 @@ def retention_work(
         position_bytes=position_bytes(max(d.n_tokens for d in allocation.documents)),
     )
     names = tuple(name for name in options.tiers if name != "best")
-    chosen = _chosen_tiers(names, allocation.tiers, str(allocation.path)) if names else ()
+    chosen = chosen_tiers(names, allocation.tiers, str(allocation.path)) if names else ()
     plans = {info.index: info for info in allocation.documents}
 
     def work(index: int) -> Work:

@@ -14,7 +14,8 @@ from sphkv_cli.allocation.frozen import FrozenAllocation
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
-from sphkv_cli.evaluation.candidates import Candidate, Work, WorkOf
+from sphkv_cli.evaluation.candidate import Candidate
+from sphkv_cli.evaluation.candidates import Work, WorkOf
 from sphkv_cli.evaluation.coding import DenseCoding
 from sphkv_cli.evaluation.context_measure import measure_context
 from sphkv_cli.evaluation.judged_model import JudgedModel
@@ -75,7 +76,7 @@ def fresh_work(
                 name = placed.name if len(budgets) == 1 else f"{placed.name}, {budget}"
                 coding = placed.coding(frozen, model.shape).renamed(name)
                 is_ours = placed.kind == "own" and placed.name != ORACLE
-                found.append(Candidate(coding, is_ours))
+                found.append(Candidate(coding, is_ours, placed.name))
         found.append(Candidate(DenseCoding(model.shape), False))
         return Work(tuple(found), RetentionProtocol(n_context))
 

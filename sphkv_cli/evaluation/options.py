@@ -14,7 +14,8 @@ Protocol = Literal["auto", "uniform", "retention"]
 Split = Literal["select", "judge"]
 Rows = Literal["own", "published", "controls", "all"]
 
-DEFAULT_METHODS = ("turboquant:3", "turboquant:4", "kivi:2", "kivi:4", "fp8", "int8")
+UNIFORM_WINDOW, UNIFORM_FIRST_TOKENS = 32, 4
+"""Dense in the uniform protocol, unless asked otherwise."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,17 @@ class EvaluateOptions:
     """Options of one evaluation.
 
     protocol: "auto" is retention where an allocation is given, else uniform.
-    codes: names of the codebooks' tiers to evaluate (uniform); empty for all.
-    methods: published methods beside them (uniform), see `published.METHOD_NAMES`.
+    codes: names of the codebooks' tiers to evaluate; empty for all.
+    methods: published methods beside them, see `published.METHOD_NAMES`; None: the usual ones
+        (retention: where codebooks are given or published rows are asked for).
     tiers: tiers of the allocation that are also run for every page, with and without a dense sink
         page (retention); "best" is the largest that fits the plan's bytes.
-    window, first_tokens: dense in the uniform protocol; first_scored: first compared position.
-    sinks: keys shorter than this share of their head's median norm stay dense (uniform, our codes);
+    window, first_tokens: last tokens before a query and first ones that stay dense (uniform; None:
+        32 and 4); in retention, codes and methods stand a second time with so many last and first
+        tokens of the context dense (None: not).  first_scored: first compared position (uniform).
+    sinks: keys shorter than this share of their head's median norm stay dense (our codes);
         "auto" is what the codebooks chose, 0 none.
-    seeds: how many rotation seeds rotated codes are run with (uniform); a row is their mean. Those
+    seeds: how many rotation seeds rotated codes are run with; a row is their mean. Those
         of codebooks count from their own seed on, those of published methods from `seed` on.
     budgets, rows, context: plans made anew from the allocation instead of those it holds
         (retention): budgets as `Budget` reads them, empty for its own; rows "own", "published",
@@ -45,10 +49,10 @@ class EvaluateOptions:
 
     protocol: Protocol = "auto"
     codes: tuple[str, ...] = ()
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] | None = None
     tiers: tuple[str, ...] = ("best",)
-    window: int = 32
-    first_tokens: int = 4
+    window: int | None = None
+    first_tokens: int | None = None
     first_scored: int = 64
     sinks: float | Literal["auto"] = "auto"
     seeds: int = 1
@@ -92,7 +96,7 @@ class EvaluateOptions:
             )
         if self.sinks != "auto" and not 0 <= self.sinks < 1:
             raise UsageError(f"--sinks is {self.sinks}", "give 0 or more and less than 1, or auto")
-        for name in self.methods:
+        for name in self.methods or ():
             if name not in METHOD_NAMES:
                 raise UsageError(f"--method {name} is unknown", f"one of {', '.join(METHOD_NAMES)}")
         for name, least in (

@@ -5,6 +5,7 @@ from pathlib import Path
 from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.probe_options import ProbeOptions
 from sphkv_cli.evaluation.probe_result import ProbeResult
+from sphkv_cli.evaluation.rate_plot import image_format, require_drawable
 from sphkv_cli.plots.figures import Figure, GridPanel
 
 
@@ -17,13 +18,9 @@ def checked_plot(path: Path | None, asked: ProbeOptions) -> None:
     """
     if path is None:
         return
-    from sphkv_cli.plots.draw import require_matplotlib
-
     if asked.kind != "needle":
         raise UsageError(f"--plot draws a needle's grid, not {asked.kind}", "pass --probe needle")
-    if path.suffix not in (".png", ".svg"):
-        raise UsageError(f"--plot {path} is neither .png nor .svg", "give one of these suffixes")
-    require_matplotlib("--plot")
+    require_drawable(path)
 
 
 def grid_figure(result: ProbeResult) -> Figure:
@@ -56,4 +53,4 @@ def draw_grids(result: ProbeResult, path: Path) -> None:
     """Draw it; the suffix says how."""
     from sphkv_cli.plots.draw import draw
 
-    draw(grid_figure(result), path, "svg" if path.suffix == ".svg" else "png")
+    draw(grid_figure(result), path, image_format(path))

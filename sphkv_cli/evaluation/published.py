@@ -1,7 +1,8 @@
 """Published methods by the names that options have, as codings of a whole cache.
 
-TurboQuant and EDEN carry their own Haar rotation, as published; ",centred" centres keys first as
-the frames of the codebooks do, which is not in their papers but is what our codes get too.
+PolarQuant (4/2/2/2, fp16 radii), TurboQuant and EDEN carry their own Haar rotation, as published;
+",centred" centres keys first as the frames of the codebooks do, which is not in their papers but is
+what our codes get too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
+from sphkv_cli.evaluation.frame_coding import FrameCoding
 from sphkv_codebooks.comparators.eden import Eden
 from sphkv_codebooks.comparators.float8 import Float8
 from sphkv_codebooks.comparators.integer import IntegerPerToken
@@ -17,6 +19,8 @@ from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
 from sphkv_codebooks.comparators.turboquant_mse import TurboQuantMse
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.tier import TierFormat
 
 _UNROTATED = ("kivi:2", "kivi:4", "fp8", "fp8-scaled", "int8", "int4")
 _ROTATED = tuple(
@@ -25,7 +29,30 @@ _ROTATED = tuple(
     for bits in (2, 3, 4)
     for centred in ("", ",centred")
 )
-METHOD_NAMES = _UNROTATED + _ROTATED
+_POLAR = ("polarquant", "polarquant,centred")
+METHOD_NAMES = _UNROTATED + _POLAR + _ROTATED
+_FAMILIES = {
+    "kivi": "KIVI",
+    "fp8": "fp8",
+    "fp8-scaled": "fp8, scaled",
+    "int8": "integers per token",
+    "int4": "integers per token",
+    "polarquant": "PolarQuant",
+    "turboquant": "TurboQuant-MSE",
+    "eden": "EDEN unbiased",
+}
+
+
+def default_methods(*, is_centred: bool) -> tuple[str, ...]:
+    """What is compared with when nobody asks for anything else."""
+    polar = _POLAR if is_centred else _POLAR[:1]
+    return ("turboquant:3", "turboquant:4", *polar, "kivi:2", "kivi:4", "fp8", "int8")
+
+
+def family_of(name: str) -> str:
+    """What a method is called at any rate."""
+    method, _, centred = name.partition(",")
+    return _FAMILIES[method.partition(":")[0]] + (", centred" if centred else "")
 
 
 def published_codings(
@@ -47,25 +74,36 @@ def published_codings(
             keys, values = _unrotated(name)
             yield ComparatorCoding(keys.name.removesuffix(" keys"), keys, values, shape)
             continue
-        if name not in _ROTATED:
+        if name not in _POLAR + _ROTATED:
             raise ValueError(f"no published method {name!r}")
-        method, _, rest = name.partition(":")
-        bits, _, centred = rest.partition(",")
+        method, _, centred = name.partition(",")
+        method, _, bits = method.partition(":")
         if centred and centring is None:
             raise ValueError(f"{name} needs frames that centre keys")
         for seed in seeds:
             rotation = Rotation("haar", shape.head_dim, seed)
+            label = f", Haar{', centred' if centred else ''}"
+            label += f", seed {seed}" if len(seeds) > 1 else ""
+            if method == "polarquant":
+                own = FrameSet(rotation)
+                if centred and centring is not None:
+                    own = replace(centring, rotation=rotation)
+                yield FrameCoding(polarquant_tier(shape.head_dim), own, shape, label)
+                continue
             quantizer: VectorQuantizer = (
                 TurboQuantMse(int(bits), shape.head_dim, rotation)
                 if method == "turboquant"
                 else Eden(int(bits), shape.head_dim, "unbiased", rotation)
             )
-            label = f"{quantizer.name}, Haar{', centred' if centred else ''}"
-            if len(seeds) > 1:
-                label += f", seed {seed}"
             yield ComparatorCoding(
-                label, quantizer, quantizer, shape, centring if centred else None
+                quantizer.name + label, quantizer, quantizer, shape, centring if centred else None
             )
+
+
+def polarquant_tier(head_dim: int) -> TierFormat:
+    """The paper's code: depth 4, 4/2/2/2 bits per angle, a radius in fp16 per 16 coordinates."""
+    code = SphericalCode.analytic("PolarQuant 4/2/2/2, fp16 radii", head_dim, (4, 2, 2, 2), "fp16")
+    return TierFormat.spherical(code)
 
 
 def _unrotated(name: str) -> tuple[VectorQuantizer, VectorQuantizer]:

@@ -6,6 +6,7 @@ from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.result import GateOutcome, Row
 
 _KL_OF_ROUNDING = 1e-6
+_SAME_BYTES = 1.005
 
 
 def gate_outcomes(options: EvaluateOptions, rows: Sequence[Row]) -> tuple[GateOutcome, ...]:
@@ -76,21 +77,21 @@ def _retention(rows: Sequence[Row]) -> list[str]:
     for suffix in suffixes:
         plan, policy = by_name["plan" + suffix], by_name["policy" + suffix]
         where = suffix.replace(",", " at") or ""
+        # A plan's budget is filled to the last page, a method's bytes are what they are.
+        most = _SAME_BYTES * plan.coded_laid_out_rate
         baselines = [
             row
             for row in rows
-            if not row.is_ours
-            and row.name.endswith(suffix)
-            and not row.name.startswith(("joint", "oracle", "dense"))
+            if row.coded_laid_out_rate <= most
+            and not row.family.startswith(("plan", "policy", "joint", "oracle", "dense"))
         ]
         if baselines:
             base = min(baselines, key=lambda row: row.kl_geometric.mean)
-            name = base.name.removesuffix(suffix)
             times = base.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
             how = f"{times:.2g} times less KL than" if times > 1 else "no less KL than"
             sentences.append(
                 f"The plan{where} ({plan.coded_laid_out_rate:.2f} b laid out) has {how} the best "
-                f"other method, {name} ({base.coded_laid_out_rate:.2f} b)."
+                f"other method of no more bytes, {base.name} ({base.coded_laid_out_rate:.2f} b)."
             )
         times = policy.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
         sentences.append(

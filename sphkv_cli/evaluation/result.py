@@ -48,7 +48,9 @@ class DocumentScore:
 class Row:
     """One coding over all documents.
 
-    is_ours: a spherical code, plan or policy; otherwise a published method or the control.
+    family: rows of one method at several rates share it.
+    is_ours: a spherical code, plan or policy that gates hold for; otherwise what it is compared
+    with (in retention also our codes, unless named with --code).
     n_seeds: rotation seeds that every document was run with; its scores are their mean.
     kl: arithmetic, kl_geometric: geometric mean over documents with 95 % confidence intervals;
     kl_p99: of all scored positions; perplexity_ratio: coded over dense, geometric mean over
@@ -56,6 +58,7 @@ class Row:
     """
 
     name: str
+    family: str
     is_ours: bool
     n_seeds: int
     code_rate: float

@@ -24,12 +24,19 @@ from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_output, require_unchanged
 from sphkv_cli.errors import GateFailed, SphkvError, UsageError
-from sphkv_cli.evaluation.candidates import Work, WorkOf, retention_work, uniform_work
+from sphkv_cli.evaluation.candidates import (
+    Work,
+    WorkOf,
+    beside,
+    retention_work,
+    uniform_work,
+)
 from sphkv_cli.evaluation.fresh_retention import fresh_work, require_same_model
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.protocol import RetentionProtocol
+from sphkv_cli.evaluation.quantisers import retention_candidates
 from sphkv_cli.evaluation.reading import gate_outcomes, read
 from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, GateOutcome, Row
 from sphkv_cli.evaluation.stepwise import NAME as STEPWISE
@@ -53,7 +60,7 @@ def evaluate(
     """Evaluate on the capture's held-out documents and write a report (JSON) to `output`.
 
     Args:
-        codebooks: whose tiers the uniform protocol runs; None runs published methods only.
+        codebooks: whose tiers are run; in the uniform protocol None runs published methods only.
         allocation: whose plans and policy the retention protocol runs.
 
     Raises:
@@ -85,13 +92,13 @@ def evaluate(
                 f"{capture} is synthetic, there is no model to evaluate",
                 "capture a model with --model",
             )
+        books = None if codebooks is None else CodebooksReader.open(codebooks)
+        if codebooks is not None and books is not None:
+            require_unchanged(codebooks)
+            inputs["codebooks"] = books.ref
         if protocol == "uniform":
-            books = None if codebooks is None else CodebooksReader.open(codebooks)
-            if codebooks is not None:
-                require_unchanged(codebooks)
             if books is not None:
                 books.require_capture(reader)
-                inputs["codebooks"] = books.ref
             documents = _documents(options, reader, None)
             model = _load(options, reader, progress)
             judged = _judge(
@@ -105,6 +112,9 @@ def evaluate(
         else:
             assert allocation is not None
             require_unchanged(allocation)
+            if books is not None:
+                # As the allocation, they may be applied to another capture of the model.
+                books.require_model(reader)
             with AllocationReader(allocation) as plans:
                 inputs["allocation"] = plans.ref
                 is_new = options.wants_new_plans or not plans.is_of(reader.ref)
@@ -122,6 +132,8 @@ def evaluate(
                     work = fresh_work(options, plans, reader, model)
                 else:
                     work = retention_work(options, plans, model.shape)
+                others = retention_candidates(options, books, plans.frames, model.shape)
+                work = beside(work, others)
                 stepped = allocation if options.stepwise else None
                 judged = _judge(options, reader, documents, model, work, progress, stepped)
     result = _result(options, protocol, reader.model, judged, time.perf_counter() - started)
@@ -165,6 +177,7 @@ class _Judged:
 
     scores: Mapping[str, list[list[tuple[DocumentScore, TokenScores]]]]
     is_ours: Mapping[str, bool]
+    family: Mapping[str, str]
     description: str
 
 
@@ -228,6 +241,7 @@ def _judge(
     """stepped: the allocation whose drop-in cache is run step by step beside the others."""
     scores: dict[str, list[list[tuple[DocumentScore, TokenScores]]]] = {}
     is_ours: dict[str, bool] = {}
+    family: dict[str, str] = {}
     description = ""
     total = sum(len(work_of(info.index).candidates) for info in documents)
     progress.start("evaluating", total, "runs")
@@ -251,10 +265,11 @@ def _judge(
                 is_ours[STEPWISE] = True
             of_document.setdefault(candidate.row, []).append(score)
             is_ours[candidate.row] = candidate.is_ours
+            family[candidate.row] = candidate.family
         for row, of_seeds in of_document.items():
             scores.setdefault(row, []).append(of_seeds)
     progress.finish()
-    return _Judged(scores, is_ours, description)
+    return _Judged(scores, is_ours, family, description)
 
 
 def _stepwise(
@@ -285,7 +300,10 @@ def _result(
         documents = [mean_over_seeds([score for score, _ in of_seeds]) for of_seeds in found]
         scores = [score for of_seeds in found for _, score in of_seeds]
         is_ours, n_seeds = judged.is_ours[name], len(found[0])
-        rows.append(summarise(name, documents, scores, is_ours=is_ours, n_seeds=n_seeds))
+        family = judged.family.get(name, "") or name
+        rows.append(
+            summarise(name, documents, scores, is_ours=is_ours, n_seeds=n_seeds, family=family)
+        )
     dense = rows[-1].documents
     gates = gate_outcomes(options, rows)
     return EvaluationResult(

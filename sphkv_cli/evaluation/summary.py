@@ -18,14 +18,19 @@ def summarise(
     *,
     is_ours: bool,
     n_seeds: int = 1,
+    family: str = "",
 ) -> Row:
-    """One row over documents; scores: of every document and rotation seed, in any order."""
+    """One row over documents; scores: of every document and rotation seed, in any order.
+
+    family: of the row, empty where it is alone.
+    """
     log_ratio = [
         math.log(document.perplexity_coded / document.perplexity_dense) for document in documents
     ]
     ratio = mean_interval(log_ratio)
     return Row(
         name=name,
+        family=family or name,
         is_ours=is_ours,
         n_seeds=n_seeds,
         code_rate=float(np.mean([document.code_rate for document in documents])),

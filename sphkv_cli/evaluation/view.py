@@ -9,8 +9,8 @@ from sphkv_cli.evaluation.result import EvaluationResult, Row
 _ROUNDING = 1e-6
 
 
-def view(result: EvaluationResult) -> tuple[Block, ...]:
-    """Header lines, the table of rows, KL by position, sentences, gates."""
+def view(result: EvaluationResult, *, by_position: bool = False) -> tuple[Block, ...]:
+    """Header lines, the table of rows, KL by position if asked for, sentences, gates."""
     blocks: list[Block] = [
         Line(
             f"{result.model}, {result.n_documents} {result.split} documents, {result.n_scored} "
@@ -18,8 +18,9 @@ def view(result: EvaluationResult) -> tuple[Block, ...]:
         ),
         Line(result.protocol_description),
         _table(result),
-        _positions(result),
     ]
+    if by_position:
+        blocks.append(_positions(result))
     blocks += [Line(sentence) for sentence in result.reading]
     for gate in result.gates:
         verdict = "holds" if gate.holds else "FAILS"
@@ -43,6 +44,7 @@ def _table(result: EvaluationResult) -> Table:
             "b code",
             "b laid out",
             "b whole cache",
+            "coded MiB",
             "KL",
             "KL geo.",
             "[95 %]",
@@ -60,6 +62,7 @@ def _cells(row: Row) -> tuple[object, ...]:
         f"{row.code_rate:.2f}",
         f"{row.coded_laid_out_rate:.2f}",
         f"{row.laid_out_rate:.2f}",
+        f"{_mean_bytes(row) / 2**20:.3f}",
         _small(row.kl.mean),
         _small(row.kl_geometric.mean),
         _limits(row.kl_geometric),
@@ -67,6 +70,11 @@ def _cells(row: Row) -> tuple[object, ...]:
         f"{row.perplexity_ratio.mean:.4f}",
         f"{row.top1.mean:.3f}",
     )
+
+
+def _mean_bytes(row: Row) -> float:
+    """Laid-out bytes of the coded tokens, mean over documents."""
+    return sum(document.coded_bytes for document in row.documents) / len(row.documents)
 
 
 def _limits(interval: Interval) -> str:

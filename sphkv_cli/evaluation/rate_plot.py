@@ -1,0 +1,104 @@
+"""KL against laid-out bits, one line per family of rows; and KL by position at one rate.
+
+The second panel shows each family's row nearest to one rate, so that a loss that grows with every
+token read (drift) is told from one that does not.
+"""
+
+from pathlib import Path
+
+from sphkv_cli.errors import UsageError
+from sphkv_cli.evaluation.result import EvaluationResult, Row
+from sphkv_cli.plots.draw import ImageFormat
+from sphkv_cli.plots.figures import Figure, PlotPanel, Series
+
+_RATE, _AROUND = 3.0, 0.6
+"""Bits per coordinate of the second panel, and how far from it a row may lie."""
+_EMPHASISED = "policy"
+
+
+def require_drawable(path: Path | None) -> None:
+    """Refuse a picture that cannot be drawn before anything runs.
+
+    Raises:
+        UsageError: a suffix other than .png and .svg.
+        EnvironmentUnable: matplotlib is not installed.
+    """
+    if path is None:
+        return
+    from sphkv_cli.plots.draw import require_matplotlib
+
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {path} is neither .png nor .svg", "give one of these suffixes")
+    require_matplotlib("--plot")
+
+
+def image_format(path: Path) -> ImageFormat:
+    """What a suffix asks for."""
+    return "svg" if path.suffix == ".svg" else "png"
+
+
+def rate_figure(result: EvaluationResult) -> Figure:
+    """The panels of an evaluation."""
+    families: dict[str, list[Row]] = {}
+    for row in result.rows[:-1]:
+        families.setdefault(row.family, []).append(row)
+    # In retention the tokens after the context are the same for all and lie dense.
+    is_retention = result.protocol == "retention"
+
+    def rate(row: Row) -> float:
+        return row.coded_laid_out_rate if is_retention else row.laid_out_rate
+
+    lines = []
+    for family, rows in families.items():
+        rows = sorted(rows, key=rate)
+        lines.append(
+            Series(
+                family,
+                [rate(row) for row in rows],
+                [row.kl_geometric.mean for row in rows],
+                style="both",
+                emphasis=family == _EMPHASISED,
+            )
+        )
+    what = "of the context" if is_retention else "of the whole cache"
+    panels = [
+        PlotPanel(
+            f"{result.model}: {result.n_documents} documents",
+            f"laid-out bits per coordinate {what}",
+            "KL to the dense model, nats",
+            lines,
+            y_scale="log",
+        )
+    ]
+    near = [min(rows, key=lambda row: abs(rate(row) - _RATE)) for rows in families.values()]
+    drift = [_drift(row) for row in near if abs(rate(row) - _RATE) <= _AROUND]
+    if drift:
+        start = result.rows[0].by_position[0].first
+        panels.append(
+            PlotPanel(
+                f"Rows of about {_RATE:g} bits",
+                "tokens after the context" if is_retention else f"tokens after the first {start}",
+                "KL to the dense model, nats",
+                drift,
+                y_scale="log",
+            )
+        )
+    return Figure("evaluation", result.protocol_description, panels)
+
+
+def _drift(row: Row) -> Series:
+    start = row.by_position[0].first
+    return Series(
+        row.family,
+        [(position.first + position.last) / 2 - start for position in row.by_position],
+        [position.kl for position in row.by_position],
+        style="both",
+        emphasis=row.family == _EMPHASISED,
+    )
+
+
+def draw_rates(result: EvaluationResult, path: Path) -> None:
+    """Draw it; the suffix says how."""
+    from sphkv_cli.plots.draw import draw
+
+    draw(rate_figure(result), path, image_format(path))
