@@ -5,6 +5,7 @@ commands, so that `sphkv --help` never loads torch.
 """
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
@@ -30,6 +31,24 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print only JSON on stdou
 ForceFlag = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 CaptureArgument = Annotated[Path, typer.Argument(help="The capture: capture.h5.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sphkv {importlib.metadata.version('sphkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    del version  # its callback has printed it
 
 
 def command(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -1,5 +1,6 @@
 """The shell: one clear line and the right exit code for every failure, JSON when asked."""
 
+import importlib.metadata
 import io
 import json
 from pathlib import Path
@@ -37,6 +38,10 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
     for name in ("capture", "fit-codebooks", "allocate", "profile", "inspect", "doctor", "study"):
         assert name in stdout
     assert "Exit codes" in stdout
+
+
+def test_version_is_the_installed_one() -> None:
+    assert run("--version")[0] == f"sphkv {importlib.metadata.version('sphkv')}\n"
 
 
 def test_doctor_says_what_can_run_as_text_and_as_json() -> None:
