@@ -1,0 +1,179 @@
+"""One table of everything that codes a context: plans, our codes and published ones; its figure."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sphkv_cli.blocks import Table
+from sphkv_cli.errors import ArtifactError, UsageError
+from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
+from sphkv_cli.evaluation.dense_ends import EndsKeptDense
+from sphkv_cli.evaluation.judged_model import JudgedModel
+from sphkv_cli.evaluation.options import EvaluateOptions
+from sphkv_cli.evaluation.quantisers import ENDS_DENSE, OUR_CODES
+from sphkv_cli.evaluation.rate_plot import draw_rates, rate_figure, require_drawable
+from sphkv_cli.evaluation.result import EvaluationResult
+from sphkv_cli.evaluation.stage import evaluate
+from sphkv_cli.evaluation.view import view
+from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
+from sphkv_codebooks.comparators.turboquant_mse import TurboQuantMse
+from sphkv_codebooks.rotation import Rotation
+
+
+@pytest.fixture(scope="module")
+def table(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
+    """Two budgets, a code of ours, and the usual methods, ends coded and dense."""
+    options = EvaluateOptions(
+        budgets=("3b", "6b"),
+        rows="published",
+        window=16,
+        first_tokens=2,
+        max_documents=1,
+        model=str(tiny_chain.model),
+    )
+    return evaluate(
+        options,
+        tiny_chain.capture,
+        tiny_chain.codebooks,
+        tiny_chain.allocation,
+        tmp_path_factory.mktemp("table") / "table.json",
+    )
+
+
+def test_plans_our_codes_and_published_methods_stand_in_one_protocol(
+    table: EvaluationResult,
+) -> None:
+    families = {row.family for row in table.rows}
+    asked = {"plan", "policy", "SnapKV, bf16", "KIVI", "TurboQuant-MSE", "PolarQuant", "fp8"}
+    assert asked | {"integers per token", OUR_CODES, "dense"} <= families
+    assert {OUR_CODES + ENDS_DENSE, "KIVI" + ENDS_DENSE} <= families
+    assert table.protocol == "retention"
+    scored = {row.documents[0].n_scored for row in table.rows}
+    assert scored == {40 - 1}
+    assert table.rows[-1].name == "dense" and table.rows[-1].kl.mean < 1e-6
+    # Gates hold for plans; codes are what they are compared with, unless named.
+    assert {row.family for row in table.rows if row.is_ours} == {"plan", "policy"}
+    lines = {family: [r for r in table.rows if r.family == family] for family in families}
+    assert [len(lines[family]) for family in ("policy", "KIVI", OUR_CODES)] == [2, 2, 2]
+
+
+def test_bytes_of_a_context_are_those_of_all_that_is_kept(table: EvaluationResult) -> None:
+    rows = {row.name: row for row in table.rows}
+    n_context, heads, head_dim = 150 - 40, 2 * 2, 32
+    fp8 = rows["fp8 e4m3, no scale"].documents[0].coded_bytes
+    assert fp8 == n_context * heads * head_dim * 2
+    ends = rows["fp8 e4m3, no scale, first 2 + last 16 dense"].documents[0].coded_bytes
+    assert ends - fp8 == 18 * heads * head_dim * 2
+    for budget, rate in (("3b", 3.0), ("6b", 6.0)):
+        assert rows[f"policy, {budget}"].coded_laid_out_rate <= rate
+
+
+def test_dense_ends_are_never_coded(
+    judged: Callable[[str], JudgedModel], token_ids: torch.Tensor
+) -> None:
+    shape = judged("llama").shape
+    inner = ComparatorCoding("KIVI-2", KiviKeys(2), KiviValues(2), shape)
+    keys, values = torch.randn(2, 40, 2, 32, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(40)
+    coded = EndsKeptDense(inner, shape, 3, 5).code(0, keys, values, positions)
+    between = inner.code(0, keys[3:35], values[3:35], positions[3:35])
+    assert torch.equal(coded.keys[3:35], between.keys)
+    for ends in (slice(0, 3), slice(35, 40)):
+        assert torch.equal(coded.keys[ends], keys[ends].bfloat16().float())
+        assert torch.equal(coded.values[ends], values[ends].bfloat16().float())
+    # A window as long as the text leaves nothing to code, and costs what dense costs.
+    everything = EndsKeptDense(inner, shape, 3, 37)
+    assert torch.equal(everything.code(0, keys, values, positions).keys, keys.bfloat16().float())
+    assert everything.stored_bytes(40) == EndsKeptDense(inner, shape, 9, 99).stored_bytes(40)
+    assert everything.stored_bytes(40) == shape.dense_bytes(40)
+    with pytest.raises(UsageError, match="0 or more"):
+        EndsKeptDense(inner, shape, -1, 0)
+
+
+def test_rotations_of_a_method_with_dense_ends_share_a_row(
+    judged: Callable[[str], JudgedModel],
+) -> None:
+    from sphkv_cli.evaluation.candidate import Candidate
+
+    shape = judged("llama").shape
+    rows = set()
+    for seed in (1, 2):
+        turbo = TurboQuantMse(3, 32, Rotation("haar", 32, seed))
+        coding = ComparatorCoding(f"TurboQuant, seed {seed}", turbo, turbo, shape)
+        rows.add(Candidate(EndsKeptDense(coding, shape, 4, 32), False).row)
+    assert rows == {"TurboQuant, first 4 + last 32 dense"}
+
+
+def test_a_figure_has_one_line_per_family(table: EvaluationResult, tmp_path: Path) -> None:
+    figure = rate_figure(table)
+    by_rate = {series.label: series for series in figure.panels[0].series}  # type: ignore[union-attr]
+    assert set(by_rate) == {row.family for row in table.rows[:-1]}
+    policy = by_rate["policy"]
+    assert policy.emphasis and list(policy.x) == sorted(policy.x) and len(policy.x) == 2
+    drift = {series.label: series for series in figure.panels[1].series}  # type: ignore[union-attr]
+    # Near 3 bits: the policy at 3b, not the one at 6b; and no 8-bit method.
+    chosen = next(row for row in table.rows if row.name == "policy, 3b")
+    assert list(drift["policy"].y) == [position.kl for position in chosen.by_position]
+    assert "fp8" not in drift
+    draw_rates(table, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="neither"):
+        require_drawable(Path("figure.gif"))
+
+
+def test_positions_are_printed_when_asked_for(table: EvaluationResult) -> None:
+    def titles(**asked: bool) -> list[str]:
+        return [block.title for block in view(table, **asked) if isinstance(block, Table)]
+
+    assert "KL by position" not in titles()
+    assert "KL by position" in titles(by_position=True)
+
+
+def test_methods_come_without_codebooks_where_published_rows_do(
+    tiny_chain: Any, tmp_path: Path
+) -> None:
+    def families(**asked: Any) -> set[str]:
+        options = EvaluateOptions(max_documents=1, model=str(tiny_chain.model), **asked)
+        result = evaluate(
+            options,
+            tiny_chain.capture,
+            None,
+            tiny_chain.allocation,
+            tmp_path / "r.json",
+            force=True,
+        )
+        return {row.family for row in result.rows}
+
+    assert "KIVI" not in families()
+    assert "KIVI" in families(methods=("kivi:4",))
+    assert {"KIVI", "PolarQuant"} <= families(rows="published")
+    with pytest.raises(UsageError, match="needs codebooks"):
+        families(codes=("polar",))
+
+
+def test_codebooks_of_another_model_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    from sphkv_cli.capture.options import SyntheticOptions
+    from sphkv_cli.capture.synthetic import capture_synthetic
+    from sphkv_cli.fit.options import FitOptions
+    from sphkv_cli.fit.stage import fit_codebooks
+
+    shape = SyntheticOptions(
+        n_layers=2, n_q_heads=4, n_kv_heads=2, head_dim=32, n_documents=3, document_tokens=96
+    )
+    capture_synthetic(shape, tmp_path / "other.h5")
+    fit_codebooks(
+        FitOptions(codes=("4/2/2/2:fp16",), centring="none"),
+        tmp_path / "other.h5",
+        tmp_path / "books.h5",
+    )
+    with pytest.raises(ArtifactError, match="digest"):
+        evaluate(
+            EvaluateOptions(rows="published", model=str(tiny_chain.model)),
+            tiny_chain.capture,
+            tmp_path / "books.h5",
+            tiny_chain.allocation,
+            tmp_path / "r.json",
+        )
