@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ class AttentionPlan:
     arrivals: Tensor
     handle: int
     kernels: dict[tuple[bool, bool, bool, int], LoadedKernel] = field(default_factory=dict)
+
+    def for_twin(self, cache: PagedCache) -> AttentionPlan:
+        """The plan of another cache with the very same page table (another layer, laid out alike).
+
+        Both share the cut of the work and scratch memory, so their steps must not overlap.
+        """
+        twin = replace(self, cache=cache, handle=next(_handles))
+        _plans[twin.handle] = twin
+        return twin
 
     def kernel(
         self, *, logits: bool, window: bool, softcap: bool, n_position_pairs: int = 0

@@ -54,7 +54,8 @@ class LayerReader:
             return dense.output.to(query.dtype)
         if tokens.n_columns == 1:
             now = None if positions is None else positions[:, 0]
-            coded = self._pages(state.pages, state.plan, asked[:, :, 0], now)
+            made = None if state.plan is None else state.plan.made
+            coded = self._pages(state.pages, made, asked[:, :, 0], now)
             coded = DecodeResult(coded.output[:, :, None], coded.log_sum_exp[:, :, None])
         else:
             assert positions is not None

@@ -1,6 +1,7 @@
-"""A layer's frame as matrices on the model's device, for queries and outputs of every step.
+"""A layer's frame as matrices on the model's device, for what every step turns.
 
     q' = q M_h,   offset = q . mu_h,   (a, b) = q W_h,   o = o' S        all linear in q or o'
+    k' = (k - c_h(t)) K_h,   v' = v S'
 
 read off `FrameSet` by sending it the identity, so that there is one definition of a frame.
 Source: ours.
@@ -16,37 +17,82 @@ from sphkv_kernels.position_term import PositionTerm
 
 
 @dataclass(frozen=True, eq=False)
+class TurningMean:
+    """R_t mu = cos(w t) mu + sin(w t) nu, made on the device: mean, turned (n_kv_heads, d) are mu
+    and nu, the mean a quarter turn on; frequencies (d) float64, w of every coordinate's pair.
+    """
+
+    mean: Tensor
+    turned: Tensor
+    frequencies: Tensor
+
+    @staticmethod
+    def of(mean: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> "TurningMean":
+        """mean (n_kv_heads, d) and inv_freq (d / 2) radians per token, on the device to be on."""
+        first, second = mean.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        return TurningMean(mean.to(dtype), turned.to(dtype), inv_freq.double().repeat(2))
+
+    def at(self, positions: Tensor) -> Tensor:
+        """(n, n_kv_heads, d) at positions (n); angles in float64, as `rotary.rotate` makes them."""
+        angles = positions[:, None, None] * self.frequencies
+        dtype = self.mean.dtype
+        return angles.cos().to(dtype) * self.mean + angles.sin().to(dtype) * self.turned
+
+
+@dataclass(frozen=True, eq=False)
 class LayerFrame:
     """query: (n_q_heads or 1, d, d); offset: (n_q_heads, d) or None; output: (d, d).
 
+    key: (n_kv_heads or 1, d, d); value: (d, d); centre: (n_kv_heads, d) of every key, or None, and
+    turning: what is centred before RoPE.
     position: (n_q_heads, d, 2, n_pairs) with frequencies (n_kv_heads, n_pairs), or None.
     """
 
     query: Tensor
     output: Tensor
+    key: Tensor
+    value: Tensor
+    centre: Tensor | None
+    turning: TurningMean | None
     offset: Tensor | None
     position: Tensor | None
     frequencies: Tensor | None
 
     @staticmethod
     def of(
-        frames: FrameSet, layer: int, n_q_heads: int, device: torch.device, dtype: torch.dtype
+        frames: FrameSet,
+        layer: int,
+        n_q_heads: int,
+        n_kv_heads: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> "LayerFrame":
         """One layer's matrices."""
         d = frames.head_dim
         eye = torch.eye(d, dtype=torch.float64)
         per_head = eye[:, None].expand(d, n_q_heads, d)
         query = frames.queries_to_frame(layer, per_head).transpose(0, 1)
+        # Centring at one place drops out of the difference.
+        there = torch.zeros(d, dtype=torch.int64)
+        keys = eye[:, None].expand(d, n_kv_heads, d)
+        key = frames.keys_to_frame(layer, keys, there)
+        key = (key - frames.keys_to_frame(layer, 0 * keys, there)).transpose(0, 1)
         if frames.balancing is None:
-            query = query[:1]
+            query, key = query[:1], key[:1]
         offset = None
         constant = frames.logit_offset(layer, per_head)
         if bool(constant.any()):  # after RoPE, or what a truncated mean before RoPE leaves
             offset = constant.T.to(device, dtype).contiguous()
         term = frames.position_coefficients(layer, per_head)
+        centre, turning = _centring(frames, layer, device, dtype)
         return LayerFrame(
             query.to(device, dtype).contiguous(),
             frames.output_from_frame(eye).to(device, dtype),
+            key.to(device, dtype).contiguous(),
+            frames.values_to_frame(eye).to(device, dtype),
+            centre,
+            turning,
             offset,
             None if term is None else term[0].transpose(0, 1).to(device, dtype).contiguous(),
             None if term is None else term[1].to(device, torch.float32).contiguous(),
@@ -55,6 +101,35 @@ class LayerFrame:
     def queries(self, queries: Tensor) -> Tensor:
         """(n, n_q_heads, d) into the frame."""
         return torch.einsum("nhd,hde->nhe", queries, self.query.expand(queries.shape[1], -1, -1))
+
+    def new_tokens(
+        self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token of every sequence into the frame, in as few launches as the frame allows.
+
+        Args:
+            queries: (n, n_q_heads, d); keys, values: (n, n_kv_heads, d); positions: (n).
+
+        Returns:
+            queries as they were shaped; keys, then values: (2, n, n_kv_heads, d).
+        """
+        dtype = self.output.dtype
+        if self.centre is not None or self.turning is not None:
+            keys = keys.to(dtype)
+            keys = keys if self.centre is None else keys - self.centre
+            keys = keys if self.turning is None else keys - self.turning.at(positions)
+        both = (2, *keys.shape)
+        if self.query.shape[0] == self.key.shape[0] == 1:
+            # Without balancing the frame is one rotation of whatever it is given.
+            rows = torch.cat([x.flatten(0, 1) for x in (queries, keys, values)])
+            framed = rows.to(dtype) @ self.value
+            n_queries = queries.shape[0] * queries.shape[1]
+            return framed[:n_queries].view(queries.shape), framed[n_queries:].view(both)
+        asked = self.queries(queries.to(dtype)).contiguous()
+        turned = torch.einsum(
+            "nhd,hde->nhe", keys.to(dtype), self.key.expand(keys.shape[1], -1, -1)
+        )
+        return asked, torch.stack([turned, values.to(dtype) @ self.value])
 
     def offsets(self, queries: Tensor) -> Tensor | None:
         """(n, n_q_heads) that every logit of a head gets."""
@@ -74,5 +149,25 @@ class LayerFrame:
     @property
     def n_bytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = (self.query, self.output, self.offset, self.position, self.frequencies)
+        tensors = [self.query, self.output, self.offset, self.position, self.frequencies]
+        tensors += [self.key, self.value, self.centre]
+        if self.turning is not None:
+            tensors += [self.turning.mean, self.turning.turned, self.turning.frequencies]
         return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+def _centring(
+    frames: FrameSet, layer: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, TurningMean | None]:
+    """What every key of a layer loses, and what it loses by its position."""
+    if frames.key_mean is None or frames.centring_of(layer) == "none":
+        return None, None
+    mean = torch.from_numpy(frames.key_mean[layer].copy()).to(device)
+    if not frames.needs_positions(layer):
+        return mean.to(dtype), None
+    assert frames.inv_freq is not None
+    inv_freq = torch.from_numpy(frames.inv_freq[layer].copy()).to(device)
+    residual = None
+    if frames.residual_mean is not None:
+        residual = torch.from_numpy(frames.residual_mean[layer].copy()).to(device, dtype)
+    return residual, TurningMean.of(mean, inv_freq, dtype)

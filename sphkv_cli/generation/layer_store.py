@@ -15,10 +15,9 @@ from sphkv_cli.allocation.layout import position_bytes
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.page_store import compacted, joined, kept
 from sphkv_cli.generation.placement import Placement, PlacementRule
-from sphkv_cli.generation.store_state import NewTokens, StoreState
+from sphkv_cli.generation.store_state import NewTokens, PagePlan, StoreState
 from sphkv_codebooks.errors import CodeError
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
-from sphkv_kernels.decode import plan
 
 _TAIL_STEP = 32
 
@@ -86,7 +85,7 @@ class LayerStore:
         """The state after the prompt was read; queries: those asked for, (n, n_q_heads, d) each."""
         placements = []
         for s, n_tail in enumerate(state.n_tail):
-            keys, values, positions = self._tail(state, s, n_tail)
+            keys, values, positions = self.tail(state, s, n_tail)
             found = None
             if n_tail:
                 found = self.rule.place_prompt(self.layer, queries[s], keys, values, positions)
@@ -133,7 +132,7 @@ class LayerStore:
         following = tuple(n_sealed + n for n in state.n_tail)
         return self._planned(replace(state, pages=pages, n_sealed=every, next_position=following))
 
-    def _tail(self, state: StoreState, s: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def tail(self, state: StoreState, s: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first n tokens of a tail: keys, values (n, n_kv_heads, d) float32, positions (n)."""
         first = state.next_position[s] - state.n_tail[s]
         positions = torch.arange(first, first + n, device=state.tail_keys.device)
@@ -152,7 +151,7 @@ class LayerStore:
         sequences = []
         for s, placement in enumerate(placements):
             n = 0 if placement is None else placement.n_placed
-            keys, values, positions = self._tail(state, s, n)
+            keys, values, positions = self.tail(state, s, n)
             if placement is None:
                 nothing = torch.zeros((0, keys.shape[1]), dtype=torch.int64, device=device)
                 tiers, numbers = nothing, nothing
@@ -212,9 +211,8 @@ class LayerStore:
         return kept(pages, last >= first[sequence])
 
     def _planned(self, state: StoreState) -> StoreState:
-        if not self.uses_kernel or state.pages is None or not state.pages.page_table.n_entries:
-            return replace(state, plan=None)
-        return replace(state, plan=plan(state.pages, self.group_size, check=False))
+        made = PagePlan.of(state.pages, self.group_size if self.uses_kernel else None)
+        return replace(state, plan=made)
 
 
 def _with_room(tail: Tensor, n_live: int, n_needed: int) -> Tensor:

@@ -69,6 +69,19 @@ class PlacementRule(ABC):
         """Full pages of n_waiting tokens beyond the window, or 0 while they are too few."""
         return n_waiting // self.page_size * (n_waiting >= self.tokens_per_seal(n_sealed))
 
+    @property
+    @abstractmethod
+    def later_tier(self) -> int:
+        """The tier of tokens that are sealed after the prompt."""
+
+    @abstractmethod
+    def steady_pages(self, n_tail: int) -> int:
+        """Pages of `later_tier` that a tail owes where sealing costs next to nothing."""
+
+    @abstractmethod
+    def is_steady(self, n_sealed: int) -> bool:
+        """Whether every later seal is whole pages of `later_tier`, after n_sealed tokens were."""
+
     @abstractmethod
     def place_later(self, n_sealed: int, n_tail: int, n_kv_heads: int) -> Placement | None:
         """What of a tail of n_tail tokens is sealed after n_sealed others were; None: nothing."""
@@ -111,6 +124,12 @@ class PolicyRule(PlacementRule):
         if not self.policy.can_place(keys.shape[0]):
             return None
         return Placement(*self.policy.place(layer, queries, keys, values, positions))
+
+    def steady_pages(self, n_tail: int) -> int:
+        return 0 if self.window is None else max(n_tail - self.window, 0) // self.page_size
+
+    def is_steady(self, n_sealed: int) -> bool:
+        return True
 
     def place_later(self, n_sealed: int, n_tail: int, n_kv_heads: int) -> Placement | None:
         if self.window is None:
@@ -168,6 +187,16 @@ class UniformRule(PlacementRule):
             torch.cat([torch.full(heads, 1, dtype=torch.int8), pages.tier_of_token]),
             torch.cat([torch.full(heads, n_pages, dtype=torch.int32), pages.page_of_token]),
         )
+
+    @property
+    def later_tier(self) -> int:
+        return 0
+
+    def steady_pages(self, n_tail: int) -> int:
+        return max(n_tail - self.window, 0) // self.page_size
+
+    def is_steady(self, n_sealed: int) -> bool:
+        return n_sealed > 0 or not self.first_tokens
 
     def n_sealed(self, n_tokens: int) -> int:
         """How many of n_tokens read at once lie on pages; in portions too, below 128 pages."""

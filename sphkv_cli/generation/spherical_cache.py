@@ -7,6 +7,8 @@ The prompt is attended to dense and coded once it has been read, layer by layer;
 the codes.  Keys and values are never held dense beside them, but in the tail.  Source: ours.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from sphkv_cli.generation.attention import (
     register,
 )
 from sphkv_cli.generation.coded_part import LayerReader
+from sphkv_cli.generation.decode_steps import DecodeSteps
 from sphkv_cli.generation.layer_frame import LayerFrame
 from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.matching import policy_for, uniform_for
@@ -80,6 +83,11 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._states: list[StoreState | None] = [None] * self.geometry.n_layers
         self._before: list[StoreState | None] = list(self._states)
         self._tokens: NewTokens | None = None
+        self._may_step = self._steps_fit = (
+            model.dtype == torch.bfloat16 and len(self._devices()) == 1
+        )
+        self._steps: DecodeSteps | None = None
+        self._is_captured = False
         self.n_columns = 0
         super().__init__(layers=[SphericalLayer(self, i) for i in range(self.geometry.n_layers)])
         before = model.config._attn_implementation
@@ -129,6 +137,22 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return SphericalCache(model, rule, backend=backend)
 
     @property
+    def n_sequences(self) -> int:
+        """Sequences of the batch; 0 before a prompt."""
+        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        return 0 if held is None else held.n_sequences
+
+    def next_positions(self) -> Tensor:
+        """(n_sequences) int64, on the CPU."""
+        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        return torch.tensor([] if held is None else held.next_position, dtype=torch.int64)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether single tokens go the short way of `decode_steps.py`, once they can."""
+        return self._steps_fit
+
+    @property
     def backend(self) -> str:
         """What reads the codes: "cuda" or "reference"."""
         return "cuda" if self._uses_kernel else "reference"
@@ -136,12 +160,14 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def memory_bytes(self) -> int:
         """Bytes of every tensor that the cache holds, its tables included."""
         states = sum(state.n_bytes for state in self._states if state is not None)
+        if self._steps is not None:
+            states = self._steps.n_bytes
         return states + sum(frame.n_bytes for frame in self._frames)
 
     def dense_bytes(self, bytes_per_number: int = 2) -> int:
         """What the same tokens take in a dense cache."""
-        state = self._states[0]
-        n_tokens = 0 if state is None else sum(state.n_tail) + sum(state.n_sealed)
+        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        n_tokens = 0 if held is None else sum(held.n_tail) + sum(held.n_sealed)
         shape = self.geometry
         return 2 * n_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * bytes_per_number
 
@@ -151,11 +177,12 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def adopt(self, layer: int, state: StoreState) -> None:
         """Take over a layer's state as it is (synthetic.py)."""
+        self._leave_steps()
         self._states[layer] = self._before[layer] = state
 
     def states(self) -> tuple[StoreState | None, ...]:
         """What each layer keeps; for tests and reports."""
-        return tuple(self._states)
+        return tuple(self._states if self._steps is None else self._steps.states())
 
     @property
     def is_croppable(self) -> bool:
@@ -175,24 +202,25 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         n_gone = -tokens_to_remove
         if not n_gone or not self.n_columns:
             return
-        cropped: list[StoreState | None] = []
-        for state in self._states:
-            assert state is not None
-            left = min(state.n_tail)
-            if n_gone > left:
-                raise SphkvError(
-                    f"{n_gone} tokens were to be taken back, {left} are not sealed in pages yet",
-                    "take back fewer, or make the cache anew with a larger window",
-                )
-            cropped.append(_without_last(state, n_gone))
-        self._states = cropped
+        held = [self._steps] if self._steps is not None else self._states
+        left = min(n for one in held if one is not None for n in one.n_tail)
+        if n_gone > left:
+            raise SphkvError(
+                f"{n_gone} tokens were to be taken back, {left} are not sealed in pages yet",
+                "take back fewer, or make the cache anew with a larger window",
+            )
+        if self._steps is not None:
+            self._steps.crop(n_gone)
+        else:
+            self._states = [_without_last(one, n_gone) for one in self._states if one is not None]
         self.n_columns -= n_gone
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._states = [None] * self.geometry.n_layers
         self._before = list(self._states)
-        self._tokens = None
+        self._tokens = self._steps = None
+        self._may_step = self._steps_fit
         self.n_columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -202,6 +230,9 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def batch_select_indices(self, indices: Tensor) -> None:
         """The same; indices (n) int64."""
         chosen = indices.tolist()
+        self._leave_steps()
+        # Beams are reordered at every token, and would enter and leave at every token.
+        self._may_step = False
         self._states = [
             None if state is None else store.selected(state, chosen)
             for store, state in zip(self.stores, self._states, strict=True)
@@ -209,9 +240,8 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times."""
-        state = self._states[0]
-        if state is not None:
-            every = torch.arange(state.n_sequences).repeat_interleave(repeats)
+        if self.n_sequences:
+            every = torch.arange(self.n_sequences).repeat_interleave(repeats)
             self.batch_select_indices(every)
 
     # What a forward pass does, layer by layer.
@@ -235,19 +265,22 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             )
         if layer == 0:
             self._before = list(self._states)
-            n_after = self.n_columns + keys.shape[2]
-            if n_after > self.geometry.max_tokens:
+            self.require_room(keys.shape[2])
+            if self.n_sequences not in (0, keys.shape[0]):
                 raise SphkvError(
-                    f"{n_after} tokens, the model's context is {self.geometry.max_tokens}",
-                    "give a shorter prompt, or generate fewer tokens",
-                )
-            state = self._states[0]
-            if state is not None and state.n_sequences != keys.shape[0]:
-                raise SphkvError(
-                    f"a batch of {keys.shape[0]}, the cache holds {state.n_sequences} sequences",
+                    f"a batch of {keys.shape[0]}, the cache holds {self.n_sequences} sequences",
                     "make a new cache for a new batch",
                 )
         HANDED.set(Handed(self, layer, keys))
+
+    def require_room(self, n_new: int) -> None:
+        """Refuse more tokens than the model's context; raises SphkvError."""
+        n_after = self.n_columns + n_new
+        if n_after > self.geometry.max_tokens:
+            raise SphkvError(
+                f"{n_after} tokens, the model's context is {self.geometry.max_tokens}",
+                "give a shorter prompt, or generate fewer tokens",
+            )
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
@@ -270,10 +303,14 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
     ) -> Tensor:
         if self._tokens is None:
-            state = self._states[0]
-            known = None if state is None else state.next_position
-            positions = call.options.get("position_ids")
-            self._tokens = read_tokens(key.shape[0], key.shape[2], call.mask, positions, known)
+            self._tokens = self._read_tokens(key, call)
+            self._choose_way(self._tokens)
+        if self._steps is not None:
+            output = self._steps.attend(layer, query, key, value)
+            if layer == self.geometry.n_layers - 1:
+                self._tokens = None
+                self.end_step()
+            return output
         tokens, store, before = self._tokens, self.stores[layer], self._states[layer]
         state = store.appended(before, key, value, tokens)
         if before is None:
@@ -293,16 +330,91 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self._before, self._tokens = list(self._states), None
         return output
 
+    def _read_tokens(self, key: Tensor, call: AttentionCall) -> NewTokens:
+        if self._is_captured:
+            # Whatever asks the device cannot be captured; `DecodeGraph` knows its tokens.
+            assert self._steps is not None
+            every = ((0,),) * self.n_sequences
+            return NewTokens(1, every, tuple(self._steps.next_position))
+        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        known = None if held is None else tuple(held.next_position)
+        positions = call.options.get("position_ids")
+        return read_tokens(key.shape[0], key.shape[2], call.mask, positions, known)
+
+    def _choose_way(self, tokens: NewTokens) -> None:
+        """One token of every sequence goes the short way (`decode_steps.py`) where it is open."""
+        if not tokens.is_one_each:
+            self._leave_steps()
+            self._before = list(self._states)
+        elif self.enter_steps() is not None:
+            assert self._steps is not None
+            self._steps.begin()
+
+    def enter_steps(self) -> DecodeSteps | None:
+        """The cache ready for one token per sequence at a time, or None where that is not open:
+        before a prompt, in a dtype other than bfloat16, over several devices, after beams were
+        reordered, or while the first tokens still wait for a page of their own.
+        """
+        if self._steps is not None and self._steps.is_torn:
+            self._leave_steps()
+        states = [state for state in self._states if state is not None]
+        is_open = self._steps is None and self._may_step and len(states) == len(self._states)
+        if is_open and all(self.rule.is_steady(n) for n in states[0].n_sealed):
+            nothing: list[StoreState | None] = [None] * len(states)
+            self._states, self._before = nothing, list(nothing)
+            try:
+                self._steps = DecodeSteps(self.stores, self._readers, states)
+            except BaseException:
+                self._states, self._before = list(states), list(states)
+                raise
+        return self._steps
+
+    def end_step(self) -> None:
+        """All layers have the step's tokens: count them, and seal what is due."""
+        if not self._is_captured:
+            assert self._steps is not None
+            self.n_columns += 1
+            self._steps.finish()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """A forward pass inside is recorded by a CUDA graph, not made."""
+        self._is_captured = True
+        try:
+            yield
+        finally:
+            self._is_captured, self._tokens = False, None
+            HANDED.set(None)
+
+    def _leave_steps(self) -> None:
+        if self._steps is not None:
+            self._states = list(self._steps.states())
+            self._before, self._steps = list(self._states), None
+
     def _undo(self) -> None:
         """Forget the step that is under way, if one is."""
         HANDED.set(None)
         if self._tokens is not None:
-            self._states, self._tokens = list(self._before), None
+            self._tokens = None
+            if self._steps is not None:
+                self._steps.undo()
+            else:
+                self._states = list(self._before)
+
+    def _devices(self) -> set[torch.device]:
+        return {frame.output.device for frame in self._frames}
 
     def _frame(self, layer: int, module: Any) -> LayerFrame:
         device = next(module.parameters()).device
         dtype = torch.float32 if self._uses_kernel else torch.float64
-        return LayerFrame.of(self.rule.frames, layer, self.geometry.n_q_heads, device, dtype)
+        return LayerFrame.of(
+            self.rule.frames,
+            layer,
+            self.geometry.n_q_heads,
+            self.geometry.n_kv_heads,
+            device,
+            dtype,
+        )
 
     def _try(self, model: Any) -> None:
         """Run a few tokens through the model and this cache, so that nothing fails later."""

@@ -1,13 +1,14 @@
 """What a layer holds at one moment, and the tokens of one forward pass: values, never changed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sphkv_cli.generation.page_store import tensor_bytes
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.decode import AttentionPlan
+from sphkv_kernels.decode import AttentionPlan, plan
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,34 @@ class NewTokens:
 
 
 @dataclass(frozen=True, eq=False)
+class PagePlan:
+    """How the kernel reads pages, planned at the first read (`made`): some are never read so."""
+
+    pages: PagedCache
+    group_size: int
+
+    @staticmethod
+    def of(pages: PagedCache | None, group_size: int | None) -> "PagePlan | None":
+        """None without pages, or without a kernel that reads (group_size None)."""
+        if group_size is None or pages is None or not pages.page_table.n_entries:
+            return None
+        return PagePlan(pages, group_size)
+
+    @cached_property
+    def made(self) -> AttentionPlan:
+        """The plan."""
+        return plan(self.pages, self.group_size, check=False)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its tensors, if there are any yet."""
+        if "made" not in self.__dict__:
+            return 0
+        scratch = (self.made.partial_output, self.made.partial_state, self.made.arrivals)
+        return self.made.work.n_bytes + sum(t.untyped_storage().nbytes() for t in scratch)
+
+
+@dataclass(frozen=True, eq=False)
 class StoreState:
     """tail_keys, tail_values: (n_sequences, n_kv_heads, capacity, d) as the model made them.
 
@@ -37,7 +66,7 @@ class StoreState:
     """
 
     pages: PagedCache | None
-    plan: AttentionPlan | None
+    plan: PagePlan | None
     tail_keys: Tensor
     tail_values: Tensor
     n_tail: tuple[int, ...]
@@ -62,8 +91,4 @@ class StoreState:
             self.tail_keys.untyped_storage().nbytes() + self.tail_values.untyped_storage().nbytes()
         )
         pages = 0 if self.pages is None else tensor_bytes(self.pages)
-        work = 0
-        if self.plan is not None:
-            scratch = (self.plan.partial_output, self.plan.partial_state, self.plan.arrivals)
-            work = self.plan.work.n_bytes + sum(t.untyped_storage().nbytes() for t in scratch)
-        return tail + pages + work
+        return tail + pages + (0 if self.plan is None else self.plan.n_bytes)

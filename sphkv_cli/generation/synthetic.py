@@ -4,7 +4,7 @@ Prefilling 32 prompts of 100,000 tokens to time a decode step would take an hour
 not depend on what the pages hold.  Source: ours.
 """
 
-import time
+from dataclasses import replace
 
 import torch
 
@@ -33,49 +33,25 @@ def fill_at_random(
     heads = (n_sequences, shape.n_kv_heads)
     tiers = torch.zeros((*heads, n_sealed // rule.page_size), dtype=torch.int64)
     tail = (*heads, n_tokens - n_sealed, shape.head_dim)
+    pages: PagedCache | None = None
     for layer, store in enumerate(cache.stores):
         device = cache.device_of(layer)
-        pages: PagedCache | None = None
-        if n_sealed:
+        if pages is not None:
+            # Bytes of its own in every layer; what they say does not matter.
+            pages = replace(pages.to(device), pool=pages.pool.to(device, copy=True))
+        elif n_sealed:
             pages = tiled_cache(
                 rule.tiers,
                 tiers,
                 rule.page_size,
                 shape.n_kv_heads,
                 shape.head_dim,
-                seed=seed + layer,
+                seed=seed,
                 device=device,
             )
         keys, values = (torch.randn(tail, device=device).to(dtype) for _ in range(2))
         cache.adopt(layer, store.filled(pages, keys, values, _columns(tail[2], heads[0]), n_sealed))
     cache.n_columns = n_tokens
-
-
-def time_of_seal(cache: SphericalCache) -> tuple[float, int]:
-    """Seconds that sealing takes in all layers together, and after how many tokens it is due.
-
-    The cache is left as it is.
-    """
-    seconds, n_due = 0.0, 0
-    for layer, store in enumerate(cache.stores):
-        state, device = cache.states()[layer], cache.device_of(layer)
-        assert state is not None, "the cache is filled"
-        n_due = cache.rule.tokens_per_seal(state.n_sealed[0])
-        size = (state.n_sequences, cache.geometry.n_kv_heads, n_due, cache.geometry.head_dim)
-        keys = torch.randn(size, device=device).to(state.tail_keys.dtype)
-        columns = (tuple(range(n_due)),) * state.n_sequences
-        full = store.appended(state, keys, keys, NewTokens(n_due, columns, state.next_position))
-        _wait(device)
-        started = time.perf_counter()
-        store.later_placed(full)
-        _wait(device)
-        seconds += time.perf_counter() - started
-    return seconds, n_due
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _columns(n: int, n_sequences: int) -> NewTokens:

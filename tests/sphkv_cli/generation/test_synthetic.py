@@ -9,7 +9,7 @@ import torch
 from sphkv_cli.errors import UsageError
 from sphkv_cli.generation.placement import UniformRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
-from sphkv_cli.generation.synthetic import fill_at_random, time_of_seal
+from sphkv_cli.generation.synthetic import fill_at_random
 from sphkv_codebooks.frame import FrameSet
 from sphkv_kernels.tier import TierFormat
 
@@ -50,18 +50,6 @@ def test_large_caches_seal_more_rarely_and_never_lose_a_token(
             seals += 1
             n_sealed, n_tail = n_sealed + placed.n_placed, n_tail - placed.n_placed
     assert n_sealed + n_tail == 100_000 // 16 * 16 + 8 + 2000 and seals == 2
-
-
-def test_timing_a_seal_leaves_the_cache_as_it_is(
-    random_model: Callable[[str], Any], frames: Callable[[str], FrameSet]
-) -> None:
-    model = random_model("llama")
-    rule = UniformRule.of(TierFormat.int8(), frames("none"), page_size=16, window=8, first_tokens=0)
-    cache = SphericalCache(model, rule)
-    fill_at_random(cache, 2, 100, torch.float64)
-    before = cache.states()
-    seconds, every = time_of_seal(cache)
-    assert seconds > 0 and every == 16 and cache.states() == before
 
 
 def test_caches_that_need_positions_are_refused(

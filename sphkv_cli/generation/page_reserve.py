@@ -1,0 +1,149 @@
+"""Room for the next pages: dead slots at the end of every row, planned for, filled in place.
+
+A decode plan serves a page table as it is; sealing a page would make a new one, which costs the
+host far more than the page.  So the table and the plan hold slots without a token, which a seal
+brings to life by two writes: the page's bytes and its number of tokens.  Until then the kernel
+reads them as pages whose tokens are all dead.  Source: ours.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sphkv_cli.generation.page_store import compacted, joined, kept
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.decode import AttentionPlan, plan
+from sphkv_kernels.page_table import PageTable
+
+_SHARE = 32
+_LEAST = 8
+
+
+def slots_for(n_pages: int) -> int:
+    """Slots of a row of so many pages: a 32nd more, and at least 8."""
+    return max(-(-n_pages // _SHARE), _LEAST)
+
+
+@dataclass(frozen=True, eq=False)
+class PageReserve:
+    """Pages with their dead slots, and the plan that reads both.
+
+    pages: every row's last n_slots entries are slots; plan: of the kernel, else None.
+    entries: (n_sequences, n_kv_heads, n_slots) int64 of the page table; records: likewise, of the
+    plan.  block: (n_sequences, n_kv_heads, n_slots, page bytes), the slots' bytes in the pool.
+    """
+
+    pages: PagedCache
+    plan: AttentionPlan | None
+    entries: Tensor
+    records: Tensor | None
+    block: Tensor
+
+    @staticmethod
+    def of(
+        pages: PagedCache,
+        tier: int,
+        n_slots: int,
+        group_size: int | None,
+        like: "PageReserve | None",
+    ) -> "PageReserve":
+        """Slots of one tier behind the live pages; what else the pool holds is left out.
+
+        Args:
+            group_size: query heads per KV head where the kernel reads, else None.
+            like: of a layer before; its plan is shared if the tables are the same.
+        """
+        live = compacted(kept(pages, pages.page_table.live_tokens > 0))
+        whole = joined(live, _dead(pages, tier, n_slots))
+        heads = (pages.n_sequences, pages.n_kv_heads)
+        ends = whole.page_table.starts[1:].to(torch.int64).view(*heads, 1)
+        entries = ends - n_slots + torch.arange(n_slots, device=pages.device)
+        block = whole.pool[live.pool.numel() :].view(*heads, n_slots, -1)
+        if group_size is None:
+            return PageReserve(whole, None, entries, None, block)
+        if like is not None and like.plan is not None and _same(like.pages, whole):
+            shared = like.plan.for_twin(replace(whole, page_table=like.plan.cache.page_table))
+            return PageReserve(whole, shared, entries, like.records, block)
+        full = whole.page_table.live_tokens.clone()
+        full[entries.flatten()] = whole.page_size
+        as_if = replace(whole, page_table=replace(whole.page_table, live_tokens=full))
+        made = plan(as_if, group_size, check=False)
+        record_of_entry = torch.empty_like(made.work.entries, dtype=torch.int64)
+        numbers = torch.arange(record_of_entry.numel(), device=pages.device)
+        record_of_entry[made.work.entries.to(torch.int64)] = numbers
+        records = record_of_entry[entries]
+        made.work.records[records.flatten(), 1] = 0
+        return PageReserve(whole, made, entries, records, block)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of every row."""
+        return self.entries.shape[2]
+
+    def fill(self, pages: Tensor, sequences: list[int], first: int, positions: Tensor) -> None:
+        """Bring slots to life, without a word to the host.
+
+        Args:
+            pages: (n_chosen, n_kv_heads, n, page bytes) uint8, full pages of the chosen sequences.
+            sequences: the chosen; first: of their slots; positions: (n_chosen, n page_size).
+        """
+        n, size = pages.shape[2], self.pages.page_size
+        for i, s in _runs(sequences):
+            span = slice(i, i + len(s)), slice(s[0], s[-1] + 1)
+            self.block[span[1], :, first : first + n].copy_(pages[span[0]])
+            entries = self.entries[span[1], :, first : first + n]
+            self.pages.page_table.live_tokens.index_fill_(0, entries.flatten(), size)
+            if self.records is not None and self.plan is not None:
+                records = self.records[span[1], :, first : first + n].flatten()
+                self.plan.work.records[:, 1].index_fill_(0, records, size)
+            if self.pages.positions is not None:
+                rows = positions[span[0]].to(torch.int32).view(len(s), 1, n, size)
+                rows = rows.expand(-1, self.pages.n_kv_heads, -1, -1).reshape(-1, size)
+                _put(self.pages.positions, entries.flatten(), rows)
+
+
+def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
+    device, n_rows = pages.device, pages.n_sequences * pages.n_kv_heads
+    page_bytes = pages.tier_page_bytes()[tier]
+    numbers = torch.arange(n_rows * n_slots, device=device)
+    table = PageTable(
+        numbers * page_bytes,
+        torch.full_like(numbers, tier, dtype=torch.int8),
+        torch.zeros_like(numbers, dtype=torch.int16),
+        torch.arange(n_rows + 1, device=device, dtype=torch.int32) * n_slots,
+    )
+    positions = None
+    if pages.positions is not None:
+        positions = pages.positions.new_zeros((n_rows * n_slots, pages.page_size))
+    pool = torch.zeros(n_rows * n_slots * page_bytes, dtype=torch.uint8, device=device)
+    return replace(pages, pool=pool, page_table=table, positions=positions)
+
+
+def _same(one: PagedCache, other: PagedCache) -> bool:
+    a, b = one.page_table, other.page_table
+    pairs = ((a.starts, b.starts), (a.offsets, b.offsets), (a.tiers, b.tiers))
+    return (
+        one.positions is None
+        and other.positions is None
+        and all(torch.equal(*pair) for pair in (*pairs, (a.live_tokens, b.live_tokens)))
+    )
+
+
+def _runs(sequences: list[int]) -> list[tuple[int, list[int]]]:
+    """Neighbours among ascending numbers, with the place of each run's first."""
+    runs: list[tuple[int, list[int]]] = []
+    for i, s in enumerate(sequences):
+        if runs and runs[-1][1][-1] + 1 == s:
+            runs[-1][1].append(s)
+        else:
+            runs.append((i, [s]))
+    return runs
+
+
+def _put(positions: Tensor, entries: Tensor, rows: Tensor) -> None:
+    """CUDA itself does not index uint16."""
+    if positions.dtype == torch.uint16:
+        positions.view(torch.int16).index_copy_(0, entries, rows.to(torch.int16))
+    else:
+        positions.index_copy_(0, entries, rows)

@@ -1,0 +1,232 @@
+"""Single tokens with pages sealed into slots, against the same cache that makes every state anew.
+
+The tail of the steps is bfloat16 in the frame, so logits agree to its rounding and no further; the
+codes, which tokens are where, and what a slot without tokens holds are compared exactly.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sphkv_cli.errors import SphkvError
+from sphkv_cli.generation import page_reserve
+from sphkv_cli.generation.layer_frame import LayerFrame
+from sphkv_cli.generation.placement import UniformRule
+from sphkv_cli.generation.spherical_cache import SphericalCache
+from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotation import Rotation
+from sphkv_kernels.tier import TierFormat
+
+PAGE, HEAD_DIM = 16, 32
+# A tail of bfloat16 (2^-9 a number) in three layers, relative to the largest logit.
+ROUNDING = 1e-2
+
+Model = Callable[[str], Any]
+Frames = Callable[[str], FrameSet]
+
+
+@pytest.fixture(autouse=True)
+def _few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots run out twice in a test."""
+    monkeypatch.setattr(page_reserve, "_LEAST", 2)
+
+
+def cache_of(model: Any, frames: FrameSet, stepping: bool) -> SphericalCache:
+    # In int8 a rounding that decides another code moves a logit by little.
+    rule = UniformRule.of(TierFormat.int8(), frames, page_size=PAGE, window=8, first_tokens=0)
+    cache = SphericalCache(model, rule)
+    cache._may_step = cache._steps_fit = stepping
+    return cache
+
+
+def ids_of(n_sequences: int, n: int) -> Tensor:
+    return torch.randint(1, 128, (n_sequences, n), generator=torch.Generator().manual_seed(3))
+
+
+def run(
+    model: Any, cache: SphericalCache, ids: Tensor, portions: list[int], start: int = 0
+) -> Tensor:
+    rows = []
+    with torch.inference_mode():
+        for n in portions:
+            step = ids[:, start : start + n]
+            rows.append(model(input_ids=step, past_key_values=cache).logits[:, -1])
+            start += n
+    return torch.stack(rows)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert torch.isfinite(found).all()
+    assert float((found - expected).abs().max()) < ROUNDING * float(expected.abs().max())
+
+
+def counts(cache: SphericalCache) -> list[tuple[Any, ...]]:
+    return [(s.n_tail, s.n_sealed, s.next_position) for s in cache.states() if s is not None]
+
+
+@pytest.mark.parametrize("centring", ["none", "post_rope", "pre_rope", "balanced"])
+def test_new_tokens_enter_the_frame_as_the_frame_set_says(frames: Frames, centring: str) -> None:
+    rng = np.random.default_rng(1)
+    framed = frames("none" if centring == "balanced" else centring)
+    if centring == "balanced":
+        balancing = np.eye(HEAD_DIM) + 0.1 * rng.normal(size=(3, 2, HEAD_DIM, HEAD_DIM))
+        framed = FrameSet(Rotation("haar", HEAD_DIM, 42), balancing=balancing)
+    layer = LayerFrame.of(framed, 1, 4, 2, torch.device("cpu"), torch.float64)
+    q, k, v = (torch.from_numpy(rng.normal(size=(5, n, HEAD_DIM))) for n in (4, 2, 2))
+    positions = torch.tensor([0, 3, 99, 70_000, 131_071])
+    queries, both = layer.new_tokens(q, k, v, positions.to(torch.int32))
+    torch.testing.assert_close(queries, framed.queries_to_frame(1, q), rtol=0, atol=1e-5)
+    keys = framed.keys_to_frame(1, k, positions)
+    torch.testing.assert_close(both[0], keys, rtol=0, atol=1e-5)
+    torch.testing.assert_close(both[1], framed.values_to_frame(v), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, centring",
+    [("llama", "pre_rope"), ("gemma2", "post_rope"), ("gemma3", "none")],
+)
+def test_steps_into_slots_are_steps_of_new_states(
+    random_model: Model, frames: Frames, family: str, centring: str
+) -> None:
+    model, ids = random_model(family), ids_of(2, 110)
+    found = {}
+    for stepping in (False, True):
+        cache = cache_of(model, frames(centring), stepping)
+        found[stepping] = run(model, cache, ids, [20, *[1] * 52, 20, *[1] * 8])
+        assert (cache._steps is not None) == stepping
+        found[stepping, "counts"] = counts(cache)
+    assert_near(found[True], found[False])
+    assert found[True, "counts"] == found[False, "counts"]
+
+
+def test_sequences_of_their_own_lengths_seal_when_they_are_due(
+    random_model: Model, frames: Frames
+) -> None:
+    model, ids, n_prompt = random_model("llama"), ids_of(3, 70), 40
+    mask = torch.ones_like(ids)
+    mask[1, :11], mask[2, :27] = 0, 0
+    where = (mask.cumsum(1) - 1).clamp(min=0)
+    found = {}
+    for stepping in (False, True):
+        cache, rows, start = cache_of(model, frames("none"), stepping), [], 0
+        with torch.inference_mode():
+            for stop in (n_prompt, *range(n_prompt + 1, 71)):
+                output = model(
+                    ids[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=where[:, start:stop],
+                    past_key_values=cache,
+                )
+                rows.append(output.logits[:, -1])
+                start = stop
+        found[stepping], found[stepping, "counts"] = torch.stack(rows), counts(cache)
+    assert_near(found[True], found[False])
+    assert found[True, "counts"] == found[False, "counts"]
+    assert len(set(found[True, "counts"][0][1])) > 1
+
+
+def test_slots_without_tokens_are_never_read(random_model: Model, frames: Frames) -> None:
+    model, ids = random_model("llama"), ids_of(2, 60)
+    cache, poisoned = (cache_of(model, frames("none"), True) for _ in range(2))
+    for one in (cache, poisoned):
+        run(model, one, ids, [30, 1])
+    assert poisoned._steps is not None
+    for layer in poisoned._steps._layers:
+        layer.reserve.block.fill_(255)  # NaN in every floating-point field
+    assert torch.equal(
+        run(model, cache, ids, [1] * 20, 31), run(model, poisoned, ids, [1] * 20, 31)
+    )
+
+
+def test_sealed_pages_hold_the_bytes_of_their_tail(random_model: Model, frames: Frames) -> None:
+    """A page that was sealed into a slot is the page that the same tail is encoded to."""
+    from sphkv_kernels.encode import encode
+
+    model, ids = random_model("llama"), ids_of(2, 60)
+    cache = cache_of(model, frames("none"), True)
+    run(model, cache, ids, [30, 1])
+    steps = cache._steps
+    assert steps is not None
+    start = 31
+    while steps.n_tail[0] < 8 + PAGE - 1:
+        run(model, cache, ids, [1], start)
+        start += 1
+    before = [layer.tail.clone() for layer in steps._layers]
+    used = steps._n_used[0]
+    run(model, cache, ids, [1], start)
+    assert steps._n_used[0] == used + 1 and steps.n_tail[0] == 8
+    for layer, tail in zip(steps._layers, before, strict=True):
+        # The oldest page of the tail had been there before the last token came.
+        keys, values = tail[:, 1, 1, None, :PAGE]
+        page = encode(cache.rule.tiers[0], keys, values)[0]
+        entry = int(layer.reserve.entries[1, 1, used])
+        pages = layer.reserve.pages
+        offset = int(pages.page_table.offsets[entry])
+        assert torch.equal(pages.pool[offset : offset + page.numel()], page)
+        assert int(pages.page_table.live_tokens[entry]) == PAGE
+
+
+def test_cropped_and_interrupted_steps_leave_no_trace(random_model: Model, frames: Frames) -> None:
+    model, ids = random_model("llama"), ids_of(1, 60)
+    cache, once = (cache_of(model, frames("none"), True) for _ in range(2))
+    expected = run(model, once, ids, [30, *[1] * 20])
+    run(model, cache, ids, [30, 1, 1, 1])
+    cache.crop(-2)
+    last = model.model.layers[-1].self_attn.o_proj
+    hook = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, ids, [1], 31)
+    hook.remove()
+    # The last layer had attended: its step counts, and generation may take it back.
+    cache.crop(-1)
+    first = model.model.layers[0].self_attn.o_proj
+    hook = first.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, ids, [1], 31)
+    hook.remove()
+    assert torch.equal(run(model, cache, ids, [1] * 19, 31), expected[2:])
+
+
+def test_beams_go_the_long_way_and_keep_their_tokens(random_model: Model, frames: Frames) -> None:
+    model, ids = random_model("llama"), ids_of(2, 80)
+    cache, swapped = cache_of(model, frames("none"), True), cache_of(model, frames("none"), True)
+    run(model, cache, ids, [40, *[1] * 9])
+    run(model, swapped, ids, [40, *[1] * 9])
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    expected = run(model, cache, ids, [1] * 20, 49)
+    found = run(model, swapped, ids.flip(0), [1] * 20, 49)
+    assert_near(found.flip(1), expected)
+    swapped.reset()
+    assert swapped._may_step
+
+
+def test_what_no_code_holds_is_refused_and_stays_dense(random_model: Model, frames: Frames) -> None:
+    model, ids = random_model("llama"), ids_of(1, 80)
+    cache = cache_of(model, frames("none"), True)
+    run(model, cache, ids, [30, 1])
+    assert cache._steps is not None
+    for layer in cache._steps._layers[1:]:
+        layer.tail[1, 0, 0, 3] = float("nan")
+    with pytest.raises(SphkvError, match="layer 1"):
+        run(model, cache, ids, [1] * 20, 31)
+    sealed, tail = cache._steps.n_sealed[0], cache._steps.n_tail[0]
+    assert tail == 8 + PAGE and sealed + tail == cache.n_columns
+
+
+def test_bytes_of_the_steps_are_those_of_their_tensors(random_model: Model, frames: Frames) -> None:
+    model, ids = random_model("llama"), ids_of(2, 80)
+    cache = cache_of(model, frames("none"), True)
+    run(model, cache, ids, [60])
+    before = cache.memory_bytes()
+    run(model, cache, ids, [1], 60)
+    steps = cache._steps
+    assert steps is not None
+    slots = sum(layer.reserve.block.numel() for layer in steps._layers)
+    tails = sum(layer.tail.nbytes for layer in steps._layers)
+    pools = sum(layer.reserve.pages.pool.numel() for layer in steps._layers)
+    assert cache.memory_bytes() > pools + tails
+    assert cache.memory_bytes() - before < slots + tails + 4096
