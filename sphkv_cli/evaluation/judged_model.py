@@ -19,6 +19,7 @@ from sphkv_cli.evaluation.protocol import ReadProtocol
 from sphkv_cli.models.digest import model_digest
 from sphkv_cli.models.geometry import ModelGeometry, inspect_model
 from sphkv_cli.models.head import language_head
+from sphkv_cli.models.memory import is_out_of_memory
 
 _CHECKED_TOKENS = 8
 
@@ -97,10 +98,12 @@ class JudgedModel:
         try:
             with torch.inference_mode():
                 output = body(input_ids=ids, position_ids=position_ids, use_cache=False)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise SphkvError(
-                f"the device ran out of memory on a document of {token_ids.numel()} tokens",
-                "capture shorter documents, or pass --device-map auto",
+                f"{self.model.device} ran out of memory on {token_ids.numel()} tokens",
+                "capture shorter documents, or give a smaller --context",
             ) from error
         hidden: Tensor = output.last_hidden_state[0]
         return hidden

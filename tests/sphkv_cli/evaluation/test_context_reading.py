@@ -1,19 +1,21 @@
 """A context prefilled once reads as one that runs again with every coding."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sphkv_cli.evaluation.coding import KeyValueCoding
+from sphkv_cli.errors import SphkvError
+from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
 from sphkv_cli.evaluation.context_reading import ContextReader
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.plan_coding import PlanCoding
-from sphkv_cli.evaluation.protocol import RetentionProtocol
+from sphkv_cli.evaluation.protocol import RetentionProtocol, UniformProtocol
 from sphkv_cli.evaluation.retained_context import RetainedContext
 from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
 from sphkv_codebooks.frame import FrameSet
@@ -63,6 +65,58 @@ def test_tokens_after_a_context_read_it_as_a_whole_run_does(
         assert (found - whole[N_CONTEXT:]).abs().max() < ROUNDING
         # What is read is the code.
         assert (found - model.dense_hidden(token_ids)[N_CONTEXT:]).abs().max() > 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Failing(ComparatorCoding):
+    """Fails in layer 1."""
+
+    fail: Callable[[], object] = print
+
+    def code(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> CodedTokens:
+        if layer == 1:
+            self.fail()
+        return super().code(layer, keys, values, positions)
+
+
+def failing(model: JudgedModel, fail: Callable[[], object]) -> KeyValueCoding:
+    return Failing("KIVI-2", KiviKeys(2), KiviValues(2), model.shape, None, fail)
+
+
+def no_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_cpu_memory() -> None:
+    """What no machine has."""
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("fail", [no_gpu_memory, no_cpu_memory])
+def test_memory_that_runs_out_while_coding_is_said_and_leaves_the_model_as_it_was(
+    judged: Callable[[str], JudgedModel], token_ids: Tensor, fail: Callable[[], object]
+) -> None:
+    model = judged("llama")
+    before = model.dense_hidden(token_ids)
+    document = JudgedDocument("text", token_ids)
+    for protocol in (RetentionProtocol(N_CONTEXT), UniformProtocol(31, 4, 40)):
+        with pytest.raises(SphkvError, match="ran out of memory"):
+            judge_document(model, document, [failing(model, fail)], protocol)
+        assert torch.equal(model.dense_hidden(token_ids), before)
+
+
+def test_other_errors_of_torch_keep_their_traceback(
+    judged: Callable[[str], JudgedModel], token_ids: Tensor
+) -> None:
+    model = judged("llama")
+
+    def fail() -> None:
+        torch.ones(2) @ torch.ones(3)
+
+    with pytest.raises(RuntimeError, match="size"):
+        judge_document(
+            model, JudgedDocument("text", token_ids), [failing(model, fail)], RetentionProtocol(50)
+        )
 
 
 def test_scores_name_positions_of_the_document(

@@ -1,5 +1,7 @@
 """One table of everything that codes a context: plans, our codes and published ones; its figure."""
 
+import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,12 @@ from sphkv_codebooks.rotation import Rotation
 
 
 @pytest.fixture(scope="module")
-def table(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("table") / "table.json"
+
+
+@pytest.fixture(scope="module")
+def table(tiny_chain: Any, report: Path) -> EvaluationResult:
     """Two budgets, a code of ours, and the usual methods, ends coded and dense."""
     options = EvaluateOptions(
         budgets=("3b", "6b"),
@@ -39,7 +46,7 @@ def table(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Evaluati
         tiny_chain.capture,
         tiny_chain.codebooks,
         tiny_chain.allocation,
-        tmp_path_factory.mktemp("table") / "table.json",
+        report,
     )
 
 
@@ -122,6 +129,33 @@ def test_a_figure_has_one_line_per_family(table: EvaluationResult, tmp_path: Pat
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="neither"):
         require_drawable(Path("figure.gif"))
+
+
+def test_the_readme_table_joins_quality_with_speed(
+    table: EvaluationResult,
+    report: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    examples = Path(__file__).parents[3] / "examples"
+    kernel = examples / "results" / "kernel-h100.json"
+    arguments = ["one_table.py", str(report), "--kernel", str(kernel), "--family", "PolarQuant"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--family", "KIVI", "--family", "dense"])
+    runpy.run_path(str(examples / "one_table.py"), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    cells = {line.split(" | ")[0]: line.rstrip(" |").split(" | ") for line in lines}
+    assert len(cells) == 1 + 2 + 1
+    recorded = next(
+        case["speed_up"]
+        for case in json.loads(kernel.read_text())["cases"]
+        if case["tiers"] == ["4222-fp16"] and case["shape"]["n_tokens"] == 32768
+        if case["shape"]["n_sequences"] == 8 and case["page_size"] == 32
+    )
+    polar = cells["| PolarQuant 4/2/2/2, fp16 radii, Haar"]
+    row = next(row for row in table.rows if row.family == "PolarQuant")
+    assert polar[1] == f"{row.coded_laid_out_rate:.2f}"
+    assert polar[-1] == f"{recorded:.2f}x"
+    assert cells["| KIVI-4"][-1] == "-" and cells["| dense"][-1] == "1.00x"
 
 
 def test_positions_are_printed_when_asked_for(table: EvaluationResult) -> None:

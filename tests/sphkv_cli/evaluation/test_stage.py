@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,14 @@ def test_bad_input_is_refused(chain: Chain, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", seed=8)
     with pytest.raises(ArtifactError, match="digest"):
         evaluate(EvaluateOptions(model=str(other)), chain.capture, chain.codebooks, None, output)
+    # The same weights under another RoPE, and without its last layer.
+    for name, entry in (("rope", ("rope_theta", 5e5)), ("layers", ("num_hidden_layers", 1))):
+        changed = shutil.copytree(chain.model, tmp_path / name)
+        _change_config(changed / "config.json", *entry)
+        for books, plans in ((chain.codebooks, None), (None, chain.allocation)):
+            with pytest.raises(ArtifactError, match="digest"):
+                evaluate(EvaluateOptions(model=str(changed)), chain.capture, books, plans, output)
+            assert not output.exists()
     synthetic = tmp_path / "synthetic.h5"
     shape = SyntheticOptions(2, 4, 2, 32, document_tokens=128)
     capture_synthetic(shape, synthetic)
@@ -162,6 +171,14 @@ def test_bad_input_is_refused(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="--force"):
         evaluate(options(chain), chain.capture, chain.codebooks, None, output)
     assert output.read_text() == "mine"
+
+
+def _change_config(path: Path, entry: str, value: float) -> None:
+    config = json.loads(path.read_text())
+    if entry == "rope_theta":
+        config["rope_parameters"] = {"rope_type": "default", entry: value}
+    config[entry] = value
+    path.write_text(json.dumps(config))
 
 
 def test_the_quality_table_runs(

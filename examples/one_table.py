@@ -1,0 +1,145 @@
+"""Prints one Markdown table of quality, bytes and speed from recorded reports.
+
+    python examples/one_table.py examples/results/smollm2/table.json \
+        --kernel examples/results/kernel-h100.json --profile report.json
+
+Quality and bytes are those of `sphkv evaluate`.  Speed is the time of one attention step against
+the best bf16 attention of the same run: of codes from a kernel report (head_dim 128, one shape), of
+the plan from a `sphkv profile` report of a GPU; `-` where nothing was timed.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FAMILIES = (
+    "dense",
+    "integers per token",
+    "fp8",
+    "KIVI",
+    "TurboQuant-MSE",
+    "PolarQuant",
+    "PolarQuant, centred",
+    "our codes, uniform",
+    "our codes, uniform, ends dense",
+    "SnapKV, bf16",
+    "policy",
+)
+_POLAR = re.compile(r"(?:polar-)?(\d{4})-(r\d|e5m6)\b")
+
+
+def kernel_tier(row: str) -> str | None:
+    """Name in a kernel report of the code that a row of one code reads; None if it has none."""
+    if row.startswith("PolarQuant"):
+        return "4222-fp16"
+    found = _POLAR.match(row)
+    if found is None:
+        return None
+    levels, radius = found.groups()
+    return f"{levels}-{'minifloat' if radius == 'e5m6' else radius}"
+
+
+def kernel_speeds(report: Mapping[str, Any], shape: str) -> dict[str, float]:
+    """Speed-up over bf16 by tier at `shape` (batch x KV heads x context x group)."""
+    found = {}
+    for case in report["cases"]:
+        of_case = case["shape"]
+        names = ("n_sequences", "n_kv_heads", "n_tokens", "group_size")
+        name = "x".join(str(of_case[key]) for key in names)
+        is_asked = name == shape and of_case["head_dim"] == 128 and case["page_size"] == 32
+        if is_asked and len(case["tiers"]) == 1:
+            found[case["tiers"][0]] = float(case["speed_up"])
+    return found
+
+
+def plan_speed(report: Mapping[str, Any]) -> float | None:
+    """Of the plan that a profile timed: the most tokens that it ran."""
+    speed = report["content"]["profile"]["speed"]
+    if not speed:
+        return None
+    rows = speed["rows"]
+    return float(max(rows, key=lambda row: row["batch"] * row["n_context"])["speedup"])
+
+
+def table(
+    evaluation: Mapping[str, Any],
+    families: tuple[str, ...],
+    speeds: Mapping[str, float],
+    of_plan: float | None,
+) -> list[str]:
+    """Markdown lines, the rows of each family together and in order of bytes."""
+    lines = [
+        "| method | bits | MiB | KL | 95 % | KL p99 | perplexity | top-1 | attention step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for family in families:
+        rows = [row for row in evaluation["rows"] if row["family"] == family]
+        rows.sort(key=lambda row: float(row["coded_laid_out_rate"]))
+        lines += [_line(row, _speed(row, speeds, of_plan)) for row in rows]
+    return lines
+
+
+def _speed(
+    row: Mapping[str, Any], speeds: Mapping[str, float], of_plan: float | None
+) -> float | None:
+    if row["name"] == "dense":
+        return 1.0
+    if row["family"] == "plan":
+        return of_plan
+    tier = kernel_tier(row["name"])
+    return None if tier is None or "ends dense" in row["family"] else speeds.get(tier)
+
+
+def _line(row: Mapping[str, Any], speed: float | None) -> str:
+    documents = row["documents"]
+    mebibytes = sum(d["coded_bytes"] for d in documents) / len(documents) / 2**20
+    kl = row["kl_geometric"]
+    low, high = kl["low"], kl["high"]
+    cells = (
+        row["name"],
+        f"{row['coded_laid_out_rate']:.2f}",
+        f"{mebibytes:.2f}",
+        _small(kl["mean"]),
+        "-" if low is None or row["name"] == "dense" else f"{_small(low)} to {_small(high)}",
+        _small(row["kl_p99"]),
+        f"{row['perplexity_ratio']['mean']:.3f}x",
+        f"{row['top1']['mean']:.3f}",
+        "-" if speed is None else f"{speed:.2f}x",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _small(value: float) -> str:
+    if value < 1e-6:
+        return "0"
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
+
+
+def main() -> None:
+    """Print the table of the report named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("evaluation", type=Path, help="a report of sphkv evaluate")
+    parser.add_argument("--kernel", type=Path, help="a report of examples/kernel_report.py")
+    parser.add_argument("--shape", default="8x8x32768x4", help="of the kernel report's cases")
+    parser.add_argument("--profile", type=Path, help="a report of sphkv profile on a GPU")
+    parser.add_argument("--family", action="append", help="rows to print, repeatable")
+    asked = parser.parse_args()
+    evaluation = json.loads(asked.evaluation.read_text())["content"]["evaluation"]
+    speeds, of_plan = {}, None
+    if asked.kernel is not None:
+        report = json.loads(asked.kernel.read_text())
+        speeds = kernel_speeds(report, asked.shape)
+        if not speeds:
+            parser.error(f"{asked.kernel} has no case {asked.shape} of head_dim 128")
+        print(f"Attention step: {report['provenance']['gpu']}, {asked.shape}, head_dim 128.\n")
+    if asked.profile is not None:
+        of_plan = plan_speed(json.loads(asked.profile.read_text()))
+    families = tuple(asked.family) if asked.family else FAMILIES
+    print("\n".join(table(evaluation, families, speeds, of_plan)))
+
+
+if __name__ == "__main__":
+    main()
