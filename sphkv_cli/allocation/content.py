@@ -13,12 +13,14 @@ from sphkv_cli.allocation.head_weights import HeadWeighting
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.planning import PlannedDocument, Planner
 from sphkv_cli.allocation.policy import ROUNDING_RULE
+from sphkv_cli.allocation.quota_fit import QuotaFit
 from sphkv_cli.allocation.result import AllocationSummary, HeadMix
 from sphkv_cli.artifacts.allocation_content import (
     AllocationContent,
     AllocationInfo,
     CalibrationArrays,
     PlanInfo,
+    QuotaFitArrays,
     StoredPlan,
 )
 from sphkv_cli.artifacts.capture import CaptureReader
@@ -75,11 +77,15 @@ def allocation_content(
             drop_coefficient_source=summary.drop_coefficient_source,
             weights_source=weights.source,
             rounding_rule=ROUNDING_RULE,
+            pin_first=options.pin_first,
+            pin_last=options.pin_last,
+            no_drop=options.no_drop,
         ),
         layers=capture.layers,
         frames=frames,
         tiers=planner.layout.tiers,
-        quotas=planner.policy.fractions,
+        quotas=planner.policy_for(planned[0].measured.n_context).fractions,
+        quota_fit=_quota_fit(planner),
         head_weights=weights.values,
         drop_coefficients=planner.coefficients.drop,
         code_coefficients=planner.coefficients.code,
@@ -96,6 +102,12 @@ def allocation_content(
             "comparisons": (ComparisonRow, _comparisons(summary)),
         },
     )
+
+
+def _quota_fit(planner: Planner) -> QuotaFitArrays:
+    fit = planner.quotas
+    assert isinstance(fit, QuotaFit)
+    return QuotaFitArrays(fit.pages, fit.prices.rates, fit.prices.drop, fit.prices.code)
 
 
 def _stored(document: PlannedDocument) -> StoredPlan:

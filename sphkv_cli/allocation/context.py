@@ -3,7 +3,7 @@
 tokens [0, n_context) are the context; queries at positions
 [n_context - window, n_context)  are the window: what the allocator may look at,
 [n_context, n_tokens)            are the horizon: the future, which reads the coded context and
-                                 the dense rest.
+                                 the dense rest; at most HORIZON_QUERIES of them are asked.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.captured_vectors import read_vectors
 from sphkv_codebooks.frame import FrameSet
+
+HORIZON_QUERIES = 128
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ def split_document(
             f"document {document.name!r} has no captured query in {part} token {n_context}",
             "capture with denser queries, or widen --window or --horizon",
         )
-    return Split(n_context, slice(int(first), int(last)), slice(int(last), int(positions.size)))
+    # Evenly spaced: neighbours ask for nearly the same, and cost as much.
+    step = -(-(positions.size - int(last)) // HORIZON_QUERIES)
+    horizon_rows = slice(int(last), int(positions.size), step)
+    return Split(n_context, slice(int(first), int(last)), horizon_rows)
 
 
 @dataclass(frozen=True)

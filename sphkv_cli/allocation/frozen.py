@@ -1,7 +1,7 @@
 """Everything an allocation froze, for planning other text of the same model at any budget.
 
-Calibration, quotas, prices of drops and the score come from the fit documents and stay; a document
-of any length is measured anew (`measure.py`) and planned with them.  Source: ours.
+Calibration, prices, the score and what quotas are fitted from come from the fit documents and
+stay; a document of any length is measured anew (`measure.py`) and planned with them.  Source: ours.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +22,10 @@ from sphkv_cli.allocation.layout import (
     stores_positions,
 )
 from sphkv_cli.allocation.page_costs import Coefficients
+from sphkv_cli.allocation.pins import Pins
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.policy import QuotaPolicy
+from sphkv_cli.allocation.quota_fit import BudgetPrices, QuotaFit
 from sphkv_cli.allocation.stage import AllocationRun
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture_info import LayerInfo
@@ -50,31 +52,10 @@ class FrozenAllocation:
         Raises:
             ArtifactError: its score is not known, or lacks what it needs.
         """
-        info, arrays = allocation.info, allocation.calibration
-        layout = PageLayout(
-            tiers=allocation.tiers,
-            head_dim=info.head_dim,
-            page_size=info.page_size,
-            n_kv_heads=info.n_kv_heads,
-            stores_positions=stores_positions(
-                [layer.window for layer in allocation.layers], allocation.frames
-            ),
-            fixed_bytes=fixed_table_bytes(allocation.frames, allocation.tiers),
-            position_bytes=position_bytes(longest_context),
-        )
+        info = allocation.info
         estimator = stored_estimator(allocation)
-        tables = None
-        if arrays is not None:
-            tables = CalibrationTables(arrays.starts, arrays.log_scores, arrays.log_values)
         return FrozenAllocation(
-            planner=Planner(
-                layout,
-                Budget.parse(info.budget),
-                Coefficients(allocation.drop_coefficients, allocation.code_coefficients),
-                tables,
-                estimator.is_ceiling,
-                QuotaPolicy.from_fractions(allocation.quotas),
-            ),
+            planner=stored_planner(allocation, longest_context),
             estimator=estimator,
             frames=allocation.frames,
             formats=TierFormats.of(allocation.tiers),
@@ -96,6 +77,35 @@ class FrozenAllocation:
             window=run.options.window,
         )
 
-    def at(self, budget: Budget) -> "FrozenAllocation":
-        """The same for another budget; the quotas stay, and are scaled to it when applied."""
-        return replace(self, planner=replace(self.planner, budget=budget))
+    def at(self, budget: Budget, n_context: int) -> "FrozenAllocation":
+        """The same for another budget of a context of n_context tokens, as `Planner.at`."""
+        return replace(self, planner=self.planner.at(budget, n_context))
+
+
+def stored_planner(allocation: AllocationReader, longest_context: int) -> Planner:
+    """The planner of an allocation at its own budget; longest_context: tokens, decides how wide
+    stored positions are."""
+    info, arrays, fit = allocation.info, allocation.calibration, allocation.quota_fit
+    return Planner(
+        layout=PageLayout(
+            tiers=allocation.tiers,
+            head_dim=info.head_dim,
+            page_size=info.page_size,
+            n_kv_heads=info.n_kv_heads,
+            stores_positions=stores_positions(
+                [layer.window for layer in allocation.layers], allocation.frames
+            ),
+            fixed_bytes=fixed_table_bytes(allocation.frames, allocation.tiers),
+            position_bytes=position_bytes(longest_context),
+        ),
+        budget=Budget.parse(info.budget),
+        coefficients=Coefficients(allocation.drop_coefficients, allocation.code_coefficients),
+        calibration=None
+        if arrays is None
+        else CalibrationTables(arrays.starts, arrays.log_scores, arrays.log_values),
+        is_ceiling=bool(info.utility.get("is_ceiling")),
+        quotas=QuotaPolicy.from_fractions(allocation.quotas)
+        if fit is None
+        else QuotaFit(fit.pages, BudgetPrices(fit.rates, fit.drop, fit.code)),
+        pins=Pins(info.pin_first, info.pin_last, info.no_drop),
+    )

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.estimator_names import COMBINATION, require_utility
+from sphkv_cli.allocation.pins import Pins
 from sphkv_cli.errors import UsageError
 from sphkv_cli.option_checks import require_at_least
 
@@ -30,6 +31,7 @@ class AllocateOptions:
         or 1 (a control); auto is the first of them that the capture holds.
     tiers: names to choose among; empty for all of the codebooks, int8 and dense.
     plan_select: plan the select documents too, not only the judge ones.
+    pin_first, pin_last, no_drop: what is kept whatever it scores, as `Pins` has it.
     seed: recorded; nothing here is random.
     """
 
@@ -44,10 +46,14 @@ class AllocateOptions:
     head_weights: HeadWeights = "auto"
     tiers: tuple[str, ...] = ()
     plan_select: bool = False
+    pin_first: int = 0
+    pin_last: int = 0
+    no_drop: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
+        _ = self.pins
         require_utility(self.utility)
         if self.page_size not in PAGE_SIZES:
             raise UsageError(f"the page size is {self.page_size}", "choose one of 16, 32, 64")
@@ -71,6 +77,11 @@ class AllocateOptions:
                 "leave calibration on, or use --utility window",
             )
         require_at_least("--seed", self.seed, 0)
+
+    @property
+    def pins(self) -> Pins:
+        """As one."""
+        return Pins(self.pin_first, self.pin_last, self.no_drop)
 
     @property
     def is_fitted(self) -> bool:

@@ -21,8 +21,10 @@ from sphkv_cli.allocation.page_costs import (
     page_of_token,
     plan_cost,
 )
-from sphkv_cli.allocation.policy import QuotaPolicy, fit_quotas
-from sphkv_cli.allocation.solver import Solution, solve
+from sphkv_cli.allocation.pins import Pins
+from sphkv_cli.allocation.policy import QuotaPolicy
+from sphkv_cli.allocation.quota_fit import BudgetPrices, QuotaFit, apply_quotas, solve_pages
+from sphkv_cli.allocation.solver import Solution
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Planner:
     """Everything frozen by the fit documents.
 
     calibration: None believes the window's own damage (or, for the oracle, the true future).
+    quotas: what they are fitted from, for any budget and length; or, of files that lack it, those
+    of one budget, which are scaled.
     """
 
     layout: PageLayout
@@ -75,7 +79,8 @@ class Planner:
     coefficients: Coefficients
     calibration: CalibrationTables | None
     is_ceiling: bool
-    policy: QuotaPolicy
+    quotas: QuotaFit | QuotaPolicy
+    pins: Pins = Pins()  # noqa: RUF009  (it holds nothing that changes)
 
     @staticmethod
     def fit(
@@ -86,6 +91,7 @@ class Planner:
         coefficients: Coefficients,
         calibrate: bool,
         is_ceiling: bool,
+        pins: Pins | None = None,
     ) -> "Planner":
         """Fit calibration tables and quotas on the fit documents (measured with their horizon)."""
         tables = None
@@ -96,19 +102,71 @@ class Planner:
                 futures.append({name: getattr(document.horizon, name) for name in QUANTITIES})
             tables = fit_tables([document.scores for document in documents], futures)
         nothing = np.zeros((layout.n_layers, layout.n_kv_heads, len(layout.tiers)))
-        bare = Planner(layout, budget, coefficients, tables, is_ceiling, QuotaPolicy(nothing))
-        return bare.priced_at(coefficients, documents)
+        bare = Planner(
+            layout, budget, coefficients, tables, is_ceiling, QuotaPolicy(nothing), pins or Pins()
+        )
+        return bare.refitted(documents, n_context=documents[0].n_context)
 
-    def priced_at(
-        self, coefficients: Coefficients, documents: Sequence[MeasuredDocument]
-    ) -> "Planner":
-        """The same at other prices, and quotas fitted anew on the fit documents; without
-        documents the quotas stay."""
-        priced = replace(self, coefficients=coefficients)
-        if not documents:
-            return priced
-        plans = [priced.solved(document).option_of_page for document in documents]
-        return replace(priced, policy=fit_quotas(plans, len(self.layout.option_names)))
+    def refitted(self, documents: Sequence[MeasuredDocument], n_context: int) -> "Planner":
+        """The same with quotas fitted anew on measured documents; n_context: a usual one."""
+        plain = np.ones_like(self.coefficients.drop)
+        unpriced = replace(self, coefficients=Coefficients(plain, plain))
+        pages = tuple(
+            unpriced._costs(document, unpriced.utilities(document)).pages.astype(np.float32)
+            for document in documents
+        )
+        rate = self.budget.resolve(self.layout.n_coordinates(n_context)).bits_per_coordinate
+        return replace(self, quotas=QuotaFit(pages, BudgetPrices.of([(rate, self.coefficients)])))
+
+    def priced_at(self, coefficients: Coefficients) -> "Planner":
+        """The same at other prices of drops and codes."""
+        return replace(self, coefficients=coefficients)
+
+    def priced_by(self, found: Sequence[tuple[Budget, Coefficients]], n_context: int) -> "Planner":
+        """The same with prices found at several budgets of contexts of n_context tokens."""
+        assert isinstance(self.quotas, QuotaFit)
+        n_coordinates = self.layout.n_coordinates(n_context)
+        prices = BudgetPrices.of(
+            [(b.resolve(n_coordinates).bits_per_coordinate, prices) for b, prices in found]
+        )
+        return replace(self, quotas=replace(self.quotas, prices=prices))
+
+    def at(self, budget: Budget, n_context: int) -> "Planner":
+        """The same for another budget of a context of n_context tokens: at the prices of that
+        budget, where what they are fitted from is there."""
+        if not isinstance(self.quotas, QuotaFit):
+            return replace(self, budget=budget)
+        rate = budget.resolve(self.layout.n_coordinates(n_context)).bits_per_coordinate
+        return replace(self, budget=budget, coefficients=self.quotas.prices.at(rate))
+
+    def policy_for(self, n_context: int) -> QuotaPolicy:
+        """Quotas of contexts of n_context tokens, of the pages that are not pinned.
+
+        Raises:
+            InfeasibleBudgetError: the budget is below what must be kept.
+        """
+        if isinstance(self.quotas, QuotaPolicy):
+            return self.quotas
+        return self.quotas.quotas(
+            self.layout, self.coefficients, self._pages_budget(n_context), n_context, self.pins
+        )
+
+    def options_of_pages(self, n_context: int) -> NDArray[np.int8]:
+        """(n_layers, n_kv_heads, n_pages) option of each page by falling score, by the quotas.
+
+        Raises:
+            InfeasibleBudgetError: the budget is below what must be kept.
+        """
+        policy, budget = self.policy_for(n_context), self._pages_budget(n_context)
+        return apply_quotas(policy, self.layout, budget, self.pins, n_context)
+
+    def order(self, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """(.., n_context) token at each rank."""
+        return order_by_score(self.pins.lifted(scores))
+
+    def _pages_budget(self, n_context: int) -> int:
+        resolved = self.budget.resolve(self.layout.n_coordinates(n_context))
+        return resolved.n_bytes - self.layout.overhead_bytes()
 
     def solved(self, document: MeasuredDocument) -> Placement:
         """The solver's plan alone; raises as `plan`."""
@@ -134,8 +192,7 @@ class Planner:
             UsageError: the budget is below the metadata or above the dense cache of this document.
         """
         budget, costs, order, solution, plan = self._solve(document)
-        pages_budget = budget.n_bytes - self.layout.overhead_bytes()
-        quotas = self.policy.apply(costs.pages.shape[2], self.layout.option_bytes(), pages_budget)
+        quotas = self.options_of_pages(document.n_context)
         return PlannedDocument(
             document,
             budget,
@@ -160,7 +217,7 @@ class Planner:
         return self._costs(document, document.horizon)
 
     def _costs(self, document: MeasuredDocument, utilities: Utilities) -> DocumentCosts:
-        order = order_by_score(document.scores)
+        order = self.order(document.scores)
         return document_costs(
             document.errors, utilities, self.coefficients, order, self.layout.page_size
         )
@@ -175,16 +232,12 @@ class Planner:
             dense_bytes=layout.dense_bytes(n_context),
             document=f"document {document.info.name!r}",
         )
+        self.pins.require(layout, n_context, budget.n_bytes, f"document {document.info.name!r}")
         costs = self._costs(document, self.utilities(document))
-        pages = costs.pages
-        sizes = np.broadcast_to(layout.option_bytes()[:, None, None, :], pages.shape)
-        solution = solve(
-            pages.reshape(-1, pages.shape[-1]),
-            sizes.reshape(-1, pages.shape[-1]),
-            budget.n_bytes - layout.overhead_bytes(),
+        option_of_page, solution = solve_pages(
+            costs.pages, layout, self._pages_budget(n_context), self.pins, n_context
         )
-        option_of_page = solution.plan.option_of_item.reshape(pages.shape[:3])
-        order = order_by_score(document.scores)
+        order = self.order(document.scores)
         return budget, costs, order, solution, self._place(option_of_page, order, costs)
 
     def _place(

@@ -75,8 +75,9 @@ class AllocationSummary:
     budget: as given; options: names, drop first; option_bytes: of one page of the first layer with
     its table entry; plans: of the documents asked for (judge); checks: documents of `check_split`
     with measured errors; drop_coefficient, code_coefficient: geometric means over heads, with
-    their ranges; agreement: per layer, on the checks; discovery: of the plans; weights: where F
-    comes from.
+    their ranges; price_rates: bits per coordinate at which prices were found, for other
+    budgets; pins: what is kept whatever it scores, in words; agreement: per layer, on the checks;
+    discovery: of the plans; weights: where F comes from.
     """
 
     budget: str
@@ -90,6 +91,8 @@ class AllocationSummary:
     code_coefficient_range: tuple[float, float]
     code_coefficient_source: str
     weights: str
+    pins: str
+    price_rates: tuple[float, ...]
     page_size: int
     horizon: int
     window: int

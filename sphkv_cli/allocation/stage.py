@@ -9,8 +9,9 @@ drop at a constant; here a drop costs what the future is expected to lose by it.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +58,12 @@ from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_codebooks.frame import FrameSet
 from sphkv_kernels.tier import TierFormat
+
+ANCHORS = ("1b", "4b")
+"""Budgets at which prices are fitted beside the one asked for; others are interpolated."""
+ANCHOR_ITERATIONS = 2
+NEAR = 1.25
+"""Budgets within this factor share their prices."""
 
 
 def allocate(
@@ -121,7 +128,6 @@ class AllocationRun:
     frames: FrameSet
     layout: PageLayout
     formats: TierFormats
-    estimator: UtilityEstimator
     weights: HeadWeighting
     splits: dict[int, Split]
     progress: Progress
@@ -157,35 +163,45 @@ class AllocationRun:
         }
         for document in capture.documents:
             n_context = splits[document.index].n_context
-            Budget.parse(options.budget).resolve(layout.n_coordinates(n_context)).check(
+            resolved = Budget.parse(options.budget).resolve(layout.n_coordinates(n_context))
+            resolved.check(
                 minimum_bytes=layout.overhead_bytes(),
                 dense_bytes=layout.dense_bytes(n_context),
                 document=f"document {document.name!r}",
             )
+            options.pins.require(layout, n_context, resolved.n_bytes, f"document {document.name!r}")
         weights = HeadWeighting.of(capture, options.head_weights)
-        is_fitted = options.utility == COMBINATION
-        n_fit, n_all = len(capture.documents_of("fit")), len(capture.documents)
-        n_checked = len(capture.documents_of("select")) or n_fit
-        n_drops = ITERATIONS * n_fit if options.is_fitted else 0
-        n_passes = is_fitted * n_fit + n_drops + n_all + n_checked
-        progress.start("measuring documents", n_passes * capture.n_layers, "layers")
-        return AllocationRun(
+        run = AllocationRun(
             options=options,
             capture=capture,
             frames=books.frames,
             layout=layout,
             formats=TierFormats.of(tiers),
-            estimator=fit_estimator(
-                options.utility,
-                capture,
-                splits,
-                books.frames,
-                torch.from_numpy(weights.values),
-                progress,
-            ),
             weights=weights,
             splits=splits,
             progress=progress,
+        )
+        progress.start("measuring documents", run._n_passes() * capture.n_layers, "layers")
+        return run
+
+    def _n_passes(self) -> int:
+        """Passes over a document's layers."""
+        n_fit, n_all = len(self.capture.documents_of("fit")), len(self.capture.documents)
+        n_checked = len(self.capture.documents_of("select")) or n_fit
+        n_priced = ITERATIONS + ANCHOR_ITERATIONS * len(self.other_budgets())
+        fits_score = self.options.utility == COMBINATION
+        return (fits_score + self.options.is_fitted * n_priced) * n_fit + n_all + n_checked
+
+    @cached_property
+    def estimator(self) -> UtilityEstimator:
+        """The score, fitted when first asked for."""
+        return fit_estimator(
+            self.options.utility,
+            self.capture,
+            self.splits,
+            self.frames,
+            self.head_weights,
+            self.progress,
         )
 
     @property
@@ -198,7 +214,7 @@ class AllocationRun:
         return "select" if self.capture.documents_of("select") else "fit"
 
     def fit(self) -> tuple[Planner, list[MeasuredDocument]]:
-        """Measure the fit documents and freeze tables and quotas."""
+        """Measure the fit documents and freeze tables, prices and what quotas are fitted from."""
         documents = [self.measure(document) for document in self.capture.documents_of("fit")]
         options, heads = self.options, (self.capture.n_layers, self.capture.n_kv_heads)
         start = Coefficients.constant(
@@ -213,16 +229,51 @@ class AllocationRun:
             coefficients=start,
             calibrate=options.calibrate,
             is_ceiling=self.estimator.is_ceiling,
+            pins=options.pins,
         )
-        for _ in range(ITERATIONS if options.is_fitted else 0):
+        if not options.is_fitted:
+            return planner, documents
+        planner = self._priced(planner, documents, ITERATIONS)
+        found = [(planner.budget, planner.coefficients)]
+        for budget in self.other_budgets():
+            nearby = self._priced(replace(planner, budget=budget), documents, ANCHOR_ITERATIONS)
+            found.append((budget, nearby.coefficients))
+        return planner.priced_by(found, documents[0].n_context), documents
+
+    def other_budgets(self) -> list[Budget]:
+        """Those of `ANCHORS` at which prices are fitted too: that every fit document can be laid
+        out at, and that are not the budget itself or near it."""
+        asked, found = Budget.parse(self.options.budget), []
+        contexts = [self.splits[d.index].n_context for d in self.capture.documents_of("fit")]
+        for text in ANCHORS:
+            anchor = Budget.parse(text)
+            fits = []
+            for n_context in contexts:
+                n_coordinates = self.layout.n_coordinates(n_context)
+                rate = asked.resolve(n_coordinates).bits_per_coordinate / anchor.amount
+                n_bytes = anchor.resolve(n_coordinates).n_bytes
+                least = self.options.pins.minimum_bytes(self.layout, n_context)
+                fits.append(
+                    max(rate, 1 / rate) > NEAR
+                    and least < n_bytes < self.layout.dense_bytes(n_context)
+                )
+            if all(fits):
+                found.append(anchor)
+        return found
+
+    def _priced(
+        self, planner: Planner, documents: Sequence[MeasuredDocument], iterations: int
+    ) -> Planner:
+        """With prices of drops and codes moved towards what their plans really do."""
+        for _ in range(iterations):
             found = PlanCoherence.total([self._coherence(planner, d) for d in documents])
             drop, code = planner.coefficients.drop, planner.coefficients.code
-            if options.drop_coefficient is None:
+            if self.options.drop_coefficient is None:
                 drop = found.drops.updated(drop, DROP_BOUNDS)
-            if options.code_coefficient is None:
+            if self.options.code_coefficient is None:
                 code = found.codes.updated(code, CODE_BOUNDS)
-            planner = planner.priced_at(Coefficients(drop, code), documents)
-        return planner, documents
+            planner = planner.priced_at(Coefficients(drop, code))
+        return planner
 
     def _coherence(self, planner: Planner, document: MeasuredDocument) -> PlanCoherence:
         return measure_coherence(
@@ -245,8 +296,7 @@ class AllocationRun:
             planned = planner.plan(document)
             controls = {
                 name: planner.priced_at(
-                    replace(planner.coefficients, drop=np.full_like(planner.coefficients.drop, at)),
-                    [],
+                    replace(planner.coefficients, drop=np.full_like(planner.coefficients.drop, at))
                 ).solved(document)
                 for name, at in DROP_CONTROLS.items()
             }

@@ -13,6 +13,7 @@ from sphkv_cli.allocation.head_weights import HeadWeighting
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.page_costs import DocumentCosts, plan_cost
 from sphkv_cli.allocation.planning import Placement, PlannedDocument, Planner
+from sphkv_cli.allocation.quota_fit import QuotaFit
 from sphkv_cli.allocation.reading import read_summary
 from sphkv_cli.allocation.result import AllocationSummary, BaselineRow, DocumentPlan, HeadMix
 
@@ -66,6 +67,10 @@ def summarise(
         code_coefficient_source=_source(options.code_coefficient, "code"),
         drop_coefficient_source=_source(options.drop_coefficient, "drop"),
         weights=weights.source,
+        pins=options.pins.describe(),
+        price_rates=tuple(planner.quotas.prices.rates)
+        if isinstance(planner.quotas, QuotaFit)
+        else (),
         page_size=options.page_size,
         horizon=options.horizon,
         window=options.window,
@@ -159,7 +164,7 @@ def _head_mixes(planner: Planner, documents: Sequence[PlannedDocument]) -> tuple
     layout = planner.layout
     n_options = len(layout.option_names)
     sizes = layout.option_bytes()
-    quotas = planner.policy.fractions
+    quotas = planner.policy_for(documents[0].measured.n_context).fractions
     rows = []
     for layer, kv_head in np.ndindex(layout.n_layers, layout.n_kv_heads):
         pages = [document.plan.option_of_page[layer, kv_head] for document in documents]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sphkv_cli.allocation.pins import NO_PINS
 from sphkv_cli.allocation.result import AllocationResult, AllocationSummary, DocumentPlan
 from sphkv_cli.blocks import Block, Line, Table, bytes_text
 
@@ -164,11 +165,14 @@ def _assumptions(result: AllocationResult) -> tuple[str, ...]:
     )
     return (
         f"score: {summary.utility}; {calibrated}",
+        *([] if summary.pins == NO_PINS else [f"kept whatever they score: {summary.pins}"]),
         f"pages of {summary.page_size} tokens; window {summary.window}, horizon {summary.horizon}",
         f"drop coefficient {_times(summary.drop_coefficient, summary.drop_coefficient_range)} "
         f"({summary.drop_coefficient_source})",
         f"code coefficient {_times(summary.code_coefficient, summary.code_coefficient_range)} "
         f"({summary.code_coefficient_source})",
+        "prices for other budgets were found at "
+        f"{', '.join(f'{rate:.3g}' for rate in summary.price_rates)} bits per coordinate",
         f"weight of a head: {summary.weights}",
         "cost: expected squared error of the attention outputs of one later query, so weighted, "
         "summed over layers and heads",

@@ -20,6 +20,7 @@ from sphkv_cli.artifacts.allocation_content import (
     AllocationInfo,
     CalibrationArrays,
     PlanInfo,
+    QuotaFitArrays,
     write_content,
 )
 from sphkv_cli.artifacts.capture_info import LayerInfo, Split
@@ -39,6 +40,7 @@ __all__ = [
     "AllocationReader",
     "CalibrationArrays",
     "PlanInfo",
+    "QuotaFitArrays",
     "save_allocation",
 ]
 
@@ -94,6 +96,8 @@ class AllocationReader(ArtifactReader):
         attrs = self._file.attrs
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(AllocationInfo):
+            if field.name not in attrs and field.default is not dataclasses.MISSING:
+                continue
             value = attrs[field.name]
             fields[field.name] = value.item() if isinstance(value, np.generic) else value
         fields["rope"] = json.loads(fields["rope"])
@@ -154,6 +158,24 @@ class AllocationReader(ArtifactReader):
         """(n_layers, n_kv_heads, 1 + n_tiers) fractions of pages, drop first."""
         return np.asarray(self._file["policy/quotas"][()], dtype=np.float64)
 
+    @cached_property
+    def quota_fit(self) -> QuotaFitArrays | None:
+        """What quotas are fitted from, for other budgets and lengths; None in files without it."""
+        group = self._file["policy"]
+        if "fit" not in group:
+            return None
+        pages = tuple(
+            np.asarray(group["fit"][name][()], dtype=np.float32)
+            for name in sorted(group["fit"], key=int)
+        )
+        return QuotaFitArrays(
+            pages,
+            *(
+                np.asarray(group[name][()], dtype=np.float64)
+                for name in ("price_rates", "price_of_drop", "price_of_code")
+            ),
+        )
+
     @property
     def head_weights(self) -> FloatArray:
         """(n_layers, n_q_heads) F of each query head."""
@@ -205,6 +227,15 @@ class AllocationReader(ArtifactReader):
         heads = (info.n_layers, info.n_kv_heads)
         if self._file["policy/quotas"].shape != (*heads, 1 + len(self.tiers)):
             raise ValueError(f"quotas have shape {self._file['policy/quotas'].shape}")
+        if "fit" in self._file["policy"]:
+            for name, pages in self._file["policy/fit"].items():
+                if (*pages.shape[:2], pages.shape[3]) != (*heads, 1 + len(self.tiers)):
+                    raise ValueError(f"policy/fit/{name} has shape {pages.shape}")
+            n_rates = self._file["policy/price_rates"].size
+            for kind in ("drop", "code"):
+                shape = self._file[f"policy/price_of_{kind}"].shape
+                if shape != (n_rates, *heads):
+                    raise ValueError(f"policy/price_of_{kind} has shape {shape}")
         _ = self.frames
         for index, document in enumerate(self.documents):
             for name in ("tier_of_token", "page_of_token", "policy_tier_of_token"):

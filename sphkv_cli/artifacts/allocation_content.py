@@ -36,7 +36,8 @@ class AllocationInfo:
 
     rope: as the capture has it.  budget: as the user gave it, of one context.  horizon, window:
     tokens.  utility: name, description and `is_ceiling` of the score; weights_source: where
-    `head_weights` come from; rounding_rule: of the quotas.
+    `head_weights` come from; rounding_rule: of the quotas.  pin_first, pin_last: tokens at the ends
+    of a context that stay in the largest tier; no_drop: none is dropped.
     """
 
     model: str
@@ -57,6 +58,9 @@ class AllocationInfo:
     drop_coefficient_source: str
     weights_source: str
     rounding_rule: str
+    pin_first: int = 0
+    pin_last: int = 0
+    no_drop: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,21 @@ class CalibrationArrays:
     starts: npt.NDArray[np.int64]
     log_scores: FloatArray
     log_values: FloatArray
+
+
+@dataclass(frozen=True)
+class QuotaFitArrays:
+    """What quotas are fitted from.
+
+    pages: per fit document (n_layers, n_kv_heads, n_pages, n_options) costs by falling score, not
+    priced.  rates: (n_rates) bits per coordinate, rising; drop, code: (n_rates, n_layers,
+    n_kv_heads) prices there.
+    """
+
+    pages: tuple[npt.NDArray[np.float32], ...]
+    rates: FloatArray
+    drop: FloatArray
+    code: FloatArray
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,8 @@ class AllocationContent:
     """Everything in allocation.h5 but its header.
 
     tiers: in order of page bytes, without drop.  quotas: (n_layers, n_kv_heads, 1 + n_tiers)
-    fractions of pages, drop first.  head_weights: (n_layers, n_q_heads).  drop_coefficients,
+    fractions of pages, drop first, of contexts as long as the first fit document's; quota_fit: what
+    they are fitted from.  head_weights: (n_layers, n_q_heads).  drop_coefficients,
     code_coefficients: (n_layers, n_kv_heads).  score_arrays: what the score needs beside its name.
     tables: rows by name, for people and plots, each with its row type.
     """
@@ -135,6 +155,7 @@ class AllocationContent:
     frames: FrameSet
     tiers: tuple[TierFormat, ...]
     quotas: FloatArray
+    quota_fit: QuotaFitArrays
     head_weights: FloatArray
     drop_coefficients: FloatArray
     code_coefficients: FloatArray
@@ -155,6 +176,13 @@ def write_content(file: h5py.File, content: AllocationContent) -> None:
     described = json.dumps([tier.describe() for tier in content.tiers], sort_keys=True)
     write_array(file, "tiers", np.array(described.encode()), "")
     write_array(file, "policy/quotas", content.quotas, "n_layers, n_kv_heads, n_options")
+    for index, pages in enumerate(content.quota_fit.pages):
+        axes = "n_layers, n_kv_heads, n_pages, n_options"
+        write_array(file, f"policy/fit/{index:03d}", pages, axes)
+    write_array(file, "policy/price_rates", content.quota_fit.rates, "n_rates")
+    for name in ("drop", "code"):
+        prices = getattr(content.quota_fit, name)
+        write_array(file, f"policy/price_of_{name}", prices, "n_rates, n_layers, n_kv_heads")
     write_array(file, "head_weights", content.head_weights, "n_layers, n_q_heads")
     for name in ("drop_coefficients", "code_coefficients"):
         write_array(file, name, getattr(content, name), "n_layers, n_kv_heads")

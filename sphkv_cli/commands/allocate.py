@@ -62,6 +62,15 @@ def allocate_command(
     plan_select: Annotated[
         bool, typer.Option("--plan-select", help="Plan the select documents too.")
     ] = False,
+    pin_first: Annotated[
+        int, typer.Option(help="First tokens that stay in the largest tier; 0: they compete.")
+    ] = 0,
+    pin_last: Annotated[
+        int, typer.Option(help="Last tokens of the context that stay in the largest tier.")
+    ] = 0,
+    no_drop: Annotated[
+        bool, typer.Option("--no-drop", help="Drop no token: only choose its tier.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="A PNG of what was found: bytes by head, both ends, tiers.")
     ] = None,
@@ -90,6 +99,9 @@ def allocate_command(
         head_weights=head_weights,
         tiers=tuple(tier or ()),
         plan_select=plan_select,
+        pin_first=pin_first,
+        pin_last=pin_last,
+        no_drop=no_drop,
         seed=seed,
     )
     if plot is not None:

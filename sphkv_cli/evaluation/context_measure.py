@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sphkv_cli.allocation.attention_utility import LayerGeometry
-from sphkv_cli.allocation.context import LayerContext, Split
+from sphkv_cli.allocation.context import HORIZON_QUERIES, LayerContext, Split
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.frozen import FrozenAllocation
 from sphkv_cli.allocation.measure import MeasuredDocument, Measurement
@@ -31,7 +31,6 @@ Float = NDArray[np.float64]
 
 _QUERY_STRIDE = 4
 _QUERIES_BEFORE = 512
-_HORIZON_QUERIES = 128
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class _MeasuringRun:
         start = max(n_context - allocation.window, 0)
         before = torch.arange(0, start, max(_QUERY_STRIDE, -(-start // _QUERIES_BEFORE)))
         window = torch.arange(start, n_context)
-        steps = min(n_tokens - n_context, _HORIZON_QUERIES)
+        steps = min(n_tokens - n_context, HORIZON_QUERIES)
         horizon = torch.linspace(n_context, n_tokens - 1, steps).round().long()
         first, last = before.numel(), before.numel() + window.numel()
         shape = (model.geometry.n_layers, model.geometry.n_kv_heads, n_context)

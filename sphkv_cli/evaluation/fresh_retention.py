@@ -1,8 +1,9 @@
 """Plans made anew from an allocation: other documents, other lengths, other budgets, other methods.
 
-What the allocation froze (score, calibration, prices, quotas) is applied to each document from one
-dense run of the model over it; quotas are scaled to the budget, never refitted.  The documents may
-be those of another capture of the same model, and longer ones than it was fitted on.
+What the allocation froze (score, calibration, prices, what quotas are fitted from) is applied to
+each document from one dense run of the model over it; quotas are those of its budget and length, or
+of an old allocation scaled.  The documents may be those of another capture of the same model, and
+longer ones than it was fitted on.
 """
 
 from functools import lru_cache
@@ -71,7 +72,7 @@ def fresh_work(
         context = measure_context(model, frozen, document.name, ids, n_context)
         found = []
         for budget in budgets:
-            planner = frozen.at(Budget.parse(budget)).planner
+            planner = frozen.at(Budget.parse(budget), n_context).planner
             for placed in place_all(context, planner, kinds, Controls({})):
                 name = placed.name if len(budgets) == 1 else f"{placed.name}, {budget}"
                 coding = placed.coding(frozen, model.shape).renamed(name)

@@ -29,9 +29,11 @@ from sphkv_cli.allocation.page_costs import (
     order_by_score,
     page_of_token,
 )
+from sphkv_cli.allocation.pins import Pins
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.published import ada_counts, even_counts, pyramid_counts
 from sphkv_cli.allocation.solver import InfeasibleBudgetError, solve_parts
+from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.coding import ModelCacheShape
 from sphkv_cli.evaluation.context_measure import MeasuredContext
 from sphkv_cli.evaluation.plan_coding import PlanCoding
@@ -188,7 +190,7 @@ class _Placing:
     def control(self) -> Iterator[Placed | None]:
         planner, document = self.planner, self.context.document
         ones = np.ones_like(planner.coefficients.drop)
-        c_drop_1 = planner.priced_at(replace(planner.coefficients, drop=ones), [])
+        c_drop_1 = planner.priced_at(replace(planner.coefficients, drop=ones))
         yield self._joint("joint, c_drop = 1", "control", c_drop_1, document)
         codes = [tier.kind == "spherical" for tier in planner.layout.tiers]
         last = max((i + 1 for i, is_code in enumerate(codes) if is_code), default=0)
@@ -197,7 +199,7 @@ class _Placing:
         scored = replace(document, scores=document.window.drop)
         yield self._joint("joint, uncalibrated window", "control", raw, scored)
         for name, fitted in self.controls.by_score.items():
-            at_budget = replace(fitted, budget=planner.budget)
+            at_budget = replace(fitted, budget=planner.budget, coefficients=planner.coefficients)
             yield self._joint(
                 f"joint, {name} score", "control", at_budget, self.context.scored_by(name)
             )
@@ -251,31 +253,14 @@ class _Placing:
 
     def _pinned(self) -> Placed | None:
         """The first and last tokens of the context in the largest tier, whatever they score."""
-        layout, document = self.planner.layout, self.context.document
-        scores = document.scores.copy()
-        scores[..., :PIN_FIRST] = np.inf
-        scores[..., max(self.n_context - PIN_LAST, 0) :] = np.inf
-        order = order_by_score(scores)
-        costs = self._page_costs(self.planner, self.planner.utilities(document), order)
-        sizes, largest = layout.option_bytes(), len(layout.tiers)
-        n_pinned = min(layout.n_pages(PIN_FIRST + PIN_LAST), costs.shape[2])
-        pinned_bytes = int(sizes[:, largest].sum()) * layout.n_kv_heads * n_pinned
-        parts = [
-            (of_layer[:, n_pinned:].reshape(-1, largest + 1), sizes[layer])
-            for layer, of_layer in enumerate(costs)
-        ]
-        options = np.full(costs.shape[:3], largest, dtype=np.int8)
-        cost = float(costs[:, :, :n_pinned, largest].sum())
+        pinned = replace(self.planner, pins=Pins(PIN_FIRST, PIN_LAST))
         try:
-            if n_pinned < costs.shape[2]:
-                plan = solve_parts(parts, self.budget_bytes - pinned_bytes, n_threads=1).plan
-                rest = (*costs.shape[:2], costs.shape[2] - n_pinned)
-                options[:, :, n_pinned:] = plan.option_of_item.reshape(rest)
-                cost += plan.cost
-        except InfeasibleBudgetError:
+            plan = pinned.solved(self.context.document)
+        except UsageError:
             return None
+        order = pinned.order(self.context.document.scores)
         name = f"joint, first {PIN_FIRST} and last {PIN_LAST} pinned"
-        return Placed(name, "control", order, options, cost)
+        return Placed(name, "control", order, plan.option_of_page, plan.cost)
 
     def _head_means(self) -> Placed | None:
         """Every token of a head needs what its mean token needs; pages in order of position."""

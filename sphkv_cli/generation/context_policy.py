@@ -1,7 +1,7 @@
 """An allocation's policy on a context that nobody planned: scores, order, quotas, pages.
 
     order = tokens by falling score of (layer, KV head);  page = rank // page_size
-    tier(page) = frozen quotas scaled to the budget of n_context tokens (`allocation/policy.py`)
+    tier(page) = quotas of the budget and of n_context tokens (`allocation/quota_fit.py`)
 
 The quotas depend on the number of tokens alone, the order on the layer's own window of queries:
 a layer is placed as soon as its context has been attended to.  Source: ours.
@@ -18,9 +18,10 @@ from sphkv_cli.allocation.attention_utility import LayerGeometry
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.context import LayerContext, Split
 from sphkv_cli.allocation.estimators import UtilityEstimator
-from sphkv_cli.allocation.layout import PageLayout, fixed_table_bytes, stores_positions
-from sphkv_cli.allocation.page_costs import option_of_token, order_by_score, page_of_token
-from sphkv_cli.allocation.policy import QuotaPolicy
+from sphkv_cli.allocation.frozen import stored_planner
+from sphkv_cli.allocation.layout import PageLayout
+from sphkv_cli.allocation.page_costs import option_of_token, page_of_token
+from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.allocation_content import AllocationInfo
 from sphkv_cli.artifacts.capture_info import LayerInfo
@@ -40,20 +41,23 @@ class ContextPolicy:
     info: AllocationInfo
     layers: tuple[LayerInfo, ...]
     frames: FrameSet
-    layout: PageLayout
-    quotas: QuotaPolicy
+    planner: Planner
     estimator: UtilityEstimator
     head_weights: Tensor
     _options: dict[int, npt.NDArray[np.int8]] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
-    def of(allocation: AllocationReader, longest_context: int) -> "ContextPolicy":
+    def of(
+        allocation: AllocationReader, longest_context: int, budget: str | None = None
+    ) -> "ContextPolicy":
         """Read everything the policy needs.
 
-        longest_context: tokens, decides how wide stored positions are.
+        longest_context: tokens, decides how wide stored positions are; budget: another than the
+        allocation's own.
 
         Raises:
-            UsageError: its score looks at the future, which a new text does not have.
+            UsageError: the budget cannot be read, or the score looks at the future, which a new
+                text does not have.
         """
         from sphkv_cli.allocation.estimator_store import stored_estimator
 
@@ -64,54 +68,54 @@ class ContextPolicy:
                 f"{allocation.path} scores tokens by {estimator.name}, which looks at the future",
                 "allocate with another --utility",
             )
-        layout = PageLayout(
-            tiers=allocation.tiers,
-            head_dim=info.head_dim,
-            page_size=info.page_size,
-            n_kv_heads=info.n_kv_heads,
-            stores_positions=stores_positions(
-                [layer.window for layer in allocation.layers], allocation.frames
-            ),
-            fixed_bytes=fixed_table_bytes(allocation.frames, allocation.tiers),
-        )
+        planner = stored_planner(allocation, longest_context)
+        if budget is not None:
+            planner = planner.at(Budget.parse(budget), longest_context)
         return ContextPolicy(
             info=info,
             layers=allocation.layers,
             frames=allocation.frames,
-            layout=layout,
-            quotas=QuotaPolicy.from_fractions(allocation.quotas),
+            planner=planner,
             estimator=estimator,
             head_weights=torch.from_numpy(allocation.head_weights.astype(np.float64)),
         )
 
+    @property
+    def layout(self) -> PageLayout:
+        """Of its pages."""
+        return self.planner.layout
+
     def budget_bytes(self, n_context: int) -> int:
-        """Bytes that the allocation's budget gives a context of so many tokens."""
-        return Budget.parse(self.info.budget).resolve(self.layout.n_coordinates(n_context)).n_bytes
+        """Bytes that the budget gives a context of so many tokens."""
+        return self.planner.budget.resolve(self.layout.n_coordinates(n_context)).n_bytes
 
     def can_place(self, n_context: int) -> bool:
-        """Whether the budget of so short a context covers its fixed tables twice.
+        """Whether the budget of so short a context covers its fixed tables twice, and its pins.
 
         Below that the tables eat the budget and next to nothing would be kept.
         """
-        return self.budget_bytes(n_context) >= 2 * self.layout.overhead_bytes()
+        pinned = self.planner.pins.minimum_bytes(self.layout, n_context)
+        return self.budget_bytes(n_context) >= max(2 * self.layout.overhead_bytes(), pinned)
 
     def options_of_pages(self, n_context: int) -> npt.NDArray[np.int8]:
         """(n_layers, n_kv_heads, n_pages) option of each page by falling score; 0 drops.
 
         Raises:
-            SphkvError: the budget of n_context tokens is below their metadata.
+            SphkvError: the budget of n_context tokens is below their metadata or what is pinned.
         """
         found = self._options.get(n_context)
         if found is None:
             budget = self.budget_bytes(n_context) - self.layout.overhead_bytes()
             if budget < 0:
                 raise SphkvError(
-                    f"the budget {self.info.budget} of {n_context} tokens is below the "
+                    f"the budget {self.planner.budget.text} of {n_context} tokens is below the "
                     f"{self.layout.overhead_bytes():,} bytes of their fixed tables",
                     "give a longer context",
                 )
-            n_pages = self.layout.n_pages(n_context)
-            found = self.quotas.apply(n_pages, self.layout.option_bytes(), budget)
+            self.planner.pins.require(
+                self.layout, n_context, self.budget_bytes(n_context), f"{n_context} tokens"
+            )
+            found = self.planner.options_of_pages(n_context)
             self._options[n_context] = found
         return found
 
@@ -145,7 +149,7 @@ class ContextPolicy:
         """
         n_context = keys.shape[0]
         scores = self.scores(layer, queries, keys, values, positions)
-        order = order_by_score(scores[None])
+        order = self.planner.order(scores[None])
         pages = page_of_token(order, self.layout.page_size)
         options = option_of_token(self.options_of_pages(n_context)[layer][None], pages)
         tiers = torch.from_numpy((options[0] - np.int8(1)).T.copy())

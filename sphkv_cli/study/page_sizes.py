@@ -84,7 +84,7 @@ def _sized(
         layout=replace(layout, page_size=page_size),
         budget=Budget.parse(budget),
     )
-    return sized.priced_at(planner.coefficients, fitted)
+    return sized.refitted(fitted, fitted[0].n_context)
 
 
 def _row(planner: Planner, budget: str, documents: Sequence[MeasuredDocument]) -> _Row:

@@ -16,7 +16,6 @@ import torch
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.frozen import FrozenAllocation
-from sphkv_cli.allocation.measure import MeasuredDocument
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.stage import AllocationRun
@@ -64,7 +63,7 @@ def run(inputs: StudyInputs) -> StudyResult:
     fit = AllocationRun.prepare(asked, capture, codebooks, inputs.progress)
     planner, fitted = fit.fit()
     kinds = wanted_kinds(options.rows)
-    planners = _planners(planner, options.budgets, fitted)
+    planners = _planners(planner, options.budgets, fitted[0].n_context)
     control_budget = options.budgets[(len(options.budgets) - 1) // 2]
     controls, no_weights = Controls({}), None
     model = inputs.judged_model
@@ -77,7 +76,7 @@ def run(inputs: StudyInputs) -> StudyResult:
         no_weights = Bench(
             model,
             FrozenAllocation.fitted(unweighted, other),
-            _planners(other, (control_budget,), other_fitted),
+            _planners(other, (control_budget,), other_fitted[0].n_context),
             ("own",),
             Controls({}),
         )
@@ -120,16 +119,9 @@ def run(inputs: StudyInputs) -> StudyResult:
     )
 
 
-def _planners(
-    planner: Planner, budgets: Sequence[str], fitted: Sequence[MeasuredDocument]
-) -> dict[str, Planner]:
-    """Quotas fitted anew for every budget; prices of drops are those of the middle one."""
-    return {
-        budget: replace(planner, budget=Budget.parse(budget)).priced_at(
-            planner.coefficients, fitted
-        )
-        for budget in budgets
-    }
+def _planners(planner: Planner, budgets: Sequence[str], n_context: int) -> dict[str, Planner]:
+    """Quotas and prices of every budget."""
+    return {budget: planner.at(Budget.parse(budget), n_context) for budget in budgets}
 
 
 def _prompts(inputs: StudyInputs, texts: Sequence[torch.Tensor]) -> tuple[RecallPrompt, ...]:

@@ -68,7 +68,7 @@ def test_no_row_is_laid_out_above_the_budget(
 ) -> None:
     info, ids = document
     n_context = int(info.n_context * share) // 3 * 3 + 1
-    frozen = frozen.at(Budget.parse(budget))
+    frozen = frozen.at(Budget.parse(budget), n_context)
     context = measure_context(model, frozen, "text", ids, n_context)
     planner = frozen.planner
     n_bytes = planner.budget.resolve(planner.layout.n_coordinates(n_context)).n_bytes
@@ -93,7 +93,7 @@ def test_parts_that_are_taken_away_never_lower_the_predicted_cost(
     model: JudgedModel, frozen: FrozenAllocation, document: Any
 ) -> None:
     info, ids = document
-    frozen = frozen.at(Budget.parse("10b"))
+    frozen = frozen.at(Budget.parse("10b"), info.n_context)
     context = measure_context(model, frozen, "text", ids, info.n_context)
     rows = {
         row.name: row
@@ -111,14 +111,14 @@ def test_the_price_of_a_drop_moves_the_plan(
     model: JudgedModel, frozen: FrozenAllocation, document: Any
 ) -> None:
     info, ids = document
-    frozen = frozen.at(Budget.parse("2b"))
+    frozen = frozen.at(Budget.parse("2b"), info.n_context)
     context = measure_context(model, frozen, "text", ids, info.n_context)
     dear = replace(
         frozen.planner.coefficients, drop=1e3 * np.ones_like(frozen.planner.coefficients.drop)
     )
     kept = [
         planner.plan(context.document).plan.option_of_page > 0
-        for planner in (frozen.planner, frozen.planner.priced_at(dear, []))
+        for planner in (frozen.planner, frozen.planner.priced_at(dear))
     ]
     assert kept[1].sum() >= kept[0].sum()
 
@@ -161,7 +161,7 @@ def test_a_context_read_after_one_dense_run_scores_as_a_run_of_its_own(
     model: JudgedModel, frozen: FrozenAllocation, document: Any
 ) -> None:
     info, ids = document
-    frozen = frozen.at(Budget.parse("3b"))
+    frozen = frozen.at(Budget.parse("3b"), info.n_context)
     measured = measure_context(model, frozen, "text", ids, info.n_context)
     context = RetainedContext.of(model, "text", ids, info.n_context)
     tiers = ContextTiers(frozen.planner.layout.tiers, frozen.frames, context)
@@ -186,7 +186,7 @@ def test_output_errors_fall_with_the_budget_and_vanish_for_a_dense_cache(
     measured = measure_context(model, frozen, "text", ids, info.n_context)
     found = []
     for budget in ("3b", "9b"):
-        at = frozen.at(Budget.parse(budget))
+        at = frozen.at(Budget.parse(budget), info.n_context)
         plan = place_all(measured, at.planner, ("own",), Controls({}))[0]
         coding = plan.coding(at, model.shape)
         found.append(context.output_error(tiers, coding.tier_of_token))
