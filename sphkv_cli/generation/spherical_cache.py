@@ -422,7 +422,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         with torch.inference_mode():
             for part in (ids[:, :-1], ids[:, -1:]):
                 model(input_ids=part, past_key_values=self)
-        if self.n_columns != _TRIAL_TOKENS or any(state is None for state in self._states):
+        if self.n_columns != _TRIAL_TOKENS or any(state is None for state in self.states()):
             raise SphkvError(
                 f"{type(model).__name__} has a layer that does not attend through its cache",
                 "its architecture is not supported",

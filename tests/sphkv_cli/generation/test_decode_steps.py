@@ -217,6 +217,17 @@ def test_what_no_code_holds_is_refused_and_stays_dense(random_model: Model, fram
     assert tail == 8 + PAGE and sealed + tail == cache.n_columns
 
 
+def test_a_bfloat16_model_steps_of_itself(random_model: Model, frames: Frames) -> None:
+    model, ids = random_model("llama").to(torch.bfloat16), ids_of(2, 60)
+    rule = UniformRule.of(TierFormat.int8(), frames("none"), page_size=PAGE, window=8)
+    cache = SphericalCache(model, rule)
+    # Its first tokens have a dense page of their own, which is sealed the usual way.
+    run(model, cache, ids, [20, 1])
+    assert cache._steps is None
+    run(model, cache, ids, [1] * 9, 21)
+    assert cache._steps is not None and counts(cache)[0][1] == (20, 20)
+
+
 def test_bytes_of_the_steps_are_those_of_their_tensors(random_model: Model, frames: Frames) -> None:
     model, ids = random_model("llama"), ids_of(2, 80)
     cache = cache_of(model, frames("none"), True)
