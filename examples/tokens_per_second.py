@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import AttentionInterface, Cache, DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from sphkv_cli.errors import SphkvError
@@ -106,18 +107,24 @@ def main() -> None:
             for name in names:
                 cells.append(_cell(model, name, batch, context, asked.steps))
                 print(json.dumps(asdict(cells[-1])), flush=True)
+                _write(asked, model, cells)
     print(_table(cells, names))
-    if asked.output:
-        gpu = "none, smoke run" if asked.smoke else torch.cuda.get_device_name()
-        report = {
-            "model": asked.model,
-            "gpu": gpu,
-            "torch": torch.__version__,
-            "steps": asked.steps,
-            "dtype": str(model.dtype),
-            "cells": [asdict(cell) for cell in cells],
-        }
-        Path(asked.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _write(asked: Any, model: Any, cells: list["Cell"]) -> None:
+    """What is known so far: a later cell may be the one that kills the process."""
+    if not asked.output:
+        return
+    report = {
+        "model": asked.model,
+        "gpu": "none, smoke run" if asked.smoke else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "steps": asked.steps,
+        "dtype": str(model.dtype),
+        "cells": [asdict(cell) for cell in cells],
+    }
+    Path(asked.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _arguments() -> Any:
@@ -233,11 +240,21 @@ class FixedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
     get_max_cache_shape = get_max_length
 
 
+def _attend_unmasked(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    output = attend(query, key, value, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
 def _measure_dense_graph(model: Any, name: str, batch: int, context: int, steps: int) -> Cell:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     config, device = model.config, model.device
-    model.set_attn_implementation("sdpa")
+    # A name without a mask of its own gets none.
+    AttentionInterface.register("sdpa_unmasked", _attend_unmasked)
+    model.set_attn_implementation("sdpa_unmasked")
     before = _allocated(device)
     # As long as the coded cache is halfway through its timed steps.
     size = (batch, config.num_key_value_heads, context + 16, config.head_dim)

@@ -109,6 +109,8 @@ class DecodeGraph:
         # The old graph's memory is free for the new one.
         self._graph, self._logits = None, torch.empty(0)
         self._ids = token_ids.clone()
+        # A mask that is there already, which no one reads: making one asks the device.
+        mask = torch.ones((*token_ids.shape, 1, 1), dtype=torch.bool, device=token_ids.device)
         graph = torch.cuda.CUDAGraph()
         try:
             with (
@@ -117,6 +119,7 @@ class DecodeGraph:
             ):
                 self._logits = self._forward(
                     input_ids=self._ids,
+                    attention_mask=mask,
                     position_ids=steps.clock.position_ids,
                     past_key_values=self._cache,
                 ).logits
