@@ -39,7 +39,7 @@ class EndsKeptDense(KeyValueCoding):
     def name(self) -> str:
         # What `inner` says of its seed stays last, where rows of one code are joined by it.
         name, comma, seed = self.inner.name.partition(", seed ")
-        return f"{name}, first {self.first} + last {self.last} dense{comma}{seed}"
+        return f"{name}, ends {self.first}+{self.last} dense{comma}{seed}"
 
     @property
     def token_group(self) -> int:

@@ -7,6 +7,7 @@ token read (drift) is told from one that does not.
 from pathlib import Path
 
 from sphkv_cli.errors import UsageError
+from sphkv_cli.evaluation.quantisers import ENDS_DENSE
 from sphkv_cli.evaluation.result import EvaluationResult, Row
 from sphkv_cli.plots.draw import ImageFormat
 from sphkv_cli.plots.figures import Figure, PlotPanel, Series
@@ -50,27 +51,34 @@ def rate_figure(result: EvaluationResult) -> Figure:
 
     lines = []
     for family, rows in families.items():
-        rows = sorted(rows, key=rate)
+        rows.sort(key=rate)
+        base = family.removesuffix(ENDS_DENSE)
         lines.append(
             Series(
                 family,
                 [rate(row) for row in rows],
                 [row.kl_geometric.mean for row in rows],
-                style="both",
+                style="both" if base == family else "dashed-both",
                 emphasis=family == _EMPHASISED,
+                pair_of="" if base == family else base,
             )
         )
     what = "of the context" if is_retention else "of the whole cache"
     panels = [
         PlotPanel(
-            f"{result.model}: {result.n_documents} documents",
+            f"{result.model}, judged on {result.n_documents} texts"
+            + (" (dashed: ends of the context dense)" if any(s.pair_of for s in lines) else ""),
             f"laid-out bits per coordinate {what}",
             "KL to the dense model, nats",
             lines,
             y_scale="log",
         )
     ]
-    near = [min(rows, key=lambda row: abs(rate(row) - _RATE)) for rows in families.values()]
+    near = [
+        min(rows, key=lambda row: abs(rate(row) - _RATE))
+        for family, rows in families.items()
+        if not family.endswith(ENDS_DENSE)
+    ]
     drift = [_drift(row) for row in near if abs(rate(row) - _RATE) <= _AROUND]
     if drift:
         start = result.rows[0].by_position[0].first

@@ -11,6 +11,7 @@ ImageFormat = Literal["png", "svg"]
 
 _PANEL_INCHES = (5.2, 3.7)
 _LEGEND_INCHES = 2.6
+_ENTRY_INCHES = 0.21
 _MOST_INSIDE = 6
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linestyle": "-"},
@@ -18,6 +19,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "both": {"linestyle": "-", "marker": "o", "markersize": 4},
     "steps": {"drawstyle": "steps-post"},
     "dashed": {"linestyle": "--"},
+    "dashed-both": {"linestyle": "--", "marker": "o", "markersize": 4, "markerfacecolor": "white"},
 }
 
 
@@ -43,6 +45,9 @@ def draw(figure: Figure, path: Path, image_format: ImageFormat = "png") -> None:
     n_columns = min(figure.n_columns, len(figure.panels))
     width, height = _PANEL_INCHES
     share_legend = _shares_legend(figure)
+    if share_legend:
+        entries = {label for panel in figure.panels for label in _labels(panel)}
+        height = max(height, (len(entries) + 1) * _ENTRY_INCHES / figure.n_rows)
     canvas = Canvas(
         figsize=(width * n_columns + share_legend * _LEGEND_INCHES, height * figure.n_rows),
         layout="constrained",
@@ -72,15 +77,17 @@ def _draw_series(
     """Draw, and return what a legend would show, by label."""
     handles = {}
     for series in panel.series:
-        (handles[series.label],) = ax.plot(
+        (drawn,) = ax.plot(
             series.x,
             series.y,
-            label=series.label,
-            color=colors[series.label],
+            label="" if series.pair_of else series.label,
+            color=colors[series.pair_of or series.label],
             linewidth=2.6 if series.emphasis else 1.3,
             zorder=4 if series.style == "points" else 3 if series.emphasis else 2,
             **_STYLES[series.style],
         )
+        if not series.pair_of:
+            handles[series.label] = drawn
     _label(ax, panel)
     ax.set_xscale(panel.x_scale)
     ax.set_yscale(panel.y_scale)
@@ -119,7 +126,10 @@ def _label(ax: Any, panel: PlotPanel | GridPanel) -> None:
 
 
 def _labels(panel: Panel) -> list[str]:
-    return [] if isinstance(panel, GridPanel) else [series.label for series in panel.series]
+    """Of what a legend names."""
+    if isinstance(panel, GridPanel):
+        return []
+    return [series.label for series in panel.series if not series.pair_of]
 
 
 def _shares_legend(figure: Figure) -> bool:
@@ -130,9 +140,18 @@ def _shares_legend(figure: Figure) -> bool:
 
 
 def _colors(figure: Figure) -> dict[str, Any]:
-    """A label has one colour in all panels of a figure."""
+    """A label has one colour in all panels of a figure; what is emphasised is black."""
     import matplotlib
 
     labels = list(dict.fromkeys(label for panel in figure.panels for label in _labels(panel)))
-    colors = matplotlib.colormaps["tab10" if len(labels) <= 10 else "tab20"]
-    return {label: colors(index % colors.N) for index, label in enumerate(labels)}
+    black = {
+        series.label
+        for panel in figure.panels
+        if not isinstance(panel, GridPanel)
+        for series in panel.series
+        if series.emphasis and not series.pair_of
+    }
+    others = [label for label in labels if label not in black]
+    colors = matplotlib.colormaps["tab10" if len(others) <= 10 else "tab20"]
+    found = {label: colors(index % colors.N) for index, label in enumerate(others)}
+    return found | dict.fromkeys(black, (0.0, 0.0, 0.0, 1.0))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-SeriesStyle = Literal["line", "points", "both", "steps", "dashed"]
+SeriesStyle = Literal["line", "points", "both", "steps", "dashed", "dashed-both"]
 Scale = Literal["linear", "log"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -19,7 +19,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 class Series:
     """Numbers y over x, equally many; NaN leaves a gap. `steps`: y[i] holds from x[i] to x[i+1].
 
-    emphasis: drawn thicker and above the others, for what the panel is about.
+    emphasis: drawn thicker, black and above the others, for what the panel is about.
+    pair_of: the label whose colour it has; the legend then names that one alone.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Series:
     y: Sequence[float]
     style: SeriesStyle = "line"
     emphasis: bool = False
+    pair_of: str = ""
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):

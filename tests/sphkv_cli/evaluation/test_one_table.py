@@ -72,7 +72,7 @@ def test_bytes_of_a_context_are_those_of_all_that_is_kept(table: EvaluationResul
     n_context, heads, head_dim = 150 - 40, 2 * 2, 32
     fp8 = rows["fp8 e4m3, no scale"].documents[0].coded_bytes
     assert fp8 == n_context * heads * head_dim * 2
-    ends = rows["fp8 e4m3, no scale, first 2 + last 16 dense"].documents[0].coded_bytes
+    ends = rows["fp8 e4m3, no scale, ends 2+16 dense"].documents[0].coded_bytes
     assert ends - fp8 == 18 * heads * head_dim * 2
     for budget, rate in (("3b", 3.0), ("6b", 6.0)):
         assert rows[f"policy, {budget}"].coded_laid_out_rate <= rate
@@ -111,7 +111,7 @@ def test_rotations_of_a_method_with_dense_ends_share_a_row(
         turbo = TurboQuantMse(3, 32, Rotation("haar", 32, seed))
         coding = ComparatorCoding(f"TurboQuant, seed {seed}", turbo, turbo, shape)
         rows.add(Candidate(EndsKeptDense(coding, shape, 4, 32), False).row)
-    assert rows == {"TurboQuant, first 4 + last 32 dense"}
+    assert rows == {"TurboQuant, ends 4+32 dense"}
 
 
 def test_a_figure_has_one_line_per_family(table: EvaluationResult, tmp_path: Path) -> None:
@@ -120,6 +120,9 @@ def test_a_figure_has_one_line_per_family(table: EvaluationResult, tmp_path: Pat
     assert set(by_rate) == {row.family for row in table.rows[:-1]}
     policy = by_rate["policy"]
     assert policy.emphasis and list(policy.x) == sorted(policy.x) and len(policy.x) == 2
+    # The same code with its ends dense has its colour, dashed, and no second entry in the legend.
+    ends = by_rate["KIVI" + ENDS_DENSE]
+    assert ends.pair_of == "KIVI" and ends.style == "dashed-both"
     drift = {series.label: series for series in figure.panels[1].series}  # type: ignore[union-attr]
     # Near 3 bits: the policy at 3b, not the one at 6b; and no 8-bit method.
     chosen = next(row for row in table.rows if row.name == "policy, 3b")
