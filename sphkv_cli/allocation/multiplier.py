@@ -20,8 +20,6 @@ Float = NDArray[np.float64]
 
 _SHIFT = 47  # 64 - 1 sign - 11 exponent - 5 mantissa bits
 _N_BINS = (0x7FF0_0000_0000_0000 >> _SHIFT) + 1  # the last bin is +inf
-NO_GAIN = float(np.int64((1 << _SHIFT) - 1).view(np.float64))
-"""The largest rate of bin 0 (a subnormal double): a segment at or below it gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +48,27 @@ class Segments:
     sizes: Float
 
     @staticmethod
-    def of_bin(
-        first: int, rates: Float, sizes: Float, bin_index: int
-    ) -> tuple["Segments", NDArray[np.int8]]:
-        """The segments of one bin, and for each item how many segments lie above it.
+    def of_bin(items: NDArray[np.int64], rates: Float, sizes: Float, bin_index: int) -> "Segments":
+        """The segments of one bin.
 
         Args:
-            first: number of the first item.
+            items: (n_items) numbers.
             rates: (n_options - 1, n_items); sizes: (n_options - 1, n_items or 1) bytes.
-            bin_index: as `RateHistogram.critical_bin` gave it; 0 finds none.
+            bin_index: as `RateHistogram.critical_bin` gave it.
         """
-        n_above = np.zeros(rates.shape[1], dtype=np.int8)
-        low, high = _edges(bin_index)
         found = []
-        for step, rate in enumerate(rates):
-            n_above += rate > high
-            if bin_index:
-                hit = np.flatnonzero((rate >= low) & (rate <= high))
-                size = sizes[step, 0] if sizes.shape[1] == 1 else sizes[step, hit]
-                found.append(
-                    Segments(
-                        hit + first,
-                        np.full(hit.size, step, dtype=np.int8),
-                        rate[hit],
-                        np.broadcast_to(size, hit.shape),
-                    )
+        for step, (rate, in_bin) in enumerate(zip(rates, _bins(rates) == bin_index, strict=True)):
+            hit = np.flatnonzero(in_bin)
+            size = sizes[step, 0] if sizes.shape[1] == 1 else sizes[step, hit]
+            found.append(
+                Segments(
+                    items[hit],
+                    np.full(hit.size, step, dtype=np.int8),
+                    rate[hit],
+                    np.broadcast_to(size, hit.shape),
                 )
-        return Segments.joined(found), n_above
+            )
+        return Segments.joined(found)
 
     @staticmethod
     def joined(parts: Sequence["Segments"]) -> "Segments":
@@ -93,7 +85,7 @@ class Segments:
 
 
 class RateHistogram:
-    """Bytes of hull segments by rate; those without a gain (at most NO_GAIN) are left out."""
+    """Bytes of hull segments by rate; those of bin 0 (subnormal doubles: no gain) are left out."""
 
     def __init__(self) -> None:
         self._bytes = np.zeros(_N_BINS)
@@ -106,11 +98,16 @@ class RateHistogram:
             total._bytes += part._bytes
         return total
 
-    def add(self, rates: Float, segment_bytes: Float) -> None:
-        """Add segments: rates and bytes (n_options - 1, n_items); bytes may be (…, 1)."""
+    def add(self, rates: Float, segment_bytes: Float) -> NDArray[np.int64]:
+        """Add segments: rates and bytes (n_options - 1, n_items); bytes may be (…, 1).
+
+        Returns the bin of each: (n_options - 1, n_items).
+        """
+        bins = _bins(rates)
         sizes = np.broadcast_to(segment_bytes, rates.shape)
-        self._bytes += np.bincount(_bins(rates).ravel(), weights=sizes.ravel(), minlength=_N_BINS)
+        self._bytes += np.bincount(bins.ravel(), weights=sizes.ravel(), minlength=_N_BINS)
         self._bytes[0] = 0.0
+        return bins
 
     def critical_bin(self, left_bytes: float) -> tuple[int, float]:
         """The bin in which `left_bytes` run out, and the bytes of all bins above it.
@@ -142,10 +139,3 @@ def cut_segments(segments: Segments, left_bytes: float) -> Cut:
 
 def _bins(rates: Float) -> NDArray[np.int64]:
     return np.ascontiguousarray(rates).view(np.int64) >> _SHIFT
-
-
-def _edges(bin_index: int) -> tuple[float, float]:
-    """Smallest and largest rate of a bin."""
-    ends = np.array([bin_index << _SHIFT, ((bin_index + 1) << _SHIFT) - 1], dtype=np.int64)
-    low, high = ends.view(np.float64)
-    return float(low), float(high)

@@ -8,9 +8,10 @@ multiplier.py) and is the value of the linear relaxation.  The plan takes every 
 that rate and the ties that fit, then fills the remaining bytes greedily; the best uniform plan (one
 option for all) is computed beside it and the better of the two is returned.
 
-Cost: two passes over the table for the hulls and one or two for the fill and the certificate, in
-blocks on all threads; memory beyond the table is one byte per item, the segments of one bin of
-rates, and a block per thread.  Source: Everett 1963 for the multipliers; ours as a whole.
+Cost: one pass over the table for the hulls, one for the cut and one or two for the fill and the
+certificate, in blocks on all threads; memory beyond the table is one byte per item and two per
+option, the segments of one bin of rates, and a block per thread.  Source: Everett 1963 for the
+multipliers; ours as a whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,9 @@ def solve_parts(
     minimum = int(sizes[0])
     if budget < minimum:
         raise InfeasibleBudgetError(budget, minimum)
-    surveys = table.over_blocks(_survey)
+    # Two bytes a segment: the second pass computes the hulls of the critical bin alone.
+    bins = np.empty((table.n_options - 1, table.n_items), dtype=np.uint16)
+    surveys = table.over_blocks(lambda blocks: _survey(blocks, bins))
     uniform_costs = (
         np.sum([costs for costs, _ in surveys], axis=0) if surveys else np.zeros(table.n_options)
     )
@@ -131,7 +134,7 @@ def solve_parts(
     left = float(budget - minimum)
     critical, above = histogram.critical_bin(left)
     levels = np.empty(table.n_items, dtype=np.int8)
-    found = table.over_blocks(lambda blocks: _take_above(blocks, critical, levels))
+    found = table.over_blocks(lambda blocks: _take_above(blocks, critical, bins, levels))
     multiplier = 0.0
     if critical:
         cut = cut_segments(Segments.joined(found), left - above)
@@ -159,8 +162,9 @@ def solve_parts(
     )
 
 
-def _survey(blocks: Iterator[Block]) -> tuple[Float, RateHistogram]:
-    """Check the costs; (summed cost of every option, bytes by rate)."""
+def _survey(blocks: Iterator[Block], bins: NDArray[np.uint16]) -> tuple[Float, RateHistogram]:
+    """Check the costs, set the bins of the hulls' rates; (summed cost of every option, bytes by
+    bin)."""
     totals: Float | float = 0.0
     histogram = RateHistogram()
     for block in blocks:
@@ -169,19 +173,28 @@ def _survey(blocks: Iterator[Block]) -> tuple[Float, RateHistogram]:
         if not (costs.min(initial=0.0) >= 0 and costs.max(initial=0.0) < np.inf):
             raise ValueError("costs must be finite and not negative")
         totals = totals + costs.sum(axis=1)
-        histogram.add(hull_rates(running_minimum(costs), sizes), np.diff(sizes, axis=0))
+        rates = hull_rates(running_minimum(costs), sizes)
+        bins[:, block.rows] = histogram.add(rates, np.diff(sizes, axis=0))
     return np.asarray(totals), histogram
 
 
-def _take_above(blocks: Iterator[Block], critical: int, levels: NDArray[np.int8]) -> Segments:
+def _take_above(
+    blocks: Iterator[Block], critical: int, bins: NDArray[np.uint16], levels: NDArray[np.int8]
+) -> Segments:
     """Set the options that every hull reaches above the critical bin; the bin's own segments."""
     found = []
     for block in blocks:
-        costs, sizes = block.columns()
-        rates = hull_rates(running_minimum(costs), sizes)
-        segments, n_above = Segments.of_bin(block.start, rates, np.diff(sizes, axis=0), critical)
-        levels[block.rows] = _first_reaching(costs, n_above)
-        found.append(segments)
+        costs, _ = block.columns()
+        of_block = bins[:, block.rows]
+        n_above = np.sum(of_block > critical, axis=0, dtype=np.int8)
+        levels[block.rows] = _first_reaching(running_minimum(costs), n_above)
+        if not critical:
+            continue
+        in_bin = np.flatnonzero((of_block == critical).any(axis=0))
+        some, sizes = block.of(in_bin).columns()
+        rates = hull_rates(running_minimum(some), sizes)
+        sizes = np.diff(sizes, axis=0)
+        found.append(Segments.of_bin(in_bin + block.start, rates, sizes, critical))
     return Segments.joined(found)
 
 

@@ -1,20 +1,21 @@
 """What does a cache of so many laid-out bits per coordinate lose, by method?
 
 A context is prefilled dense and coded once; the tokens after it read it (retention protocol).  The
-allocation is fitted on the capture's fit documents (score, calibration, price of drops, quotas),
-its quotas anew for every budget; judge documents are placed from their context alone, but by the
-oracle.  Methods and controls: `evaluation/retention_rows.py`; all spend the same laid-out bytes,
-fixed tables included.  Source: ours; baselines as their papers have them (`published.py`).
+allocation is fitted on the capture's fit documents (score, calibration, prices at a few budgets,
+quotas at each); judge documents are placed from their context alone, but by the oracle.  Methods
+and controls: `evaluation/retention_rows.py`; all spend the same laid-out bytes, fixed tables
+included.  Source: ours; baselines as their papers have them (`published.py`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.coherence import CODE_START, DROP_START
 from sphkv_cli.allocation.frozen import FrozenAllocation
 from sphkv_cli.allocation.options import AllocateOptions
 from sphkv_cli.allocation.planning import Planner
@@ -29,6 +30,7 @@ from sphkv_cli.evaluation.recall_prompts import (
 )
 from sphkv_cli.evaluation.retention_bench import (
     CONTROL_SCORES,
+    SHARES,
     Bench,
     BenchDocument,
     BenchRow,
@@ -69,17 +71,7 @@ def run(inputs: StudyInputs) -> StudyResult:
     model = inputs.judged_model
     if "control" in kinds:
         controls = control_planners(fit, planner, fitted)
-        unweighted = AllocationRun.prepare(
-            replace(asked, head_weights="none"), capture, codebooks, inputs.progress
-        )
-        other, other_fitted = unweighted.fit()
-        no_weights = Bench(
-            model,
-            FrozenAllocation.fitted(unweighted, other),
-            _planners(other, (control_budget,), other_fitted[0].n_context),
-            ("own",),
-            Controls({}),
-        )
+        no_weights = _without_weights(inputs, asked, planners[control_budget], control_budget)
     bench = Bench(
         model,
         FrozenAllocation.fitted(fit, planner),
@@ -99,8 +91,11 @@ def run(inputs: StudyInputs) -> StudyResult:
     inputs.progress.start("judging", None, "runs")
     dense = copy_back_recall(model, None, prompts) if prompts else None
     rows = bench.run(documents, prompts, inputs.progress)
+    layout = planner.layout
+    n_pages = layout.n_pages(min(document.n_context for document in documents))
+    n_pages *= layout.n_layers * layout.n_kv_heads
     return StudyResult(
-        tables=(_table(rows),),
+        tables=(_table(rows), _parts(rows), _goals(rows, n_pages)),
         figures=(_figure(rows),),
         reading=_reading(rows, dense),
         conditions=(
@@ -116,6 +111,29 @@ def run(inputs: StudyInputs) -> StudyResult:
             f"Controls stand at {control_budget}, calibrated on the same fit documents: "
             f"{', '.join(CONTROL_SCORES)}.",
         ),
+    )
+
+
+def _without_weights(
+    inputs: StudyInputs, asked: AllocateOptions, planner: Planner, budget: str
+) -> Bench:
+    """The control without F: score and calibration fitted without it, prices as with it."""
+    fit = AllocationRun.prepare(
+        replace(
+            asked, head_weights="none", drop_coefficient=DROP_START, code_coefficient=CODE_START
+        ),
+        inputs.require_capture(),
+        inputs.require_codebooks(),
+        inputs.progress,
+    )
+    fitted, _ = fit.fit()
+    priced = replace(fitted, budget=planner.budget).priced_at(planner.coefficients)
+    return Bench(
+        inputs.judged_model,
+        FrozenAllocation.fitted(fit, priced),
+        {budget: priced},
+        ("own",),
+        Controls({}),
     )
 
 
@@ -167,6 +185,71 @@ def _table(rows: Sequence[BenchRow]) -> Table:
             for found in sorted(rows, key=lambda one: _order(one, rows))
         ],
         text_columns=2,
+    )
+
+
+def _parts(rows: Sequence[BenchRow]) -> Table:
+    """What lies between policy, plan and oracle, and what the policy's bytes are."""
+    body = []
+    for budget in dict.fromkeys(one.budget for one in rows):
+        policy, plan = (_found(rows, budget, name) for name in (POLICY, PLAN))
+        body.append(
+            (
+                budget,
+                _kl(rows, budget, POLICY) / _kl(rows, budget, PLAN),
+                _kl(rows, budget, PLAN) / _kl(rows, budget, ORACLE),
+                policy.predicted / plan.predicted,
+                plan.gap,
+                *(100 * share for share in policy.shares),
+            )
+        )
+    return Table(
+        "Policy, plan and oracle; where the policy's bytes go",
+        (
+            *("budget", "KL policy / plan", "KL plan / oracle", "predicted policy / plan"),
+            *("largest gap", *(f"{name.replace('_', ' ')} %" for name in SHARES)),
+        ),
+        body,
+    )
+
+
+def _goals(rows: Sequence[BenchRow], n_pages: int) -> Table:
+    """What a policy must keep to be worth freezing; of every budget the worst."""
+    budgets = list(dict.fromkeys(one.budget for one in rows))
+
+    def worst(of_budget: Callable[[str], float]) -> float:
+        return max(of_budget(budget) for budget in budgets)
+
+    def share(name: str) -> float:
+        place = SHARES.index(name)
+        return worst(lambda budget: 100 * _found(rows, budget, POLICY).shares[place])
+
+    goals = (
+        (
+            "KL of the policy over that of the plan solved for each context",
+            1.1,
+            worst(lambda b: _kl(rows, b, POLICY) / _kl(rows, b, PLAN)),
+        ),
+        (
+            "KL of the plan over that of the oracle, which sees the future",
+            2.5,
+            worst(lambda b: _kl(rows, b, PLAN) / _kl(rows, b, ORACLE)),
+        ),
+        (
+            f"gap of the plan to the dual bound ({n_pages:,} pages)",
+            1e-3,
+            worst(lambda b: _found(rows, b, PLAN).gap),
+        ),
+        ("padding, % of the bytes", 1.0, share("padding")),
+        ("page table, % of the bytes", 1.0, share("page_table")),
+    )
+    return Table(
+        "Goals: at most, worst of the budgets",
+        ("quantity", "at most", "measured", "verdict"),
+        [
+            (name, limit, found, "met" if found <= limit else "missed")
+            for name, limit, found in goals
+        ],
     )
 
 
@@ -252,5 +335,8 @@ def _reading(rows: Sequence[BenchRow], dense: RecallScore | None) -> tuple[str, 
 
 
 def _kl(rows: Sequence[BenchRow], budget: str, name: str) -> float:
-    found = [one for one in rows if (one.budget, one.row.name) == (budget, name)]
-    return max(found[0].row.kl_geometric.mean, 1e-300)
+    return max(_found(rows, budget, name).row.kl_geometric.mean, 1e-300)
+
+
+def _found(rows: Sequence[BenchRow], budget: str, name: str) -> BenchRow:
+    return next(one for one in rows if (one.budget, one.row.name) == (budget, name))

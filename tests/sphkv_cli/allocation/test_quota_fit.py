@@ -107,14 +107,37 @@ def test_quotas_of_one_document_at_its_own_length_repeat_its_plan() -> None:
     np.testing.assert_array_equal(options, plan)
 
 
-def test_stretched_costs_are_the_same_curve_over_the_share_of_pages() -> None:
+def test_stretched_costs_keep_the_first_pages_and_the_curve_of_the_others() -> None:
     costs = costs_of(12).astype(np.float64)
     np.testing.assert_array_equal(stretched(costs, 12), costs)
-    # Linear in logs here, so any length lies on the same line; within the known pages exactly.
-    place = np.clip((np.arange(31) + 0.5) * 12 / 31 - 0.5, 0, 11)
-    line = np.interp(place, np.arange(12), np.log(costs[1, 1, :, 0]))
-    np.testing.assert_allclose(np.log(stretched(costs, 31)[1, 1, :, 0]), line, rtol=1e-9)
+    for n_pages, n_fixed in ((31, 1), (5, 1), (40, 3), (2, 2)):
+        found = stretched(costs, n_pages, n_fixed)
+        np.testing.assert_allclose(found[:, :, :n_fixed], costs[:, :, :n_fixed])
+        # These costs are exponentials of the rank: any mixture of logarithms lies on their line.
+        place = (
+            n_fixed
+            - 0.5
+            + (np.arange(n_pages - n_fixed) + 0.5) * (12 - n_fixed) / max(n_pages - n_fixed, 1)
+        )
+        line = np.interp(place, np.arange(12), np.log(costs[1, 1, :, 0]))
+        np.testing.assert_allclose(np.log(found[1, 1, n_fixed:, 0]), line, rtol=1e-9)
+    assert stretched(costs, 1).shape[2] == stretched(costs[:, :, :1], 1).shape[2] == 1
     assert stretched(np.zeros((1, 1, 3, 2)), 5).max() < 1e-290
+
+
+def test_a_sink_keeps_its_page_in_shorter_and_longer_contexts() -> None:
+    costs = np.full((*HEADS, 24, 3), 1e-9, dtype=np.float32)
+    costs[:, :, 0] = [1.0, 1e-2, 1e-6]
+    costs[:, :, 1:] *= np.array([1.0, 0.1, 0.01], dtype=np.float32)
+    fit = QuotaFit((costs,), BudgetPrices.of([(2.0, ONES)]))
+    for n_pages in (6, 24, 96):
+        n_context = 16 * n_pages
+        one_dense_page = int(LAYOUT.option_bytes()[:, -1].sum()) * 2
+        options = apply_quotas(
+            fit.quotas(LAYOUT, ONES, one_dense_page, n_context, Pins()),
+            LAYOUT, one_dense_page, Pins(), n_context,
+        )  # fmt: skip
+        assert (options[..., 0] == 2).all()
 
 
 def test_prices_are_interpolated_in_logarithms_and_constant_beyond_the_ends() -> None:
