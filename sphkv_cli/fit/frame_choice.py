@@ -1,15 +1,14 @@
 """Which frame each layer gets, by the attention-output error that a reference code makes in it.
 
-Chosen in turn, each by the mean over query heads of the squared relative output error:
+Chosen in turn, each by the mean over query heads of the squared relative output error times the
+price of the frame (`frame_price`), which is the error at equal bytes and equal decode time:
 
-    centring    none, post_rope or pre_rope, each with and without
-    balancing   none, diagonal; then full
-    RoPE pairs  the fewest whose error is within NOISE of that of all (pre_rope)
+    centring    none, post_rope or pre_rope with 4, 8, 16, ... or all RoPE pairs of its mean,
+    balancing   each with none and diagonal; then full
     sinks       one factor for the model, at equal rate
 
 A candidate whose worst head has an error of 1 or more loses to one without such a head; of those
-within NOISE of the best the cheapest is taken.  What costs bytes must win them back: an error that
-falls by less than 4^-bits is not worth `bits` more per key coordinate.  Ours.
+within NOISE of the best the cheapest is taken.  Ours.
 """
 
 from collections.abc import Sequence
@@ -25,13 +24,14 @@ from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.fit.captured_vectors import documents_of
 from sphkv_cli.fit.frame_error import LATER, LayerJudge
+from sphkv_cli.fit.frame_price import frame_price
 from sphkv_cli.fit.key_means import (
     LayerKeys,
     centred_key_moment,
     pooled_query_moment,
     residual_mean,
 )
-from sphkv_codebooks.balancing import balancing_bytes, key_query_balancing
+from sphkv_codebooks.balancing import key_query_balancing
 from sphkv_codebooks.frame import Centring, FrameSet
 from sphkv_codebooks.rotary import keep_strongest_pairs, kept_pairs, turning
 from sphkv_codebooks.rotation import Rotation
@@ -42,12 +42,10 @@ FloatArray = npt.NDArray[np.float64]
 NOISE = 0.03
 """Relative difference of squared errors up to which two choices are called equal."""
 SINK_FACTORS = (0.0, 0.5, 0.6, 0.7)
-PAIR_COUNTS = (2, 4, 8, 16, 24, 32, 48)
-"""A kernel takes them eight at a time."""
+PAIR_COUNTS = (4, 8, 16, 32, 64)
+"""Between two of them a kernel takes the time of the larger."""
 CHOSEN_WITH = 0.6
 """Sink factor in place while centring, pairs and balancing are chosen."""
-TABLE_CONTEXT = 4096
-"""Tokens over which the bytes of a balancing matrix are shared out when it is weighed."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class _Search:
     median_norm: npt.NDArray[np.float32]
     rows: list[FrameRow]
 
-    def measure(self, frame: FrameSet, balancing: str) -> FrameRow:
+    def measure(self, frame: FrameSet, balancing: str) -> "_Tried":
         threshold = CHOSEN_WITH * torch.from_numpy(self.median_norm)
         errors = self.judge.errors(frame, self.code, [threshold])[0]
         row = FrameRow(
@@ -100,7 +98,26 @@ class _Search:
             is_chosen=0,
         )
         self.rows.append(row)
-        return row
+        return _Tried(frame, row, frame_price(frame, self.code.code_rate))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """A frame that was measured; price: factor that its bytes and decode time put on its error."""
+
+    frame: FrameSet
+    row: FrameRow
+    price: float
+
+    @property
+    def survives(self) -> bool:
+        """Whether no head loses its output."""
+        return self.row.worst_output_error < 1.0
+
+    @property
+    def priced_error(self) -> float:
+        """What candidates are compared by."""
+        return self.row.output_error * self.price
 
 
 @dataclass(frozen=True)
@@ -165,28 +182,28 @@ def choose_layer(
     kinds = _possible(rules.balancings, capture, layer)
     # A full balancing is measured in the best centring alone, unless it is asked for.
     first = [kind for kind in kinds if kind != "full"] or list(kinds)
-    options = [
-        builder.balanced(_frame(rotation, centring, keys, inv_freq), kind)
+    tried = [
+        search.measure(builder.balanced(bare, kind), kind)
         for kind in first
-        for centring in rules.centrings
+        for bare in (
+            _frame(rotation, centring, keys, inv_freq)
+            for centring in rules.centrings
+            if centring != "pre_rope"
+        )
     ]
-    named = [kind for kind in first for _ in rules.centrings]
-    rows = [search.measure(option, kind) for option, kind in zip(options, named, strict=True)]
-    chosen = _cheapest(rows, [_price(option) for option in options])
-    frame, row = options[chosen], rows[chosen]
+    if "pre_rope" in rules.centrings:
+        whole = _frame(rotation, "pre_rope", keys, inv_freq)
+        tried = _with_pairs(search, builder, whole, first, tried, rules.rope_pairs)
+    chosen = _cheapest(tried)
     if "full" in kinds and "full" not in first:
-        full = builder.balanced(frame, "full")
-        pair = [row, search.measure(full, "full")]
-        if _cheapest(pair, [_price(frame), _price(full)]) == 1:
-            frame, row = full, pair[1]
-    if frame.needs_positions(0):
-        frame, row = _choose_pairs(search, builder, frame, row, rules.rope_pairs)
+        full = search.measure(builder.balanced(chosen.frame, "full"), "full")
+        chosen = _cheapest([chosen, full])
     thresholds = [factor * torch.from_numpy(keys.median_norm) for factor in SINK_FACTORS]
     return LayerChoice(
-        frame=frame,
+        frame=chosen.frame,
         median_norm=keys.median_norm,
-        rows=tuple(replace(found, is_chosen=int(found is row)) for found in search.rows),
-        sink_errors=judge.errors(frame, code, thresholds).mean(axis=1),
+        rows=tuple(replace(row, is_chosen=int(row is chosen.row)) for row in search.rows),
+        sink_errors=judge.errors(chosen.frame, code, thresholds).mean(axis=1),
         sink_fractions=np.array([judge.sink_fraction(t) for t in thresholds]),
     )
 
@@ -253,22 +270,36 @@ def _frame(
     return FrameSet(rotation, "pre_rope", keys.pre_rope[None], inv_freq=inv_freq[None])
 
 
-def _choose_pairs(
-    search: _Search, builder: _Builder, frame: FrameSet, full: FrameRow, n_pairs: int | None
-) -> tuple[FrameSet, FrameRow]:
-    """The fewest RoPE pairs of the mean within NOISE of all."""
-    assert frame.key_mean is not None
-    all_pairs = int(kept_pairs(frame.key_mean).max())
-    counts = [n_pairs] if n_pairs is not None else PAIR_COUNTS
+def _with_pairs(
+    search: _Search,
+    builder: _Builder,
+    whole: FrameSet,
+    kinds: Sequence[str],
+    others: Sequence[_Tried],
+    n_pairs: int | None,
+) -> list[_Tried]:
+    """The candidates in order of price: `others`, then pre_rope frames with ever more pairs.
+
+    All pairs are measured first.  Counts whose price even that error would not win back are left
+    out: they cannot be chosen.
+    """
+    assert whole.key_mean is not None
+    all_pairs = int(kept_pairs(whole.key_mean).max())
+    if n_pairs is not None and n_pairs < all_pairs:
+        fixed = builder.with_pairs(whole, n_pairs)
+        return [*others, *(search.measure(builder.balanced(fixed, kind), kind) for kind in kinds)]
+    complete = {kind: search.measure(builder.balanced(whole, kind), kind) for kind in kinds}
+    counts = [count for count in PAIR_COUNTS if count < all_pairs] if n_pairs is None else []
+    fewer = []
     for count in counts:
-        if count >= all_pairs:
-            break
-        fewer = builder.balanced(builder.with_pairs(frame, count), full.balancing)
-        row = search.measure(fewer, full.balancing)
-        is_as_good = row.output_error <= (1 + NOISE) * full.output_error
-        if n_pairs is not None or (is_as_good and _survives(row) >= _survives(full)):
-            return fewer, row
-    return frame, full
+        bare = builder.with_pairs(whole, count)
+        for kind, full in complete.items():
+            price = frame_price(builder.balanced(bare, kind), search.code.code_rate)
+            rivals = [*others, *fewer, *complete.values()]
+            best = min((r.priced_error for r in rivals if r.survives), default=np.inf)
+            if price * full.row.output_error * (1 - NOISE) < best:
+                fewer.append(search.measure(builder.balanced(bare, kind), kind))
+    return [*others, *fewer, *complete.values()]
 
 
 def _possible(kinds: tuple[str, ...], capture: CaptureReader, layer: int) -> tuple[str, ...]:
@@ -285,24 +316,8 @@ def _possible(kinds: tuple[str, ...], capture: CaptureReader, layer: int) -> tup
     )
 
 
-def _survives(row: FrameRow) -> bool:
-    return row.worst_output_error < 1.0
-
-
-def _cheapest(rows: Sequence[FrameRow], prices: Sequence[float]) -> int:
-    """The first (cheapest) row within NOISE of the best priced error among those that survive."""
-    survivors = [index for index, row in enumerate(rows) if _survives(row)]
-    allowed = survivors or list(range(len(rows)))
-    priced = {index: rows[index].output_error * prices[index] for index in allowed}
-    best = min(priced.values())
-    return next(index for index in allowed if priced[index] <= (1 + NOISE) * best)
-
-
-def _price(frame: FrameSet) -> float:
-    """What the bytes of positions (2 per token and KV head) and of a balancing would be worth as
-    bits of the key code."""
-    bits_per_token = 16.0 if frame.needs_positions(0) else 0.0
-    if frame.balancing is not None:
-        n_heads = frame.balancing.shape[1]
-        bits_per_token += 8 * balancing_bytes(frame.balancing[0]) / n_heads / TABLE_CONTEXT
-    return float(4.0 ** (bits_per_token / frame.head_dim))
+def _cheapest(tried: Sequence[_Tried]) -> _Tried:
+    """The first (cheapest) within NOISE of the least priced error among those that survive."""
+    allowed = [candidate for candidate in tried if candidate.survives] or tried
+    best = min(candidate.priced_error for candidate in allowed)
+    return next(c for c in allowed if c.priced_error <= (1 + NOISE) * best)

@@ -8,9 +8,11 @@ import pytest
 
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.fit_tables import FrameRow
-from sphkv_cli.fit.frame_choice import _cheapest
+from sphkv_cli.fit.frame_choice import _cheapest, _Tried
 from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.fit.stage import fit_codebooks
+from sphkv_codebooks.frame import FrameSet
+from sphkv_codebooks.rotation import Rotation
 
 CODE = ("4/2/2/2/3",)
 MEAN = 8 * np.eye(32)[0] + 4 * np.eye(32)[5]
@@ -76,4 +78,6 @@ def row(error: float, worst: float = 0.5) -> FrameRow:
 def test_the_cheapest_of_the_best_is_taken_and_a_lost_head_vetoes(
     rows: list[FrameRow], prices: list[float], chosen: int
 ) -> None:
-    assert _cheapest(rows, prices) == chosen
+    frame = FrameSet(Rotation("none", 32))
+    tried = [_Tried(frame, *pair) for pair in zip(rows, prices, strict=True)]
+    assert _cheapest(tried) is tried[chosen]
