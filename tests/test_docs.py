@@ -32,7 +32,9 @@ def options_of(command: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z0-9-]*", result.stdout))
 
 
-@pytest.mark.parametrize("name", ["README.md", "examples/demo.sh", "examples/smoke.sh"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "examples/demo.sh", "examples/smoke.sh", "examples/record/steps.sh"]
+)
 def test_every_command_shown_exists_with_its_options(name: str) -> None:
     lines = sphkv_lines((ROOT / name).read_text())
     assert len(lines) >= 4
