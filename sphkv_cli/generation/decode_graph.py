@@ -41,7 +41,6 @@ class DecodeGraph:
         self._epoch = -1
         self._is_warm = False
         self._ids = self._logits = torch.empty(0)
-        self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """The next step: logits (n_sequences, 1, n_vocabulary), overwritten by the one after it.
@@ -106,7 +105,7 @@ class DecodeGraph:
         return found
 
     def _capture(self, steps: DecodeSteps, token_ids: Tensor) -> None:
-        # The old graph's memory is free for the new one.
+        # What the old graph held is free before the new one is made.
         self._graph, self._logits = None, torch.empty(0)
         self._ids = token_ids.clone()
         # A mask that is there already, which no one reads: making one asks the device.
@@ -115,7 +114,7 @@ class DecodeGraph:
         try:
             with (
                 self._cache.captured(),
-                torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
             ):
                 self._logits = self._forward(
                     input_ids=self._ids,
