@@ -1,7 +1,7 @@
 """Which frame each layer gets, by the attention-output error that a reference code makes in it.
 
 Chosen in turn, each by the mean over query heads of the squared relative output error times the
-price of the frame (`frame_price`), which is the error at equal bytes and equal decode time:
+price of the frame in bytes and decode time (`frame_price`):
 
     centring    none, post_rope or pre_rope with 4, 8, 16, ... or all RoPE pairs of its mean,
     balancing   each with none and diagonal; then full
@@ -290,7 +290,7 @@ def _with_pairs(
         return [*others, *(search.measure(builder.balanced(fixed, kind), kind) for kind in kinds)]
     complete = {kind: search.measure(builder.balanced(whole, kind), kind) for kind in kinds}
     counts = [count for count in PAIR_COUNTS if count < all_pairs] if n_pairs is None else []
-    fewer = []
+    fewer: list[_Tried] = []
     for count in counts:
         bare = builder.with_pairs(whole, count)
         for kind, full in complete.items():

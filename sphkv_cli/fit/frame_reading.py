@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sphkv_cli.artifacts.fit_tables import FrameRow
+from sphkv_cli.fit.frame_price import TIME_WEIGHT
 from sphkv_codebooks.balancing import balancing_bytes
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.sink_rule import SinkRule
@@ -73,8 +74,8 @@ def _position_cost(chosen: Sequence[FrameRow]) -> str:
         "head on pages with gaps, below 65,536 tokens) and keeps "
         f"{min(pairs)} to {max(pairs)} RoPE pairs there: {share:.0%} more time for the attention "
         f"of a decode step over all {len(chosen)} layers, by the measured times of the fastest "
-        "code. More pairs are kept only where the error falls by 6.02 dB per bit that the step "
-        "would read in their time (--rope-pairs overrides)."
+        "code. A pair is kept where the error falls by more than 6.02 dB per bit that the step "
+        f"would read in {TIME_WEIGHT:g} of its time (--rope-pairs overrides)."
     )
 
 
