@@ -191,6 +191,34 @@ def test_methods_come_without_codebooks_where_published_rows_do(
         families(codes=("polar",))
 
 
+def test_a_context_shorter_than_every_window_is_judged_and_counted(
+    tiny_chain: Any, tmp_path: Path
+) -> None:
+    """20 tokens: fewer than a group of KIVI, than the ends kept dense, than the scoring window."""
+    options = EvaluateOptions(
+        methods=("kivi:2", "turboquant:3"),
+        budgets=("8b",),
+        context=20,
+        window=16,
+        first_tokens=8,
+        max_documents=1,
+        model=str(tiny_chain.model),
+    )
+    result = evaluate(
+        options, tiny_chain.capture, None, tiny_chain.allocation, tmp_path / "short.json"
+    )
+    rows = {row.name: row for row in result.rows}
+    dense = rows["dense"].documents[0].coded_bytes
+    assert dense == 20 * 2 * 2 * 32 * 2 * 2
+    # An unfinished group of KIVI's keys lies dense; its values are coded.
+    assert dense / 2 < rows["KIVI-2"].documents[0].coded_bytes < dense
+    for name in ("KIVI-2", "TurboQuant-MSE 3 bit, Haar"):
+        ends = rows[f"{name}, ends 8+16 dense"]
+        assert ends.documents[0].coded_bytes == dense
+        assert ends.kl.mean < rows[name].kl.mean
+    assert all(row.documents[0].n_scored == 150 - 20 - 1 for row in result.rows)
+
+
 def test_codebooks_of_another_model_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
     from sphkv_cli.capture.options import SyntheticOptions
     from sphkv_cli.capture.synthetic import capture_synthetic
