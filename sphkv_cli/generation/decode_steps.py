@@ -50,13 +50,19 @@ class DecodeSteps:
         self._set_room()
         self._layers: list[StepLayer] = []
         with torch.inference_mode(mode=False), torch.no_grad():
-            self.clock = self._new_clock()
+            self.clock, self._tails = self._new_clock(), self._new_tails(len(states), first)
             try:
                 for index, (store, reader) in enumerate(zip(stores, readers, strict=True)):
                     like = self._layers[-1] if self._layers else None
                     self._layers.append(
                         StepLayer.entered(
-                            store, reader, states[index], self.clock, *self._room(), like
+                            store,
+                            reader,
+                            states[index],
+                            self.clock,
+                            self._tails[index],
+                            self._n_slots,
+                            like,
                         )
                     )
                     states[index] = _EMPTY
@@ -144,9 +150,8 @@ class DecodeSteps:
     def _seal(self, chosen: list[int], n_pages: int, first_slot: int) -> None:
         n = n_pages * self._rule.page_size
         index = self._index(chosen)
-        tails = [layer.tail[:, index, :, :n] for layer in self._layers]
         # The one question to the device in a page of steps.
-        sound = torch.stack([torch.isfinite(tail).all() for tail in tails])
+        sound = torch.isfinite(self._tails[:, :, index, :, :n]).flatten(1).all(1)
         if not bool(sound.all()):
             self.clock.set(self.n_tail, self.next_position)
             failed = int((~sound).nonzero()[0])
@@ -155,12 +160,12 @@ class DecodeSteps:
                 "run the model in float32 or bfloat16, or check its weights",
             )
         pages = [layer.encoded(index, n_pages) for layer in self._layers]
-        left = [layer.left(index, n) for layer in self._layers]
+        left = self._tails[:, :, index, :, n:].clone()
         first = torch.tensor([self.next_position[s] - self.n_tail[s] for s in chosen])
         positions = (first[:, None] + torch.arange(n)).to(self._device)
-        for layer, new, rest in zip(self._layers, pages, left, strict=True):
+        for layer, new in zip(self._layers, pages, strict=True):
             layer.reserve.fill(new, chosen, first_slot, positions)
-            layer.tail[:, index, :, : rest.shape[3]] = rest
+        self._tails[:, :, index, :, : left.shape[4]] = left
         for s in chosen:
             self.n_tail[s] -= n
             self.n_sealed[s] += n
@@ -171,12 +176,15 @@ class DecodeSteps:
         """New slots and a tail long enough, layer by layer: no token changes."""
         self.epoch, self.is_torn = next(_epochs), True
         self._set_room()
-        self.clock = self._new_clock()
-        layers: list[StepLayer] = []
+        self.clock, old = self._new_clock(), self._tails
+        self._tails = old.new_zeros((*old.shape[:4], self._capacity, old.shape[5]))
+        n = min(self._capacity, old.shape[4])
+        self._tails[:, :, :, :, :n] = old[:, :, :, :, :n]
+        like: StepLayer | None = None
         for index, layer in enumerate(self._layers):
-            layers.append(layer.rebuilt(self.clock, *self._room(), layers[-1] if layers else None))
             # The old pages of this layer are free before the next ones are made.
-            self._layers[index] = layers[-1]
+            like = layer.rebuilt(self.clock, self._tails[index], self._n_slots, like)
+            self._layers[index] = like
         self._n_used, self.is_torn = [0] * self.n_sequences, False
 
     def _set_room(self) -> None:
@@ -193,8 +201,11 @@ class DecodeSteps:
             return slice(None)
         return torch.tensor(chosen, device=self._device)
 
-    def _room(self) -> tuple[int, int]:
-        return self._capacity, self._n_slots
+    def _new_tails(self, n_layers: int, first: StoreState) -> Tensor:
+        """Rows that hold no token yet are zeros: their number decides what is read."""
+        n_kv_heads, _, d = first.tail_keys.shape[1:]
+        size = (n_layers, 2, self.n_sequences, n_kv_heads, self._capacity, d)
+        return torch.zeros(size, dtype=torch.bfloat16, device=self._device)
 
     def _new_clock(self) -> StepClock:
         clock = StepClock(self.n_sequences, self._head_counts, self._capacity, self._device)

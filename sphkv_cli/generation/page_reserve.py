@@ -30,15 +30,20 @@ class PageReserve:
     """Pages with their dead slots, and the plan that reads both.
 
     pages: every row's last n_slots entries are slots; plan: of the kernel, else None.
+    source: the table that the slots were added to.
     entries: (n_sequences, n_kv_heads, n_slots) int64 of the page table; records: likewise, of the
     plan.  block: (n_sequences, n_kv_heads, n_slots, page bytes), the slots' bytes in the pool.
+    is_twin: table, entries and records are another layer's, laid out alike; a seal that revives
+    slots there revives them here.
     """
 
     pages: PagedCache
     plan: AttentionPlan | None
+    source: PageTable
     entries: Tensor
     records: Tensor | None
     block: Tensor
+    is_twin: bool
 
     @staticmethod
     def of(
@@ -52,19 +57,31 @@ class PageReserve:
 
         Args:
             group_size: query heads per KV head where the kernel reads, else None.
-            like: of a layer before; its plan is shared if the tables are the same.
+            like: of the layer before; if that was laid out alike they share what they can.
         """
-        live = compacted(kept(pages, pages.page_table.live_tokens > 0))
-        whole = joined(live, _dead(pages, tier, n_slots))
+        live = pages
+        if bool((pages.page_table.live_tokens == 0).any()):
+            live = kept(pages, pages.page_table.live_tokens > 0)
+        live = compacted(live)
         heads = (pages.n_sequences, pages.n_kv_heads)
+        if like is not None and _same(like.pages, like.source, pages):
+            pool = torch.cat([live.pool, torch.zeros_like(like.block).flatten()])
+            whole = replace(pages, pool=pool, page_table=like.pages.page_table)
+            block = pool[live.pool.numel() :].view(like.block.shape)
+            shared = None
+            if like.plan is not None:
+                table = like.plan.cache.page_table
+                shared = like.plan.for_twin(replace(whole, page_table=table))
+            return PageReserve(
+                whole, shared, like.source, like.entries, like.records, block, is_twin=True
+            )
+        source = pages.page_table
+        whole = joined(live, _dead(pages, tier, n_slots))
         ends = whole.page_table.starts[1:].to(torch.int64).view(*heads, 1)
         entries = ends - n_slots + torch.arange(n_slots, device=pages.device)
         block = whole.pool[live.pool.numel() :].view(*heads, n_slots, -1)
         if group_size is None:
-            return PageReserve(whole, None, entries, None, block)
-        if like is not None and like.plan is not None and _same(like.pages, whole):
-            shared = like.plan.for_twin(replace(whole, page_table=like.plan.cache.page_table))
-            return PageReserve(whole, shared, entries, like.records, block)
+            return PageReserve(whole, None, source, entries, None, block, is_twin=False)
         full = whole.page_table.live_tokens.clone()
         full[entries.flatten()] = whole.page_size
         as_if = replace(whole, page_table=replace(whole.page_table, live_tokens=full))
@@ -74,7 +91,7 @@ class PageReserve:
         record_of_entry[made.work.entries.to(torch.int64)] = numbers
         records = record_of_entry[entries]
         made.work.records[records.flatten(), 1] = 0
-        return PageReserve(whole, made, entries, records, block)
+        return PageReserve(whole, made, source, entries, records, block, is_twin=False)
 
     @property
     def n_slots(self) -> int:
@@ -92,15 +109,17 @@ class PageReserve:
         for i, s in _runs(sequences):
             span = slice(i, i + len(s)), slice(s[0], s[-1] + 1)
             self.block[span[1], :, first : first + n].copy_(pages[span[0]])
-            entries = self.entries[span[1], :, first : first + n]
-            self.pages.page_table.live_tokens.index_fill_(0, entries.flatten(), size)
+            if self.is_twin:
+                continue
+            entries = self.entries[span[1], :, first : first + n].flatten()
+            self.pages.page_table.live_tokens.index_fill_(0, entries, size)
             if self.records is not None and self.plan is not None:
                 records = self.records[span[1], :, first : first + n].flatten()
                 self.plan.work.records[:, 1].index_fill_(0, records, size)
             if self.pages.positions is not None:
                 rows = positions[span[0]].to(torch.int32).view(len(s), 1, n, size)
                 rows = rows.expand(-1, self.pages.n_kv_heads, -1, -1).reshape(-1, size)
-                _put(self.pages.positions, entries.flatten(), rows)
+                _put(self.pages.positions, entries, rows)
 
 
 def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
@@ -120,14 +139,18 @@ def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
     return replace(pages, pool=pool, page_table=table, positions=positions)
 
 
-def _same(one: PagedCache, other: PagedCache) -> bool:
-    a, b = one.page_table, other.page_table
+def _same(like: PagedCache, source: PageTable, pages: PagedCache) -> bool:
+    """Whether slots behind `pages` would be laid out as those of `like` were behind `source`.
+
+    Then compacting the pool, which follows the table alone, does the same to both.
+    """
+    if like.positions is not None or pages.positions is not None:
+        return False
+    a, b = source, pages.page_table
+    if a is b:
+        return True
     pairs = ((a.starts, b.starts), (a.offsets, b.offsets), (a.tiers, b.tiers))
-    return (
-        one.positions is None
-        and other.positions is None
-        and all(torch.equal(*pair) for pair in (*pairs, (a.live_tokens, b.live_tokens)))
-    )
+    return all(torch.equal(*pair) for pair in (*pairs, (a.live_tokens, b.live_tokens)))
 
 
 def _runs(sequences: list[int]) -> list[tuple[int, list[int]]]:

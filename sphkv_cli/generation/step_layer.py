@@ -13,7 +13,7 @@ from torch import Tensor
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.page_reserve import PageReserve
-from sphkv_cli.generation.page_store import kept, tensor_bytes
+from sphkv_cli.generation.page_store import kept
 from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.store_state import PagePlan, StoreState
 from sphkv_kernels.cache import PagedCache
@@ -25,8 +25,8 @@ from sphkv_kernels.reference import ada_decode_reference
 
 @dataclass(frozen=True, eq=False)
 class StepLayer:
-    """tail: (2, n_sequences, n_kv_heads, capacity, d) bfloat16, keys then values, in the frame;
-    reserve.pages carries it as its tail.
+    """tail: (2, n_sequences, n_kv_heads, capacity, d) bfloat16, keys then values, in the frame; it
+    is part of one tensor for all layers.  reserve.pages carries it as its tail.
     """
 
     store: LayerStore
@@ -41,16 +41,13 @@ class StepLayer:
         reader: LayerReader,
         state: StoreState,
         clock: StepClock,
-        capacity: int,
+        tail: Tensor,
         n_slots: int,
         like: "StepLayer | None",
     ) -> "StepLayer":
-        """A layer that kept its tail as the model made it."""
+        """A layer that kept its tail as the model made it; `tail` is filled from it."""
         n_sequences, n_kv_heads, _, d = state.tail_keys.shape
         device, frames = state.tail_keys.device, store.rule.frames
-        size = (2, n_sequences, n_kv_heads, capacity, d)
-        # Rows that hold no token yet are zeros: the position of a row decides what is read.
-        tail = torch.zeros(size, dtype=torch.bfloat16, device=device)
         for s, n in enumerate(state.n_tail):
             keys, values, positions = store.tail(state, s, n)
             framed = frames.keys_to_frame(store.layer, keys, positions)
@@ -62,13 +59,9 @@ class StepLayer:
         return StepLayer._made(store, reader, clock, tail, pages, n_slots, like)
 
     def rebuilt(
-        self, clock: StepClock, capacity: int, n_slots: int, like: "StepLayer | None"
+        self, clock: StepClock, tail: Tensor, n_slots: int, like: "StepLayer | None"
     ) -> "StepLayer":
-        """The same tokens with new slots and a tail of another capacity."""
-        size = (*self.tail.shape[:3], capacity, self.tail.shape[4])
-        tail = self.tail.new_zeros(size)
-        n = min(capacity, self.tail.shape[3])
-        tail[:, :, :, :n] = self.tail[:, :, :, :n]
+        """The same tokens with new slots, in a tail that holds them already."""
         pages = _without_tail(self.reserve.pages)
         return StepLayer._made(self.store, self.reader, clock, tail, pages, n_slots, like)
 
@@ -151,10 +144,6 @@ class StepLayer:
         pages = encode(rule.tiers[rule.later_tier], keys, values, check=False)
         return pages.view(-1, self.tail.shape[2], n_pages, pages.shape[-1])
 
-    def left(self, index: slice | Tensor, n_gone: int) -> Tensor:
-        """A copy of what stays of some tails when their first rows go."""
-        return self.tail[:, index, :, n_gone:].clone()
-
     def state(
         self, n_tail: tuple[int, ...], n_sealed: tuple[int, ...], next_position: tuple[int, ...]
     ) -> StoreState:
@@ -184,7 +173,12 @@ class StepLayer:
             tensors += [work.records, work.entries, work.heads, work.segments]
             tensors += [plan.partial_output, plan.partial_state, plan.arrivals]
             tensors.append(plan.cache.page_table.live_tokens)
-        total = tensor_bytes(_without_tail(pages)) + self.tail.untyped_storage().nbytes()
+        table = pages.page_table
+        tensors += [self.tail, pages.pool, table.offsets, table.tiers, table.live_tokens]
+        tensors.append(table.starts)
+        if pages.positions is not None:
+            tensors.append(pages.positions)
+        total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in shared:
