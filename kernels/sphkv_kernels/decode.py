@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel
+from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel, tables_fit
 from sphkv_kernels.plan import DecodePlan, make_plan
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import DecodeResult, LogitResult
+from sphkv_kernels.score_form import ScoreForm, table_heads
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant
 
@@ -38,13 +39,16 @@ class AttentionPlan:
 
     Made by `plan`. It stays valid while the page table and the tiers stay as they are: contents of
     the pool and the tail (tail_tokens included) may change between steps. Steps that share a plan
-    must not run at the same time (they share scratch memory).
+    must not run at the same time (they share scratch memory). table_heads: heads of the query
+    tables that score the keys, 0 where fragments do (`score_form`).
     """
 
     cache: PagedCache
     group_size: int
     work: DecodePlan
     n_warps: int
+    score_form: ScoreForm
+    table_heads: int
     partial_output: Tensor
     partial_state: Tensor
     arrivals: Tensor
@@ -81,7 +85,10 @@ class AttentionPlan:
                 small_pages=self.cache.page_size == 16,
                 position_groups=groups,
                 position_bytes=_position_bytes(self.cache) if groups or window else 4,
+                table_heads=self.table_heads,
             )
+            if self.score_form == "auto" and not tables_fit(variant, self.cache.device):
+                variant = replace(variant, table_heads=0)
             self.kernels[mode] = load_kernel(variant, self.cache.device)
         return self.kernels[mode]
 
@@ -96,11 +103,14 @@ def plan(
     *,
     n_blocks: int | None = None,
     n_warps: int | None = None,
+    score_form: ScoreForm = "auto",
     check: bool = True,
 ) -> AttentionPlan:
     """Prepare decode steps over `cache` with `group_size` query heads per KV head.
 
     n_blocks: blocks of the grid, by default one per multiprocessor; n_warps: warps per block.
+    score_form: how keys meet the query: "fragment" in matrix products, "table" by lookups into
+    tables made from it (groups of 1 and 2), "auto" whichever measured faster (`score_form`).
     check: read the page table back and refuse entries that cannot be right (offsets outside the
     pool, unknown tiers, too many tokens). Raises PageError if the cache is not on a CUDA device, or
     holds a code, head_dim or group that the kernel does not have.
@@ -118,12 +128,18 @@ def plan(
     tiles = _group_tiles(group_size)
     n_warps = _default_warps(cache.head_dim, tiles) if n_warps is None else n_warps
     fragments = tiles * (2 if cache.head_dim == 256 else 1) * 8 * 32
+    used = tuple(cache.tiers[index] for index in work.used_tiers)
+    heads = table_heads(
+        score_form, used, work.tier_costs, work.n_starts, group_size, cache.head_dim
+    )
     device = cache.device
     result = AttentionPlan(
         cache=cache,
         group_size=group_size,
         work=work,
         n_warps=n_warps,
+        score_form=score_form,
+        table_heads=heads,
         partial_output=torch.empty((max(work.n_parts, 1), fragments, 4), device=device),
         partial_state=torch.empty((max(work.n_parts, 1), 8 * tiles, 2), device=device),
         arrivals=torch.zeros(work.n_rows, dtype=torch.int32, device=device),

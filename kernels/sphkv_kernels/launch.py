@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.build import KernelBuildError, compile_cubin
+from sphkv_kernels.tier import PageError
 from sphkv_kernels.variant import KernelSource, Variant, kernel_source
 
 _POINTERS = (
@@ -83,6 +84,15 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def tables_fit(variant: Variant, device: torch.device) -> bool:
+    """Whether the variant's query tables fit into this device's shared memory beside the others."""
+    try:
+        kernel_source(variant, capability_of(device))
+    except PageError:
+        return False
+    return True
+
+
 def load_kernel(variant: Variant, device: torch.device) -> LoadedKernel:
     """Compile (or find) and load a variant; kept for the life of the process."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -106,7 +116,7 @@ class _VariantKey:
             tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
             variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
             variant.small_pages, variant.prefetch, variant.reconstruct,
-            variant.position_groups, variant.position_bytes,
+            variant.position_groups, variant.position_bytes, variant.table_heads,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:

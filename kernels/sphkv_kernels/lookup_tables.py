@@ -90,6 +90,19 @@ def code_tables(code: SphericalCode, layout: NativeLayout) -> CodeTables:
     return CodeTables((_quads(books, 1), _weights(books, s0, s1, u, r)), no_registers)
 
 
+def wide_tables(code: SphericalCode, layout: NativeLayout) -> tuple[Table, Table]:
+    """Upper weights of 4/2/2/2 with a 2-bit radius, radius included: rows of each half (512, 4) are
+    (the byte of `code_tables`, high bit of the radius code), the half is its low bit."""
+    books = _books(code, layout)
+    _, b2, b3, _ = layout.level_bits
+    upper = _upper(books, b2, b3) * books.cos[3][np.arange(256) >> 6][:, None]
+    low, high = (
+        _half(np.concatenate([upper * books.radius[half], upper * books.radius[half + 2]]))
+        for half in (0, 1)
+    )
+    return low, high
+
+
 def _books(code: SphericalCode, layout: NativeLayout) -> _Books:
     def padded(values: npt.NDArray[np.float64], bits: int) -> npt.NDArray[np.float64]:
         return np.pad(values, (0, (1 << bits) - values.size), mode="edge")
@@ -99,7 +112,9 @@ def _books(code: SphericalCode, layout: NativeLayout) -> _Books:
         for book, bits in zip(code.codebooks, layout.level_bits, strict=True)
     ]
     coding = code.radius_coding
-    radius = coding.centroids if isinstance(coding, LloydMaxRadius) else np.zeros(1)
+    radius = np.zeros(1)
+    if isinstance(coding, LloydMaxRadius):
+        radius = coding.centroids / np.sqrt(code.n_radii)  # a radius per norm / sqrt(n_blocks)
     return _Books(tuple(map(np.cos, angles)), tuple(map(np.sin, angles)), radius)
 
 

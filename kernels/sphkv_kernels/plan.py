@@ -47,7 +47,8 @@ class DecodePlan:
     (n_pages) int32: the page-table entry of each record; heads (n_blocks, 12) int32: the first
     segment of every block and the range of its others in segments (n, 8) int32; n_parts: partial
     results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers
-    that occur, which segments number from 0 (a kernel is built for these alone).
+    that occur, which segments number from 0 (a kernel is built for these alone); tier_costs: cost
+    of all pages of each of them; n_starts: how many times a block begins a row.
     """
 
     records: Tensor
@@ -59,6 +60,8 @@ class DecodePlan:
     n_rows: int
     code_bytes: int
     used_tiers: tuple[int, ...]
+    tier_costs: tuple[int, ...]
+    n_starts: int
 
     @property
     def n_bytes(self) -> int:
@@ -112,6 +115,8 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
         n_rows=n_rows,
         code_bytes=int(page_bytes.sum()),
         used_tiers=tuple(used.tolist()),
+        tier_costs=tuple(int(costs[tiers[order] == tier].sum()) for tier in used),
+        n_starts=int((segments[:, 4] & FIRST != 0).sum()),
     )
 
 

@@ -1,9 +1,7 @@
 """One compiled kernel: what is fixed at compile time, and the CUDA source that says so.
 
 A variant is a pure description: head_dim, the formats of its tiers, group tiles, options. Group
-size, page size, batch and page order are run-time arguments. Tables of equal content are stored
-once, however many codes use them; columns of 128 bytes (REPLICAS copies of 8) share rows of 256.
-Source: ours.
+size, page size, batch and page order are run-time arguments. Source: ours.
 """
 
 from __future__ import annotations
@@ -15,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sphkv_kernels.block_words import native_layout_of
-from sphkv_kernels.lookup_tables import Table, code_tables
-from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
+from sphkv_kernels.table_space import TableSpace
+from sphkv_kernels.tier import PageError, TierFormat
+from sphkv_kernels.tier_dispatch import TABLE_HEAD_DIMS, TierDispatch
 
 CUDA_FOLDER = Path(__file__).parent / "cuda"
 COMMON_SOURCES = ("intrinsics.cuh", "params.cuh", "formats.cuh", "tables.cuh", "attend.cuh")
-DECODE_SOURCES = ("position.cuh", "run.cuh", "{dispatch}", "decode.cu")
+DECODE_SOURCES = ("position.cuh", "{scores}", "run.cuh", "{dispatch}", "decode.cu")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory of a block by compute capability (CUDA programming guide)."""
@@ -29,18 +28,13 @@ POSITION_FRAGMENT_BYTES = 16
 SEGMENT_BYTES = 32
 LISTED_SEGMENTS = 64
 """Segments of a block that a kernel of several tiers keeps in shared memory."""
-ROW_BYTES = 256
 WEIGHT_PARTS = 64
-
-_SCHEME_CLASS = {
-    "pair_half": "PairHalf",
-    "pair_swap": "PairSwap",
-    "pair_nine": "PairNine",
-    "pair_nine_float": "PairNineFloat",
-    "single": "Single",
-    "quad": "Quad",
-    "quad_spread": "QuadSpread",
-}
+MIN_BUFFERS = 4
+SHARED_STEPS = tuple((size - 1) * 1024 for size in (100, 132, 164, 196))
+"""What a block may ask for before the next larger part of an SM's memory becomes shared memory."""
+SHARED_QUERY_BYTES = 2 * 1024 + 32
+"""Fragments of one query tile at head_dim 128, and the heads' scales."""
+BOOK_BYTES = 2 * 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,8 @@ class Variant:
     products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, two
     tiles ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
     only); position_groups: groups of four RoPE pairs of a position term, 0 without one;
-    position_bytes: of one stored position, 4 or 2.
+    position_bytes: of one stored position, 4 or 2; table_heads: 1 or 2 scores keys of groups of
+    that size by tables made from the query, 0 by fragments.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -70,6 +65,7 @@ class Variant:
     reconstruct: bool = False
     position_groups: int = 0
     position_bytes: int = 4
+    table_heads: int = 0
 
     def __post_init__(self) -> None:
         if self.head_dim not in SUPPORTED_HEAD_DIMS:
@@ -80,6 +76,10 @@ class Variant:
             raise PageError(
                 f"a position term of {4 * self.position_groups} RoPE pairs: the CUDA kernel serves "
                 f"at most {4 * MAX_POSITION_GROUPS}"
+            )
+        if self.table_heads and (self.reconstruct or self.head_dim not in TABLE_HEAD_DIMS):
+            raise PageError(
+                f"query tables are for attention at head_dim {TABLE_HEAD_DIMS}, not {self.head_dim}"
             )
 
 
@@ -99,38 +99,6 @@ class KernelSource:
     table_rows: npt.NDArray[np.float16] = field(repr=False)
 
 
-@dataclass
-class _TableSpace:
-    """Tables in columns: first fit into the shorter column."""
-
-    replicas: int
-    tables: list[Table] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    first_rows: list[int] = field(default_factory=list)
-    registers: list[Table] = field(default_factory=list)
-    heights: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.heights = [0] * (ROW_BYTES // (8 * self.replicas))
-
-    def place(self, table: Table) -> int:
-        """Byte offset of `table` in shared memory."""
-        for known, offset in zip(self.tables, self.offsets, strict=True):
-            if known.shape == table.shape and known.tobytes() == table.tobytes():
-                return offset
-        column = int(np.argmin(self.heights))
-        offset = self.heights[column] * ROW_BYTES + column * 8 * self.replicas
-        self.heights[column] += table.shape[0]
-        self.first_rows.append(sum(t.shape[0] for t in self.tables))
-        self.tables.append(table)
-        self.offsets.append(offset)
-        return offset
-
-    @property
-    def n_bytes(self) -> int:
-        return max(self.heights) * ROW_BYTES
-
-
 def kernel_source(variant: Variant, capability: int) -> KernelSource:
     """The CUDA source of a variant for a compute capability (90 = sm_90)."""
     if capability not in SHARED_BYTES:
@@ -139,99 +107,122 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         )
     columns = 2 if variant.head_dim == 256 else 1
     fragments = variant.group_tiles * columns * 8 * 32
-    heads = 8 * variant.group_tiles
-    fixed = variant.n_warps * heads * 8 + heads * 8 + 16
-    limit = SHARED_BYTES[capability]
-    for replicas in (16, 8, 4, 2):
-        space, cases = _place_tiers(variant, replicas)
-        position = -(-space.n_bytes // 128) * 128
-        segments = position + (
-            variant.position_groups * variant.group_tiles * 32 * POSITION_FRAGMENT_BYTES
-        )
-        n_listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
-        scratch = segments + n_listed * SEGMENT_BYTES
-        room = (limit - scratch - fixed) // (fragments * 16)
-        n_buffers = min(variant.n_warps, room)
-        if n_buffers >= 1 and (n_buffers >= 4 or replicas == 2):
+    for replicas, wide in _table_choices(variant):
+        dispatch = TierDispatch(TableSpace(replicas), variant.table_heads, wide)
+        for tier in variant.tiers:
+            dispatch.add(tier, reconstruct=variant.reconstruct)
+        layout = _shared_layout(variant, dispatch.space, fragments, SHARED_BYTES[capability])
+        if layout is not None:
             break
     else:
-        raise PageError("the tables of these tiers do not fit into shared memory")
-    scratch_bytes = max(n_buffers * fragments * 16, WEIGHT_PARTS * heads * 8)
-    registers_first = sum(t.shape[0] for t in space.tables)
-    rows = np.concatenate([*space.tables, np.stack([*space.registers, np.zeros(4, np.float16)])])
+        what = "query tables beside those" if variant.table_heads else "tables"
+        raise PageError(f"the {what} of these tiers do not fit into shared memory")
+    if variant.table_heads and dispatch.book is None:
+        raise PageError("no tier of this cache has a key code that query tables serve")
+    rows, _, book_row = dispatch.table_rows()
     name = "ada_logits" if variant.logits else "ada_decode"
     sources: tuple[str, ...] = DECODE_SOURCES
     if variant.reconstruct:
         name, sources = "reconstruct", ("reconstruct.cuh", "{dispatch}", "reconstruct.cu")
+    generated = {
+        "{dispatch}": dispatch.function(reconstruct=variant.reconstruct),
+        "{scores}": _read("score_tables.cuh") if variant.table_heads else "",
+    }
     texts = [
-        _dispatch(cases, registers_first, variant.reconstruct)
-        if source == "{dispatch}"
-        else (CUDA_FOLDER / source).read_text()
+        generated[source] if source in generated else _read(source)
         for source in (*COMMON_SOURCES, *sources)
     ]
     offsets = {
+        **layout.offsets,
+        "BOOK_ROW": book_row,
+        "TABLE_SUMS": int(dispatch.sums),
+        "N_BUFFERS": layout.n_buffers,
+    }
+    preamble = _preamble(variant, capability, replicas, dispatch.space, offsets, name)
+    text = "\n".join([preamble, *texts])
+    return KernelSource(text, name, 32 * variant.n_warps, layout.n_bytes, fragments, rows)
+
+
+@dataclass(frozen=True)
+class _SharedLayout:
+    """Places in a block's shared memory, as the CUDA source names them."""
+
+    offsets: dict[str, int]
+    n_buffers: int
+    n_bytes: int
+
+
+def _shared_layout(
+    variant: Variant, space: TableSpace, fragments: int, limit: int
+) -> _SharedLayout | None:
+    """Tables, query tables, and buffers for the sums of `n_buffers` warps at a time; None where it
+    does not fit, or with so few buffers that other tables do better."""
+    heads = 8 * variant.group_tiles
+    sides = [space.reserve(256), space.reserve(256)] if variant.table_heads else [0, 0]
+    shared_query = -(-space.n_bytes // 128) * 128
+    position = shared_query + (SHARED_QUERY_BYTES if variant.table_heads else 0)
+    segments = position + (
+        variant.position_groups * variant.group_tiles * 32 * POSITION_FRAGMENT_BYTES
+    )
+    listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
+    totals = segments + listed * SEGMENT_BYTES
+    has_sums = not variant.logits and not variant.reconstruct
+    end = totals + ((variant.n_warps + 1) * heads * 8 + 16 if has_sums else 0)
+    buffer = fragments * 16
+    hole, room = space.hole
+    book = BOOK_BYTES if variant.table_heads else 0
+    uses_hole = room >= MIN_BUFFERS * buffer + book
+    if uses_hole:
+        book_offset, scratch = hole, hole + 2 * book
+        n_buffers = min(variant.n_warps, (room - book) // buffer)
+    else:
+        book_offset = -(-end // 16) * 16
+        scratch = book_offset + book
+        n_buffers = _n_buffers(variant, scratch, buffer, limit) if has_sums else 1
+        end = scratch
+        if has_sums:
+            end += max(n_buffers * buffer, WEIGHT_PARTS * heads * 8)
+        if n_buffers < (MIN_BUFFERS if space.replicas > 2 and not variant.table_heads else 1):
+            return None
+    offsets = {
+        "QUERY_TABLE_OFFSET": sides[0],
+        "QUERY_TABLE_OTHER_SIDE": sides[1],
+        "SHARED_QUERY_OFFSET": shared_query,
         "POSITION_OFFSET": position,
         "SEGMENTS_OFFSET": segments,
-        "LISTED_SEGMENTS": n_listed,
+        "LISTED_SEGMENTS": listed,
+        "TOTALS_OFFSET": totals,
         "SCRATCH_OFFSET": scratch,
-        "N_BUFFERS": n_buffers,
+        "BOOK_OFFSET": book_offset,
+        "HOLE_IS_USED": int(uses_hole),
     }
-    preamble = _preamble(variant, capability, replicas, space, offsets, name)
-    text = "\n".join([preamble, *texts])
-    is_decode = not variant.logits and not variant.reconstruct
-    shared = scratch + (scratch_bytes + fixed if is_decode else 0)
-    return KernelSource(text, name, 32 * variant.n_warps, shared, fragments, rows)
+    return _SharedLayout(offsets, n_buffers, end) if end <= limit else None
 
 
-def _place_tiers(variant: Variant, replicas: int) -> tuple[_TableSpace, list[str]]:
-    """Tables of all tiers and the statement that runs each tier."""
-    space = _TableSpace(replicas)
-    cases = []
-    for tier in variant.tiers:
-        if variant.reconstruct and tier.kind != "spherical":
-            raise PageError(f"tier {tier.name!r}: only spherical tiers are reconstructed")
-        if tier.kind == "dense":
-            cases.append("run_row_pages<DenseRow>(state, segment, p, lane, warp, offset);")
-        elif tier.kind == "int8":
-            cases.append("run_row_pages<Int8Row>(state, segment, p, lane, warp, offset);")
-        else:
-            key, key_row = _place_format(tier.key_format, space)
-            value, value_row = _place_format(tier.value_format, space)
-            rows = (
-                f"p.tables + REGISTER_ROW + {key_row}), __ldg(p.tables + REGISTER_ROW + {value_row}"
-            )
-            if variant.reconstruct:
-                run = f"reconstruct_pages<{key}, {value}>(p, segment, lane, warp, __ldg({rows}));"
-            else:
-                run = (
-                    f"run_spherical<{key}, {value}>(state, segment, p, lane, warp,"
-                    f" __ldg({rows}), offset);"
-                )
-            cases.append(run)
-    return space, cases
+def _n_buffers(variant: Variant, scratch: int, buffer: int, limit: int) -> int:
+    """Buffers from byte `scratch` on. What a block does not ask for is L1 cache, in steps: as many
+    as fit before the first step that leaves enough."""
+    wanted = [size for size in (*SHARED_STEPS, limit) if size <= limit]
+    counts = [(size - scratch) // buffer for size in wanted]
+    return min(variant.n_warps, next((n for n in counts if n >= MIN_BUFFERS), counts[-1]))
 
 
-def _place_format(region: RegionFormat, space: _TableSpace) -> tuple[str, int]:
-    """C++ type of a spherical region's decode and its row of registers."""
-    assert not isinstance(region, str)
-    layout = native_layout_of(region)
-    if layout is None or region.pairing != "adjacent":
-        raise PageError(
-            f"code {region.name!r} has no native layout: the CUDA kernel reads depth-4 codes with "
-            "adjacent pairs of the widths in LAYOUT.md; use the reference backend for this one"
-        )
-    tables = code_tables(region, layout)
-    offsets = [space.place(table) for table in tables.shared]
-    space.registers.append(tables.registers)
-    arguments = ", ".join(str(offset) for offset in offsets)
-    return f"{_SCHEME_CLASS[layout.scheme]}<{arguments}>", len(space.registers) - 1
+def _table_choices(variant: Variant) -> tuple[tuple[int, bool], ...]:
+    """(copies of a table row, wide tables) to try, best first."""
+    if variant.table_heads:
+        return ((16, False),)
+    return ((16, True), (16, False), (8, False), (4, False), (2, False))
+
+
+def _read(source: str) -> str:
+    return (CUDA_FOLDER / source).read_text()
 
 
 def _preamble(
     variant: Variant,
     capability: int,
     replicas: int,
-    space: _TableSpace,
+    space: TableSpace,
     offsets: dict[str, int],
     name: str,
 ) -> str:
@@ -259,10 +250,11 @@ def _preamble(
         "SMALL_PAGES": int(variant.small_pages),
         "PREFETCH": int(variant.prefetch),
         "N_TABLES": len(space.tables),
-        "N_TABLE_ROWS": sum(t.shape[0] for t in space.tables),
+        "N_TABLE_ROWS": space.n_rows,
         "WEIGHT_PARTS": WEIGHT_PARTS,
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
+        "TABLE_HEADS": variant.table_heads,
         **offsets,
         "KERNEL_NAME": name,
     }
@@ -277,26 +269,6 @@ def _preamble(
             *(f"#define {key} {value}" for key, value in constants.items()),
             array("TABLE_FIRST_ROW", space.first_rows),
             array("TABLE_OFFSET", space.offsets),
+            array("TABLE_TURNED", [int(turned) for turned in space.turned]),
         ]
     )
-
-
-def _dispatch(cases: list[str], register_row: int, reconstruct: bool) -> str:
-    body = "\n".join(f"    case {index}: {case} break;" for index, case in enumerate(cases))
-    if reconstruct:
-        signature = (
-            "reconstruct_tier(const Params& p, const Segment& segment, const Lane& lane, u32 warp)"
-        )
-    else:
-        signature = """run_tier(State& state, const Segment& segment, const Params& p,
-    const Lane& lane, u32 warp, const float (&offset)[GROUP_TILES][2])"""
-    return f"""
-// Warp-uniform: a segment has one tier.
-constexpr int REGISTER_ROW = {register_row};
-static __device__ __forceinline__ void {signature} {{
-  switch (segment.tier) {{
-{body}
-    default: break;
-  }}
-}}
-"""

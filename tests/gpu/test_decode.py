@@ -113,6 +113,67 @@ def test_logits_equal_reference(head_dim: int, group_size: int) -> None:
         assert error <= 1e-3
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("tier", [2, 3, 5, 7, 9])
+def test_query_tables_equal_reference(head_dim: int, group_size: int, tier: int) -> None:
+    cache = ragged_cache(tier_set(head_dim, tier), seed=tier)
+    by_table = plan(cache.to("cuda"), group_size, score_form="table")
+    query = random_query(cache, group_size, seed=tier)
+    result = check_decode(cache, query, attention_plan=by_table)
+    by_fragment = plan(by_table.cache, group_size, score_form="fragment")
+    other = check_decode(cache, query, attention_plan=by_fragment)
+    assert not torch.equal(result.output, other.output)  # two forms, not one under two names
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_query_tables_beside_other_tiers(page_size: int, group_size: int) -> None:
+    # int8, dense and 4/3/3/3 r3 have no query table; 3/2/2/2 has another one than 4/2/2/2.
+    tiers = tier_set(64, 2, 0, 1, 7)
+    cache = ragged_cache(tiers, page_size=page_size, drop_fraction=0.2, seed=31)
+    cache = with_tail(cache, (0, 1, 15, 16, 17, 40, 33), capacity=41, seed=32)
+    query = random_query(cache, group_size, seed=33)
+    for n_blocks in (1, 500):
+        by_table = plan(cache.to("cuda"), group_size, n_blocks=n_blocks, score_form="table")
+        check_decode(cache, query, attention_plan=by_table)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 50.0])
+@pytest.mark.parametrize("tier", [2, 7])
+def test_query_tables_follow_the_scale_of_the_query(scale: float, tier: int) -> None:
+    cache = ragged_cache(tier_set(128, tier), lengths=(300, 17), seed=34)
+    query = random_query(cache, 2, seed=34, scale=scale)
+    query[:, ::2] *= 100.0  # heads of one table differ in scale
+    by_table = plan(cache.to("cuda"), 2, score_form="table")
+    check_decode(cache, query, softmax_scale=1e-3 / scale, attention_plan=by_table)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_query_tables_write_the_logits_they_attend_with(group_size: int) -> None:
+    cache = ragged_cache(tier_set(128, 3), page_size=64)
+    query = random_query(cache, group_size, seed=35)
+    by_table = plan(cache.to("cuda"), group_size, score_form="table")
+    expected = ada_logits_reference(query, cache).pages
+    got = ada_logits(query.cuda(), by_table.cache, plan=by_table).pages.cpu().to(torch.float64)
+    assert torch.equal(torch.isneginf(got), torch.isneginf(expected))
+    live = torch.isfinite(expected)
+    error = (got[live] - expected[live]).square().mean() / expected[live].square().mean()
+    assert error.sqrt() <= 1e-3
+
+
+def test_query_tables_are_refused_where_there_are_none() -> None:
+    cache = ragged_cache(tier_set(128, 3)).to("cuda")
+    with pytest.raises(PageError, match="groups of 1 and 2"):
+        plan(cache, 3, score_form="table")
+    with pytest.raises(PageError, match="no key code"):
+        plan(ragged_cache(tier_set(256, 3)).to("cuda"), 1, score_form="table")
+    with pytest.raises(PageError, match="no key code"):
+        plan(ragged_cache(tier_set(128, 6)).to("cuda"), 1, score_form="table")
+    with pytest.raises(PageError, match="auto, fragment or table"):
+        plan(cache, 1, score_form="both")  # type: ignore[arg-type]
+
+
 def test_mixed_cache_is_the_merge_of_its_tiers() -> None:
     mixed = ragged_cache(tier_set(128, 2, 3, 7), lengths=(900, 65)).to("cuda")
     query = random_query(mixed, 4, seed=9).cuda()
@@ -125,7 +186,8 @@ def test_mixed_cache_is_the_merge_of_its_tiers() -> None:
     whole = ada_decode(query, mixed, 0.1)
     merged = merge_partial(parts)
     assert (whole.output - merged.output).abs().max() <= 1e-3
-    assert (whole.log_sum_exp - merged.log_sum_exp).abs().max() <= 1e-4
+    # A kernel of one tier may have wider tables than one of three: it rounds weights once less.
+    assert (whole.log_sum_exp - merged.log_sum_exp).abs().max() <= 5e-4
 
 
 def test_dead_slots_are_not_read() -> None:

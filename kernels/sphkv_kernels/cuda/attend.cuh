@@ -13,10 +13,16 @@ constexpr int COLUMNS = HEAD_DIM == 256 ? 2 : 1;      // blocks of one token tha
 constexpr int OUTPUT_SETS = HEAD_DIM == 64 ? 2 : COLUMNS;
 constexpr int QUERY_REGISTERS = HEAD_DIM / 8;
 
+// Query tables (score_tables.cuh): sums per block, one with both heads in a register or one a head.
+constexpr int N_SUMS = TABLE_HEADS == 2 && !TABLE_SUMS ? 2 : 1;
+
 struct State {
   u32 q[GROUP_TILES][QUERY_REGISTERS];     // Q^T fragments: coordinates of this lane's K blocks, head g
   float o[GROUP_TILES][OUTPUT_SETS][8][4]; // O: heads g; pair i of blocks 2t, 2t + 1 (LAYOUT.md)
   float m[GROUP_TILES][2], l[GROUP_TILES][2];
+#if TABLE_HEADS
+  u32 pick[N_SUMS];                        // columns of B that add up sums: 2^k at the heads' columns
+#endif
   float value_scale;                       // power of two that keeps p * norm inside fp16; 0: not chosen yet
 };
 
@@ -146,13 +152,10 @@ static __device__ __forceinline__ void fit_values(State& state, Tile<UNITS>& til
   state.value_scale = scale;
 }
 
-// Logits -> probabilities, transposed for the second product. `alive[u][r]`: token g + 8 r of unit u
-// takes part; only looked at if `partial`.
-template <int UNITS, bool KEY_NORM, bool VALUE_NORM>
-static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, bool partial,
-                                             const bool (&alive)[UNITS][2], const Lane& lane,
-                                             const Params& p, const float (&offset)[GROUP_TILES][2]) {
-  float excess = -1.f;
+// Products -> logits times log2 e: key norms, softmax scale, offset, position term, soft-cap.
+template <int UNITS, bool KEY_NORM>
+static __device__ __forceinline__ void scale_scores(Tile<UNITS>& tile, const Params& p,
+                                                    const float (&offset)[GROUP_TILES][2]) {
 #pragma unroll
   for (int u = 0; u < UNITS; ++u)
 #pragma unroll
@@ -171,9 +174,37 @@ static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, bo
         tile.s[u][n][j] *= KEY_NORM ? tile.key_factor[u][j / 2] : p.scale_log2;
         if (POSITION_GROUPS) tile.s[u][n][j] += term;
 #endif
-        if (partial && !alive[u][j / 2]) tile.s[u][n][j] = -__int_as_float(0x7f800000);
-        excess = fmaxf(excess, tile.s[u][n][j] - state.m[n][j % 2]);
       }
+}
+
+// Tokens that take no part; whatever their rows held is gone afterwards.
+template <int UNITS>
+static __device__ __forceinline__ void drop_dead(Tile<UNITS>& tile, const bool (&alive)[UNITS][2]) {
+#pragma unroll
+  for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (alive[u][r]) continue;
+      tile.value_factor[u][r] = 0.f;
+#pragma unroll
+      for (int n = 0; n < GROUP_TILES; ++n)
+        tile.s[u][n][2 * r] = tile.s[u][n][2 * r + 1] = -__int_as_float(0x7f800000);
+    }
+}
+
+// Scaled scores -> probabilities, transposed for the second product.
+template <int UNITS, bool VALUE_NORM>
+static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, const Lane& lane) {
+  float excess = -1.f;
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = fmaxf(tile.s[0][n][h], tile.s[0][n][2 + h]);
+#pragma unroll
+      for (int u = 1; u < UNITS; ++u) top = fmaxf(top, fmaxf(tile.s[u][n][h], tile.s[u][n][2 + h]));
+      excess = fmaxf(excess, top - state.m[n][h]);
+    }
   bool unfit = false;
   // In a mixed cache every tier shares O, so tiers without a norm follow its scale too.
   if constexpr (VALUE_NORM || ANY_VALUE_NORM) {
@@ -181,10 +212,7 @@ static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, bo
 #pragma unroll
     for (int u = 0; u < UNITS; ++u)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (partial && !alive[u][r]) tile.value_factor[u][r] = 0.f;
-        top = fmaxf(top, tile.value_factor[u][r]);
-      }
+      for (int r = 0; r < 2; ++r) top = fmaxf(top, tile.value_factor[u][r]);
     unfit = state.value_scale == 0.f || top * state.value_scale > VALUE_HEADROOM;
   }
   if (__any_sync(0xffffffffu, excess > HEADROOM || unfit)) {  // rare: one vote for both

@@ -4,6 +4,13 @@
 struct Totals { float m, l; };
 
 #if !LOGITS
+template <class T>
+struct Scratch {
+  __device__ __forceinline__ T& operator[](int i) const {
+    return *reinterpret_cast<T*>(shared_memory + SCRATCH_OFFSET + hole_byte(i * int(sizeof(T))));
+  }
+};
+
 constexpr int FRAGMENTS = GROUP_TILES * COLUMNS * 8 * 32;  // float4 of one warp's O
 constexpr int HEADS = 8 * GROUP_TILES;
 constexpr int OWNED = (FRAGMENTS + N_THREADS - 1) / N_THREADS;
@@ -36,7 +43,7 @@ static __device__ __forceinline__ bool fragment_is_used(const Params& p, int f) 
 // Sum of the warps' states: (m, l) per head in `totals`, O in `o` (this thread's fragment float4s).
 static __device__ __forceinline__ void reduce_block(State& state, const Lane& lane, u32 warp,
                                                     float4 (&o)[OWNED], Totals* warp_totals,
-                                                    Totals* totals, float4* buffers) {
+                                                    Totals* totals, Scratch<float4> buffers) {
 #pragma unroll
   for (int n = 0; n < GROUP_TILES; ++n)
 #pragma unroll
@@ -66,7 +73,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 #pragma unroll 1
   for (int first = 0; first < N_WARPS; first += N_BUFFERS) {
     if (int(warp) >= first && int(warp) < first + N_BUFFERS) {
-      float4* buffer = buffers + (warp - first) * FRAGMENTS;
+      const int buffer = (int(warp) - first) * FRAGMENTS;
 #pragma unroll
       for (int n = 0; n < GROUP_TILES; ++n) {
         const int head = 8 * n + int(lane.g);
@@ -90,7 +97,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
               x = make_float4(state.o[n][c][i][0] * factor, state.o[n][c][i][1] * factor,
                               state.o[n][c][i][2] * factor, state.o[n][c][i][3] * factor);
             }
-            buffer[((n * COLUMNS + c) * 8 + i) * 32 + lane.index] = x;
+            buffers[buffer + ((n * COLUMNS + c) * 8 + i) * 32 + lane.index] = x;
           }
       }
     }
@@ -114,7 +121,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 // Weighted sum of all parts of a row, in the order of the parts. `states` has room for WEIGHT_PARTS
 // parts at a time.
 static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment,
-                                                   Totals* states) {
+                                                   Scratch<Totals> states) {
   const float* global_states = p.partial_state + u64(segment.part_base) * HEADS * 2;
   float m[OWNED], l[OWNED];
   float4 o[OWNED];
@@ -167,13 +174,11 @@ static __device__ __forceinline__ void merge_parts(const Params& p, const Segmen
 
 static __device__ __forceinline__ void emit(State& state, const Params& p, const Segment& segment,
                                             const Lane& lane, u32 warp) {
-  u8* scratch = shared_memory + SCRATCH_OFFSET;
-  float4* buffers = reinterpret_cast<float4*>(scratch);
-  Totals* warp_totals = reinterpret_cast<Totals*>(scratch + N_BUFFERS * FRAGMENTS * 16);
+  Totals* warp_totals = reinterpret_cast<Totals*>(shared_memory + TOTALS_OFFSET);
   Totals* totals = warp_totals + N_WARPS * HEADS;
   int* is_last = reinterpret_cast<int*>(totals + HEADS);
   float4 o[OWNED];
-  reduce_block(state, lane, warp, o, warp_totals, totals, buffers);
+  reduce_block(state, lane, warp, o, warp_totals, totals, Scratch<float4>());
   if (segment.n_parts == 1) {
 #pragma unroll
     for (int k = 0; k < OWNED; ++k) {
@@ -208,7 +213,7 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
   __syncthreads();
   if (*is_last) {
     __threadfence();
-    merge_parts(p, segment, reinterpret_cast<Totals*>(scratch));
+    merge_parts(p, segment, Scratch<Totals>());
   }
   __syncthreads();
 }
@@ -219,14 +224,13 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   asm("mov.u32 %0, shared_memory;" : "=r"(base));
   if (base != SHARED_BASE) __trap();
   const u32 warp = threadIdx.x / 32;
-  Lane lane;
-  lane.index = threadIdx.x % 32;
-  lane.g = lane.index / 4;
-  lane.t = lane.index % 4;
-  lane.table = (lane.index % REPLICAS) * 8;
+  const Lane lane = lane_of_thread();
   // Tables, the block's first segment, its query and the lines that each warp reads first are under
   // way together: what waits here is a third of a short decode.
   const TableRows rows = load_tables(p);
+#if TABLE_HEADS
+  const BookRows book = load_book(p);
+#endif
   const int4* head = reinterpret_cast<const int4*>(p.heads + blockIdx.x * HEAD_INTS);
   const int4 a = __ldg(head), b = __ldg(head + 1), rest = __ldg(head + 2);
   Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
@@ -237,12 +241,20 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   Query query;
   load_query(query, p, segment.row, lane);
   store_tables(rows);
+#if TABLE_HEADS
+  store_book(book);
+#endif
   if (has_pages) prefetch_line(p.pool + u64(record.x) * 16 + lane.index * 128);
   State state;
   float offset[GROUP_TILES][2];
   reset(state);
   convert_query(state, query, p, lane);
   load_offset(offset, p, segment.row, lane);
+#if TABLE_HEADS
+  share_query(state, lane, warp);
+  __syncthreads();
+  fill_query_table(p);
+#endif
 #if POSITION_GROUPS
   store_position_fragments(p, segment.row);
 #endif
@@ -290,9 +302,18 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
       load_query(later, p, segment.row, lane);
       convert_query(state, later, p, lane);
       load_offset(offset, p, segment.row, lane);
-#if POSITION_GROUPS
+#if POSITION_GROUPS || TABLE_HEADS
       __syncthreads();  // in logit mode, warps may still be in the row before
+#endif
+#if TABLE_HEADS
+      share_query(state, lane, warp);
+      __syncthreads();
+      fill_query_table(p);
+#endif
+#if POSITION_GROUPS
       store_position_fragments(p, segment.row);
+#endif
+#if POSITION_GROUPS || TABLE_HEADS
       __syncthreads();
 #endif
     }

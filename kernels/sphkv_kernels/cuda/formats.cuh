@@ -13,9 +13,20 @@ constexpr int LANE_BLOCKS = N_BLOCKS / 2;  // blocks of a unit that a lane owns,
 struct Lane {
   u32 index, g, t;
   u32 table;  // byte offset of this lane's replica inside a table row
+  u32 twice;  // the same in both halves
 };
 
+static __device__ __forceinline__ Lane lane_of_thread() {
+  const u32 index = threadIdx.x % 32;
+  u32 table = (index % REPLICAS) * 8;
+  keep(table);
+  return {index, index / 4, index % 4, table, table * 0x10001u};
+}
+
 extern __shared__ __align__(128) u8 shared_memory[];
+
+// Byte `i` of what lies in the hole that tables leave: every other 128 bytes; elsewhere in one piece.
+static __device__ __forceinline__ int hole_byte(int i) { return HOLE_IS_USED ? i / 128 * 256 + i % 128 : i; }
 
 // SHARED_BASE is the window address of shared_memory (the kernel traps if it is not): as part of an
 // immediate it costs nothing, as a register it would cost an addition per lookup.
@@ -24,6 +35,13 @@ static __device__ __forceinline__ uint2 table_entry(u32 address) {
   uint2 v;
   asm("ld.shared.v2.u32 {%0,%1}, [%2+%3];"
       : "=r"(v.x), "=r"(v.y) : "r"(address), "n"(SHARED_BASE + OFFSET));
+  return v;
+}
+
+template <int OFFSET>
+static __device__ __forceinline__ u32 table_word(u32 address) {
+  u32 v;
+  asm("ld.shared.u32 %0, [%1+%2];" : "=r"(v) : "r"(address), "n"(SHARED_BASE + OFFSET));
   return v;
 }
 
@@ -36,7 +54,7 @@ static __device__ __forceinline__ uint2 lookup_byte(u32 word, const Lane& lane) 
 // Row = the bits of `shifted` under `mask`, already at bit 8.
 template <int OFFSET>
 static __device__ __forceinline__ uint2 lookup_bits(u32 shifted, u32 mask, const Lane& lane) {
-  return table_entry<OFFSET>((shifted & mask) | lane.table);
+  return table_entry<OFFSET>(and_or(shifted, mask, lane.table));
 }
 
 // The words of one plane that a lane owns in a unit, as registers. WIDTH: bytes per word.
@@ -47,20 +65,25 @@ struct Plane {
   static constexpr int N_REGISTERS = LANE_BYTES < 4 ? 1 : LANE_BYTES / 4;
   u32 r[N_REGISTERS];
 
-  __device__ __forceinline__ void load(const u8* plane, u32 lane) {
+  // Where a lane's bytes of the plane at `plane` begin.
+  static __device__ __forceinline__ const u8* of_lane(const u8* plane, const Lane& lane) {
+    return plane + lane.index * (LANE_BYTES < 16 ? LANE_BYTES : 16);
+  }
+
+  __device__ __forceinline__ void load(const u8* source) {
     if constexpr (LANE_BYTES >= 16) {
 #pragma unroll
       for (int i = 0; i < LANE_BYTES / 16; ++i) {
-        const uint4 v = load_stream16(plane + i * 512 + lane * 16);
+        const uint4 v = load_stream16(source + i * 512);
         r[4 * i] = v.x; r[4 * i + 1] = v.y; r[4 * i + 2] = v.z; r[4 * i + 3] = v.w;
       }
     } else if constexpr (LANE_BYTES == 8) {
-      const uint2 v = load_stream8(plane + lane * 8);
+      const uint2 v = load_stream8(source);
       r[0] = v.x; r[1] = v.y;
     } else if constexpr (LANE_BYTES == 4) {
-      r[0] = load_stream4(plane + lane * 4);
+      r[0] = load_stream4(source);
     } else {
-      r[0] = load_stream2(plane + lane * 2);
+      r[0] = load_stream2(source);
     }
   }
 
@@ -75,8 +98,25 @@ struct Plane {
 template <bool NORM>
 struct Norms {
   u32 pair;  // fp16 of tokens g and g + 8
-  __device__ __forceinline__ void load(const u8* norms, u32 g) {
-    if constexpr (NORM) pair = load_stream4(norms + 4 * g);
+  static __device__ __forceinline__ const u8* of_lane(const u8* norms, const Lane& lane) {
+    return norms + 4 * lane.g;
+  }
+  __device__ __forceinline__ void load(const u8* source) { pair = load_stream4(source); }
+};
+
+template <class A, class B> constexpr bool SAME = false;
+template <class A> constexpr bool SAME<A, A> = true;
+
+// Where a lane's bytes of a format's planes lie in a unit at the start of the pool. Kept in registers:
+// a load is then one multiplication and addition away from its page's place.
+template <int N>
+struct Sources {
+  const u8* plane[N];
+  __device__ __forceinline__ Sources kept() const {
+    Sources s = *this;
+#pragma unroll
+    for (int i = 0; i < N; ++i) keep(s.plane[i]);
+    return s;
   }
 };
 
@@ -109,9 +149,13 @@ struct PairHalf {
   struct Raw {
     Plane<4> codes, upper;
     Norms<NORM> norms;
-    __device__ __forceinline__ void load(const u8* unit, const Lane& lane) {
-      codes.load(unit, lane.index);
-      upper.load(unit + Plane<4>::BYTES, lane.index);
+    using From = Sources<1>;
+    static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
+      return {{Plane<4>::of_lane(pool, lane)}};
+    }
+    __device__ __forceinline__ void load(const From& from, u64 offset) {
+      codes.load(from.plane[0] + offset);
+      upper.load(from.plane[0] + offset + Plane<4>::BYTES);
     }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); upper.clear(slot); }
   };
@@ -137,18 +181,23 @@ struct PairSwap {
     Plane<4> codes;
     Plane<2> upper;
     Norms<NORM> norms;
-    __device__ __forceinline__ void load(const u8* unit, const Lane& lane) {
-      codes.load(unit, lane.index);
-      upper.load(unit + Plane<4>::BYTES, lane.index);
-      norms.load(unit + Plane<4>::BYTES + Plane<2>::BYTES, lane.g);
+    using From = Sources<3>;
+    static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
+      return {{Plane<4>::of_lane(pool, lane),
+               Plane<2>::of_lane(pool + Plane<4>::BYTES, lane),
+               Norms<NORM>::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES, lane)}};
+    }
+    __device__ __forceinline__ void load(const From& from, u64 offset) {
+      codes.load(from.plane[0] + offset);
+      upper.load(from.plane[1] + offset);
+      norms.load(from.plane[2] + offset);
     }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); upper.clear(slot); }
   };
   static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,
                                                 const Lane& lane, uint2 radii) {
     const u32 upper = raw.upper.r[slot / 2];
-    const u32 top = 0xc000c000u;
-    const u32 mirrored = (upper & ~top) | (~(upper << 8) & top);
+    const u32 mirrored = take_complement(upper, upper << 8, 0xc000c000u);
     const u32 twice = (upper >> 13) & 0x00060006u;  // 2 * radius code of both blocks
     const u32 selector = (slot % 2 ? twice >> 16 : twice) * 0x1111u + 0x1010u;
     const u32 radius = __byte_perm(radii.x, radii.y, selector);
@@ -162,6 +211,29 @@ struct PairSwap {
   }
 };
 
+// The same words, where shared memory has room for 1024 rows: ten bits (the byte of PairSwap, radius
+// code) find weights that hold the radius. Bit 7 of the address is the code's low bit, bit 16 its high
+// one: a row of 256 bytes holds both columns, and no address is longer than a byte permute.
+template <int PAIRS, int WEIGHTS>
+struct PairWide {
+  static constexpr bool NORM = true;
+  static constexpr int UNIT_BYTES = PairSwap<0, 0>::UNIT_BYTES;
+  using Raw = typename PairSwap<0, 0>::Raw;
+  static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,
+                                                const Lane& lane, uint2) {
+    const u32 upper = raw.upper.r[slot / 2];
+    const u32 mirrored = take_complement(upper, upper << 8, 0xc000c000u);
+    const u32 radius = and_or(upper >> 7, 0x01800180u, lane.twice);  // bytes: low bit and lane, high bit
+    const uint2 left = table_entry<WEIGHTS>(slot % 2 ? permute_bytes<0xf726>(upper, radius)
+                                                     : permute_bytes<0xd504>(upper, radius));
+    const uint2 right = table_entry<WEIGHTS>(slot % 2 ? permute_bytes<0xf736>(mirrored, radius)
+                                                      : permute_bytes<0xd514>(mirrored, radius));
+    uint2 pair[4];
+    lookup_word<PAIRS>(pair, raw.codes.r[slot], lane);
+    weigh_pairs(f, pair, left.x, left.y, right.x, right.y);
+  }
+};
+
 // 4/3/3/3, 3-bit radius: nine bits (level 2, 2, 3) a half, six bits (level 4, radius) a block.
 template <int PAIRS, int UPPER, int TOP>
 struct PairNine {
@@ -172,11 +244,18 @@ struct PairNine {
     Plane<2> low;
     Plane<1> high;
     Norms<NORM> norms;
-    __device__ __forceinline__ void load(const u8* unit, const Lane& lane) {
-      codes.load(unit, lane.index);
-      low.load(unit + Plane<4>::BYTES, lane.index);
-      high.load(unit + Plane<4>::BYTES + Plane<2>::BYTES, lane.index);
-      norms.load(unit + Plane<4>::BYTES + Plane<2>::BYTES + Plane<1>::BYTES, lane.g);
+    using From = Sources<4>;
+    static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
+      return {{Plane<4>::of_lane(pool, lane),
+               Plane<2>::of_lane(pool + Plane<4>::BYTES, lane),
+               Plane<1>::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES, lane),
+               Norms<NORM>::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES + Plane<1>::BYTES, lane)}};
+    }
+    __device__ __forceinline__ void load(const From& from, u64 offset) {
+      codes.load(from.plane[0] + offset);
+      low.load(from.plane[1] + offset);
+      high.load(from.plane[2] + offset);
+      norms.load(from.plane[3] + offset);
     }
     __device__ __forceinline__ void clear(int slot) {
       codes.clear(slot); low.clear(slot); high.clear(slot);
@@ -225,10 +304,14 @@ struct Single {
   struct Raw {
     Plane<4> low, high;
     Norms<NORM> norms;
-    __device__ __forceinline__ void load(const u8* unit, const Lane& lane) {
-      low.load(unit, lane.index);
-      high.load(unit + Plane<4>::BYTES, lane.index);
-      norms.load(unit + 2 * Plane<4>::BYTES, lane.g);
+    using From = Sources<2>;
+    static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
+      return {{Plane<4>::of_lane(pool, lane), Norms<NORM>::of_lane(pool + 2 * Plane<4>::BYTES, lane)}};
+    }
+    __device__ __forceinline__ void load(const From& from, u64 offset) {
+      low.load(from.plane[0] + offset);
+      high.load(from.plane[0] + offset + Plane<4>::BYTES);
+      norms.load(from.plane[1] + offset);
     }
     __device__ __forceinline__ void clear(int slot) { low.clear(slot); high.clear(slot); }
   };
@@ -272,10 +355,16 @@ struct Quad {
     Plane<4> codes;
     Plane<1> upper;
     Norms<NORM> norms;
-    __device__ __forceinline__ void load(const u8* unit, const Lane& lane) {
-      codes.load(unit, lane.index);
-      upper.load(unit + Plane<4>::BYTES, lane.index);
-      norms.load(unit + Plane<4>::BYTES + Plane<1>::BYTES, lane.g);
+    using From = Sources<3>;
+    static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
+      return {{Plane<4>::of_lane(pool, lane),
+               Plane<1>::of_lane(pool + Plane<4>::BYTES, lane),
+               Norms<NORM>::of_lane(pool + Plane<4>::BYTES + Plane<1>::BYTES, lane)}};
+    }
+    __device__ __forceinline__ void load(const From& from, u64 offset) {
+      codes.load(from.plane[0] + offset);
+      upper.load(from.plane[1] + offset);
+      norms.load(from.plane[2] + offset);
     }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); upper.clear(slot); }
   };
@@ -297,9 +386,13 @@ struct QuadSpread {
   struct Raw {
     Plane<4> codes;
     Norms<NORM> norms;
-    __device__ __forceinline__ void load(const u8* unit, const Lane& lane) {
-      codes.load(unit, lane.index);
-      norms.load(unit + Plane<4>::BYTES, lane.g);
+    using From = Sources<2>;
+    static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
+      return {{Plane<4>::of_lane(pool, lane), Norms<NORM>::of_lane(pool + Plane<4>::BYTES, lane)}};
+    }
+    __device__ __forceinline__ void load(const From& from, u64 offset) {
+      codes.load(from.plane[0] + offset);
+      norms.load(from.plane[1] + offset);
     }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); }
   };

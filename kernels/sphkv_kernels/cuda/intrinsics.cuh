@@ -5,6 +5,10 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// Keeps a value of the whole loop in its register: the compiler would rather compute it in every round.
+static __device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
+static __device__ __forceinline__ void keep(const u8*& x) { asm volatile("" : "+l"(x)); }
+
 static __device__ __forceinline__ float half_to_float(u32 bits) {
   float x;
   asm("{.reg .b16 h, z; mov.b32 {h, z}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(bits));
@@ -36,6 +40,24 @@ static __device__ __forceinline__ u32 half2_add(u32 a, u32 b) {
   return sum;
 }
 
+static __device__ __forceinline__ u32 half2_fma(u32 a, u32 b, u32 c) {
+  u32 sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+static __device__ __forceinline__ u32 low_twice(u32 x) {
+  u32 twice;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(twice) : "r"(x));
+  return twice;
+}
+
+static __device__ __forceinline__ u32 high_twice(u32 x) {
+  u32 twice;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(twice) : "r"(x));
+  return twice;
+}
+
 // a * (b.low, b.low) and a * (b.high, b.high): the broadcast is an operand modifier of HMUL2.
 static __device__ __forceinline__ u32 half2_mul_low(u32 a, u32 b) {
   u32 product;
@@ -49,6 +71,34 @@ static __device__ __forceinline__ u32 half2_mul_high(u32 a, u32 b) {
   asm("{.reg .b16 l, h; .reg .b32 w; mov.b32 {l, h}, %2; mov.b32 w, {h, h};"
       " mul.rn.f16x2 %0, %1, w;}" : "=r"(product) : "r"(a), "r"(b));
   return product;
+}
+
+// Bytes of (b, a) by the nibbles of SELECTOR; bit 3 of a nibble takes the byte's sign, eight times.
+template <u32 SELECTOR>
+static __device__ __forceinline__ u32 permute_bytes(u32 a, u32 b) {
+  u32 permuted;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(a), "r"(b), "n"(SELECTOR));
+  return permuted;
+}
+
+static __device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
+  u32 permuted;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(a), "r"(b), "r"(selector));
+  return permuted;
+}
+
+// (a & b) | c in one instruction, which the compiler makes two of when it knows bits of c.
+static __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+  u32 joined;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(joined) : "r"(a), "r"(b), "r"(c));
+  return joined;
+}
+
+// Bits of `a` outside of `mask`, complements of those of `b` inside.
+static __device__ __forceinline__ u32 take_complement(u32 a, u32 b, u32 mask) {
+  u32 taken;
+  asm("lop3.b32 %0, %1, %2, %3, 0x72;" : "=r"(taken) : "r"(a), "r"(b), "r"(mask));
+  return taken;
 }
 
 static __device__ __forceinline__ float exp2_approx(float x) {

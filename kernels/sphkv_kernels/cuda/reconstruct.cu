@@ -4,11 +4,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   u32 base;
   asm("mov.u32 %0, shared_memory;" : "=r"(base));
   if (base != SHARED_BASE) __trap();
-  Lane lane;
-  lane.index = threadIdx.x % 32;
-  lane.g = lane.index / 4;
-  lane.t = lane.index % 4;
-  lane.table = (lane.index % REPLICAS) * 8;
+  const Lane lane = lane_of_thread();
   store_tables(load_tables(p));
   __syncthreads();
   const int* head = p.heads + blockIdx.x * HEAD_INTS;

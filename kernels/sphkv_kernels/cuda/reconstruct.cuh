@@ -17,8 +17,7 @@ template <class F, bool VALUE>
 static __device__ __forceinline__ void write_unit(const u8* unit, u16* rows, int live, const Lane& lane,
                                                   uint2 radii) {
   typename F::Raw raw;
-  raw.load(unit, lane);
-  const float scale = F::NORM ? rsqrtf(float(N_BLOCKS)) : 1.f;
+  raw.load(F::Raw::sources(unit, lane), 0);
 #pragma unroll
   for (int slot = 0; slot < LANE_BLOCKS; ++slot) {
     int token = lane.g + 8 * (slot % 2), block = 4 * (slot / 2) + lane.t;
@@ -27,7 +26,7 @@ static __device__ __forceinline__ void write_unit(const u8* unit, u16* rows, int
       token = 8 * eight + 2 * lane.t + slot % 2;
       block = HEAD_DIM == 64 ? lane.g % 4 : lane.g + 8 * ((slot / 2) % COLUMNS);
     }
-    float factor = scale;
+    float factor = 1.f;
     if (F::NORM) {
       const u32 pair = __shfl_sync(0xffffffffu, raw.norms.pair, 4 * (token % 8));
       factor *= half_to_float(token < 8 ? pair : pair >> 16);

@@ -99,6 +99,19 @@ static __device__ __forceinline__ void write_logits(const float (&s)[GROUP_TILES
 }
 #endif
 
+// Scores of a unit by fragments: every key coordinate meets the query in a register.
+template <class K>
+static __device__ __forceinline__ void score_unit(float (&s)[GROUP_TILES][4], const typename K::Raw& raw,
+                                                  const State& state, const Lane& lane, uint2 radii) {
+#pragma unroll
+  for (int b = 0; b < N_BLOCKS / 4; ++b) {
+    u32 low[8], high[8];
+    K::decode(low, raw, 2 * b, lane, radii);
+    K::decode(high, raw, 2 * b + 1, lane, radii);
+    score_block(s, state, b, low, high);
+  }
+}
+
 // Pages of one spherical tier. A tile is TILE_UNITS units of 16 tokens; the warps of the block take
 // tiles in turn. Keys of the next tile are loaded as soon as those of this one are decoded.
 template <class K, class V>
@@ -109,47 +122,69 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   static_assert(K::UNIT_BYTES % 16 == 0 && V::UNIT_BYTES % 16 == 0, "units start at 16 bytes");
   const int shift = p.page_units_log2, mask = (1 << shift) - 1;
   const int n_units = segment.n_pages << shift, n_tiles = (n_units + TILE_UNITS - 1) / TILE_UNITS;
-  const uint2* records = p.records + segment.first_page;
+  const u8* records = reinterpret_cast<const u8*>(p.records + segment.first_page);
   const u32 value_region = u32(K::UNIT_BYTES / 16) << shift;
-  const float norm_factor = rsqrtf(float(N_BLOCKS));
   // scale_log2 is applied with the key norm: one multiplication per token instead of per score.
-  const float key_norm_factor = norm_factor * (SOFTCAP || LOGITS ? 1.f : p.scale_log2);
+  const float key_norm_factor = SOFTCAP || LOGITS ? 1.f : p.scale_log2;
 
-  // What is known of a tile before its bytes are there. Units of a tile share a page, except in
-  // pages of 16 tokens.
-  struct Place { u32 key[TILE_UNITS], value[TILE_UNITS]; int live[TILE_UNITS]; };
+  // What is known of a tile before its bytes are there. Units of a tile share a page, one after the
+  // other, except in pages of 16 tokens.
   constexpr int TILE_PAGES = SMALL_PAGES ? TILE_UNITS : 1;
+  struct Place { u32 key[TILE_PAGES], value[TILE_PAGES]; int live[TILE_PAGES]; };
   struct Records { uint2 of[TILE_PAGES]; };
   auto place_of = [&](int tile, const Records& found) {
     Place place;
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u) {
+    for (int u = 0; u < TILE_PAGES; ++u) {
       const int unit = TILE_UNITS * tile + u, inside = unit & mask;
-      const uint2 record = found.of[SMALL_PAGES ? u : 0];
-      place.key[u] = record.x + u32(inside) * (K::UNIT_BYTES / 16);
-      place.value[u] = record.x + value_region + u32(inside) * (V::UNIT_BYTES / 16);
-      place.live[u] = unit < n_units ? int(record.y) - 16 * inside : 0;
+      place.key[u] = found.of[u].x + u32(inside) * (K::UNIT_BYTES / 16);
+      place.value[u] = found.of[u].x + value_region + u32(inside) * (V::UNIT_BYTES / 16);
+      place.live[u] = !SMALL_PAGES || unit < n_units ? int(found.of[u].y) - 16 * inside : 0;
     }
     return place;
+  };
+  auto live_of = [](const Place& place, int u) {
+    return SMALL_PAGES ? place.live[SMALL_PAGES ? u : 0] : place.live[0] - 16 * u;
+  };
+  auto unit_of = [&](int tile, int u) {  // of the last tile, the page that is there
+    const int unit = TILE_UNITS * tile + u;
+    return u32(SMALL_PAGES ? min(unit, n_units - 1) : unit);
   };
   auto records_of = [&](int tile) {
     Records found;
 #pragma unroll
     for (int u = 0; u < TILE_PAGES; ++u)
-      found.of[u] = __ldg(records + (min(TILE_UNITS * tile + u, n_units - 1) >> shift));
+      found.of[u] = __ldg(reinterpret_cast<const uint2*>(records) + (unit_of(tile, u) >> shift));
     return found;
+  };
+  using KeyFrom = typename K::Raw::From;
+  using ValueFrom = typename V::Raw::From;
+  const KeyFrom key_from = K::Raw::sources(p.pool, lane).kept();
+  ValueFrom value_from;
+  if constexpr (SAME<typename K::Raw, typename V::Raw>) value_from = key_from;
+  else value_from = V::Raw::sources(p.pool, lane).kept();
+  auto load_keys = [&](typename K::Raw (&key)[TILE_UNITS], const Place& place) {
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u)
+      key[u].load(key_from, u64(place.key[SMALL_PAGES ? u : 0]) * 16 + (SMALL_PAGES ? 0 : u * K::UNIT_BYTES));
+  };
+  auto load_values = [&](typename V::Raw (&value)[TILE_UNITS], const Place& place) {
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u)
+      value[u].load(value_from, u64(place.value[SMALL_PAGES ? u : 0]) * 16 + (SMALL_PAGES ? 0 : u * V::UNIT_BYTES));
   };
 #if PREFETCH
   // Into L2 long before the loads: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
+  const u32 line = lane.index & 7, second = (lane.index >> 3) & 1;
+  const bool of_key = lane.index < 16;
+  const bool prefetches = int(line) * 128 < (of_key ? K::UNIT_BYTES : V::UNIT_BYTES) && second < TILE_UNITS;
+  const u32 step = (of_key ? K::UNIT_BYTES : V::UNIT_BYTES) / 16;
+  const u8* prefetched = p.pool + line * 128 + u64(of_key ? 0 : value_region) * 16 + (SMALL_PAGES ? 0 : second * step * 16);
+  keep(prefetched);
   auto prefetch = [&](int tile, const Records& found) {
-    const int u = (lane.index >> 3) & 1, line = lane.index & 7;
-    const int inside = (TILE_UNITS * tile + u) & mask;
-    const uint2 record = SMALL_PAGES && u ? found.of[TILE_PAGES - 1] : found.of[0];
-    const bool is_key = lane.index < 16;
-    const u32 place = record.x + (is_key ? u32(inside) * (K::UNIT_BYTES / 16)
-                                         : value_region + u32(inside) * (V::UNIT_BYTES / 16));
-    if (line * 128 < (is_key ? K::UNIT_BYTES : V::UNIT_BYTES) && u < TILE_UNITS)
-      prefetch_line(p.pool + u64(place) * 16 + line * 128);
+    const u32 inside = SMALL_PAGES ? 0 : TILE_UNITS * tile & mask;
+    const u32 page = SMALL_PAGES && second ? found.of[TILE_PAGES - 1].x : found.of[0].x;
+    if (prefetches) prefetch_line(prefetched + u64(page + inside * step) * 16);
   };
 #endif
 
@@ -160,7 +195,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #if POSITION_GROUPS
 #pragma unroll
     for (int u = 0; u < TILE_PAGES; ++u)
-      found.of[u] = __ldg(p.entries + segment.first_page + (min(TILE_UNITS * tile + u, n_units - 1) >> shift));
+      found.of[u] = __ldg(p.entries + segment.first_page + (unit_of(tile, u) >> shift));
 #endif
     return found;
   };
@@ -176,13 +211,16 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 
   int tile = int(warp);
   if (tile >= n_tiles) return;
+#if TABLE_HEADS
+  const ScoreLane score = score_lane(lane);
+  if constexpr (!BY_TABLE<K>) fetch_query(state, lane);
+#endif
   Place place = place_of(tile, records_of(tile));
 #if POSITION_GROUPS
   load_tile_positions(tile, entries_of(tile));
 #endif
   typename K::Raw key[TILE_UNITS];
-#pragma unroll
-  for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+  load_keys(key, place);
   int next = tile + N_WARPS;
   Records ahead = records_of(min(next, n_tiles - 1));
   Entries entries_ahead = entries_of(min(next, n_tiles - 1));
@@ -192,8 +230,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     auto load_next = [&] {
       if (!more) return;
       place = place_of(next, ahead);
-#pragma unroll
-      for (int u = 0; u < TILE_UNITS; ++u) key[u].load(p.pool + u64(place.key[u]) * 16, lane);
+      load_keys(key, place);
       ahead = records_of(min(next + N_WARPS, n_tiles - 1));
 #if POSITION_GROUPS
       load_tile_positions(next, entries_ahead);
@@ -205,23 +242,20 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     // once the first values are in use, while the other values are. Never both at a time: the
     // assembler gives all loads of the loop one scoreboard, so waiting for one is waiting for all.
     typename V::Raw value[TILE_UNITS];
-#pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u) value[u].load(p.pool + u64(place.value[u]) * 16, lane);
+    load_values(value, place);
 #endif
     Tile<TILE_UNITS> scores;
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u) {
       clear_scores(scores.s[u]);
-#pragma unroll
-      for (int b = 0; b < N_BLOCKS / 4; ++b) {
-        u32 low[8], high[8];
-        K::decode(low, key[u], 2 * b, lane, key_radii);
-        K::decode(high, key[u], 2 * b + 1, lane, key_radii);
-        score_block(scores.s[u], state, b, low, high);
-      }
+#if TABLE_HEADS
+      if constexpr (BY_TABLE<K>) score_unit_by_table<K>(scores.s[u][0], key[u], state, lane, score, key_radii);
+      else
+#endif
+      score_unit<K>(scores.s[u], key[u], state, lane, key_radii);
       if constexpr (K::NORM) {
         scores.key_factor[u][0] = half_to_float(key[u].norms.pair) * key_norm_factor;
-        scores.key_factor[u][1] = half_to_float(key[u].norms.pair >> 16) * key_norm_factor;
+        scores.key_factor[u][1] = high_half_to_float(key[u].norms.pair) * key_norm_factor;
       } else {
         scores.key_factor[u][0] = scores.key_factor[u][1] = 1.f;
       }
@@ -230,19 +264,28 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u) position_terms(scores.term[u], positions[u], lane);
 #endif
+#if !LOGITS
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u)
+      if constexpr (V::NORM) {
+        scores.value_factor[u][0] = half_to_float(value[u].norms.pair);
+        scores.value_factor[u][1] = high_half_to_float(value[u].norms.pair);
+      } else {
+        scores.value_factor[u][0] = scores.value_factor[u][1] = 1.f;
+      }
+    scale_scores<TILE_UNITS, K::NORM>(scores, p, offset);
+#endif
     const Place here = place;
     bool partial = WINDOW || LOGITS;
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u) partial = partial || here.live[u] < 16;
-    bool alive[TILE_UNITS][2];
-#pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u) alive[u][0] = alive[u][1] = true;
+    for (int u = 0; u < TILE_UNITS; ++u) partial = partial || live_of(here, u) < 16;
     if (partial) {
+      bool alive[TILE_UNITS][2];
 #pragma unroll
       for (int u = 0; u < TILE_UNITS; ++u) {
         const int unit = min(TILE_UNITS * tile + u, n_units - 1), inside = unit & mask;
         const int entry = WINDOW || LOGITS ? p.entries[segment.first_page + (unit >> shift)] : 0;
-        find_alive(alive[u], here.live[u], p, segment.row, entry, 16 * inside, lane);
+        find_alive(alive[u], live_of(here, u), p, segment.row, entry, 16 * inside, lane);
 #if LOGITS
         if (TILE_UNITS * tile + u < n_units) {
           const int page_size = 16 << shift;
@@ -259,26 +302,21 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #pragma unroll
         for (int slot = 0; slot < LANE_BLOCKS; ++slot) {
           const int eight = HEAD_DIM == 64 ? int(lane.g) / 4 : slot / (2 * COLUMNS);
-          if (8 * eight + 2 * int(lane.t) + slot % 2 >= here.live[u]) value[u].clear(slot);
+          if (8 * eight + 2 * int(lane.t) + slot % 2 >= live_of(here, u)) value[u].clear(slot);
         }
 #endif
       }
+#if !LOGITS
+      drop_dead<TILE_UNITS>(scores, alive);
+#endif
     }
 #if !LOGITS
-#pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u)
-      if constexpr (V::NORM) {
-        scores.value_factor[u][0] = half_to_float(value[u].norms.pair) * norm_factor;
-        scores.value_factor[u][1] = half_to_float(value[u].norms.pair >> 16) * norm_factor;
-      } else {
-        scores.value_factor[u][0] = scores.value_factor[u][1] = 1.f;
-      }
     // The first values are decoded before the softmax, whose long chain of dependent steps would
     // leave the lookups idle (and whose vote keeps the loads of the next keys behind them).
     u32 even[8], odd[8];
     V::decode(even, value[0], 0, lane, value_radii);
     V::decode(odd, value[0], 1, lane, value_radii);
-    weigh<TILE_UNITS, K::NORM, V::NORM>(state, scores, partial, alive, lane, p, offset);
+    weigh<TILE_UNITS, V::NORM>(state, scores, lane);
     load_next();
     constexpr int STEPS = LANE_BLOCKS / 2;
 #pragma unroll
@@ -392,7 +430,9 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
     scores.value_factor[0][0] = half_to_float(pair);
     scores.value_factor[0][1] = half_to_float(pair >> 16);
   }
-  weigh<1, F::NORM, F::NORM>(state, scores, true, alive, lane, p, offset);
+  scale_scores<1, F::NORM>(scores, p, offset);
+  drop_dead<1>(scores, alive);
+  weigh<1, F::NORM>(state, scores, lane);
 #pragma unroll
   for (int eight = 0; eight < (HEAD_DIM == 64 ? 1 : 2); ++eight)
 #pragma unroll
@@ -421,6 +461,9 @@ static __device__ __forceinline__ void run_row_pages(State& state, const Segment
                                                      const float (&offset)[GROUP_TILES][2]) {
   const int shift = p.page_units_log2, mask = (1 << shift) - 1;
   const int n_units = segment.n_pages << shift;
+#if TABLE_HEADS
+  fetch_query(state, lane);
+#endif
 #pragma unroll 1
   for (int unit = int(warp); unit < n_units; unit += N_WARPS) {
     const int page = segment.first_page + (unit >> shift), inside = unit & mask;
@@ -440,6 +483,9 @@ static __device__ __forceinline__ void run_tail(State& state, const Segment& seg
                                                 const float (&offset)[GROUP_TILES][2]) {
   const int n_tokens = p.tail_tokens[segment.row / p.n_kv_heads];
   const int n_units = ((LOGITS ? p.tail_capacity : n_tokens) + 15) / 16;
+#if TABLE_HEADS
+  fetch_query(state, lane);
+#endif
 #pragma unroll 1
   for (int unit = int(warp); unit < n_units; unit += N_WARPS) {
     const u64 first = u64(segment.row) * p.tail_capacity + 16 * unit;

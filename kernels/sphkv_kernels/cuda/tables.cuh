@@ -28,7 +28,14 @@ static __device__ __forceinline__ void store_tables(const TableRows& rows) {
     u8* target = shared_memory + TABLE_OFFSET[table] + (row - TABLE_FIRST_ROW[table]) * 256;
     const uint4 twice = make_uint4(rows.row[k].x, rows.row[k].y, rows.row[k].x, rows.row[k].y);
 #pragma unroll
-    for (int copy = 0; copy < REPLICAS / 2; ++copy)
-      *reinterpret_cast<uint4*>(target + ((copy + threadIdx.x) % (REPLICAS / 2)) * 16) = twice;
+    for (int copy = 0; copy < REPLICAS / 2; ++copy) {
+      const int place = (copy + threadIdx.x) % (REPLICAS / 2);
+      uint4 entries = twice;
+#if TABLE_HEADS
+      // Lanes that take the second half of a block first find the halves of these tables swapped.
+      if (TABLE_TURNED[table] && place >= REPLICAS / 4) entries = make_uint4(twice.y, twice.x, twice.y, twice.x);
+#endif
+      *reinterpret_cast<uint4*>(target + place * 16) = entries;
+    }
   }
 }
