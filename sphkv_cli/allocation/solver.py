@@ -186,7 +186,7 @@ def _take_above(
     for block in blocks:
         costs, _ = block.columns()
         of_block = bins[:, block.rows]
-        n_above = np.sum(of_block > critical, axis=0, dtype=np.int8)
+        n_above: NDArray[np.int8] = (of_block > critical).sum(axis=0, dtype=np.int8)
         levels[block.rows] = _first_reaching(running_minimum(costs), n_above)
         if not critical:
             continue
