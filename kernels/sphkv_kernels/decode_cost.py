@@ -20,19 +20,19 @@ from sphkv_kernels.layout import Scheme
 LOOP_TOKENS = 32
 
 LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
-    "pair_half": {64: 659, 128: 802, 256: 1432},
-    "pair_swap": {64: 789, 128: 996, 256: 1708},
-    "pair_nine": {64: 801, 128: 998, 256: 1692},
-    "pair_nine_float": {64: 712, 128: 913, 256: 1667},
-    "single": {64: 808, 128: 989, 256: 2003},
-    "quad": {64: 683, 128: 786, 256: 1247},
-    "quad_spread": {64: 681, 128: 791, 256: 1272},
+    "pair_half": {64: 595, 128: 738, 256: 1409},
+    "pair_swap": {64: 618, 128: 749, 256: 1288},
+    "pair_nine": {64: 693, 128: 886, 256: 1576},
+    "pair_nine_float": {64: 651, 128: 850, 256: 1639},
+    "single": {64: 696, 128: 885, 256: 1776},
+    "quad": {64: 585, 128: 683, 256: 1142},
+    "quad_spread": {64: 591, 128: 701, 256: 1174},
 }
 """By scheme and head_dim, NVRTC 13 for sm_90."""
 
 POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
-"""By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit radii
-(the fastest code), head_dim 128, 8 x 8 x 32768 x 4 (at 4 x 8 x 131072 x 8 within 0.04 of it)."""
+"""By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit
+radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4 (at 4 x 8 x 131072 x 8 within 0.04)."""
 
 
 def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:

@@ -57,16 +57,6 @@ class TableSpace:
         return offset
 
     @property
-    def hole(self) -> tuple[int, int]:
-        """Byte offset and size of what the shorter of two columns leaves free: every other 128
-        bytes. Size 0 where there are not two columns."""
-        if len(self.heights) != 2:
-            return 0, 0
-        column = int(np.argmin(self.heights))
-        height = self.heights[column]
-        return height * ROW_BYTES + column * 128, (self.heights[1 - column] - height) * 128
-
-    @property
     def n_bytes(self) -> int:
         return max(self.heights) * ROW_BYTES
 

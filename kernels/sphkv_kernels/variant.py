@@ -29,12 +29,9 @@ SEGMENT_BYTES = 32
 LISTED_SEGMENTS = 64
 """Segments of a block that a kernel of several tiers keeps in shared memory."""
 WEIGHT_PARTS = 64
+SHARED_QUERY_BYTES = 4 * 1024 + 32
+"""Fragments of one query tile at head_dim 128, the heads' scales, and the book."""
 MIN_BUFFERS = 4
-SHARED_STEPS = tuple((size - 1) * 1024 for size in (100, 132, 164, 196))
-"""What a block may ask for before the next larger part of an SM's memory becomes shared memory."""
-SHARED_QUERY_BYTES = 2 * 1024 + 32
-"""Fragments of one query tile at head_dim 128, and the heads' scales."""
-BOOK_BYTES = 2 * 1024
 
 
 @dataclass(frozen=True)
@@ -166,22 +163,12 @@ def _shared_layout(
     )
     listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
     totals = segments + listed * SEGMENT_BYTES
-    has_sums = not variant.logits and not variant.reconstruct
-    end = totals + ((variant.n_warps + 1) * heads * 8 + 16 if has_sums else 0)
-    buffer = fragments * 16
-    hole, room = space.hole
-    book = BOOK_BYTES if variant.table_heads else 0
-    uses_hole = room >= MIN_BUFFERS * buffer + book
-    if uses_hole:
-        book_offset, scratch = hole, hole + 2 * book
-        n_buffers = min(variant.n_warps, (room - book) // buffer)
+    if variant.logits or variant.reconstruct:  # no sums to add up
+        scratch, n_buffers, end = totals, 1, totals
     else:
-        book_offset = -(-end // 16) * 16
-        scratch = book_offset + book
-        n_buffers = _n_buffers(variant, scratch, buffer, limit) if has_sums else 1
-        end = scratch
-        if has_sums:
-            end += max(n_buffers * buffer, WEIGHT_PARTS * heads * 8)
+        scratch = totals + (variant.n_warps + 1) * heads * 8 + 16
+        n_buffers = min(variant.n_warps, (limit - scratch) // (fragments * 16))
+        end = scratch + max(n_buffers * fragments * 16, WEIGHT_PARTS * heads * 8)
         if n_buffers < (MIN_BUFFERS if space.replicas > 2 and not variant.table_heads else 1):
             return None
     offsets = {
@@ -193,18 +180,8 @@ def _shared_layout(
         "LISTED_SEGMENTS": listed,
         "TOTALS_OFFSET": totals,
         "SCRATCH_OFFSET": scratch,
-        "BOOK_OFFSET": book_offset,
-        "HOLE_IS_USED": int(uses_hole),
     }
     return _SharedLayout(offsets, n_buffers, end) if end <= limit else None
-
-
-def _n_buffers(variant: Variant, scratch: int, buffer: int, limit: int) -> int:
-    """Buffers from byte `scratch` on. What a block does not ask for is L1 cache, in steps: as many
-    as fit before the first step that leaves enough."""
-    wanted = [size for size in (*SHARED_STEPS, limit) if size <= limit]
-    counts = [(size - scratch) // buffer for size in wanted]
-    return min(variant.n_warps, next((n for n in counts if n >= MIN_BUFFERS), counts[-1]))
 
 
 def _table_choices(variant: Variant) -> tuple[tuple[int, bool], ...]:

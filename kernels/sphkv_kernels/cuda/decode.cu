@@ -4,13 +4,6 @@
 struct Totals { float m, l; };
 
 #if !LOGITS
-template <class T>
-struct Scratch {
-  __device__ __forceinline__ T& operator[](int i) const {
-    return *reinterpret_cast<T*>(shared_memory + SCRATCH_OFFSET + hole_byte(i * int(sizeof(T))));
-  }
-};
-
 constexpr int FRAGMENTS = GROUP_TILES * COLUMNS * 8 * 32;  // float4 of one warp's O
 constexpr int HEADS = 8 * GROUP_TILES;
 constexpr int OWNED = (FRAGMENTS + N_THREADS - 1) / N_THREADS;
@@ -43,7 +36,7 @@ static __device__ __forceinline__ bool fragment_is_used(const Params& p, int f) 
 // Sum of the warps' states: (m, l) per head in `totals`, O in `o` (this thread's fragment float4s).
 static __device__ __forceinline__ void reduce_block(State& state, const Lane& lane, u32 warp,
                                                     float4 (&o)[OWNED], Totals* warp_totals,
-                                                    Totals* totals, Scratch<float4> buffers) {
+                                                    Totals* totals, float4* buffers) {
 #pragma unroll
   for (int n = 0; n < GROUP_TILES; ++n)
 #pragma unroll
@@ -73,7 +66,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 #pragma unroll 1
   for (int first = 0; first < N_WARPS; first += N_BUFFERS) {
     if (int(warp) >= first && int(warp) < first + N_BUFFERS) {
-      const int buffer = (int(warp) - first) * FRAGMENTS;
+      float4* buffer = buffers + (warp - first) * FRAGMENTS;
 #pragma unroll
       for (int n = 0; n < GROUP_TILES; ++n) {
         const int head = 8 * n + int(lane.g);
@@ -97,7 +90,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
               x = make_float4(state.o[n][c][i][0] * factor, state.o[n][c][i][1] * factor,
                               state.o[n][c][i][2] * factor, state.o[n][c][i][3] * factor);
             }
-            buffers[buffer + ((n * COLUMNS + c) * 8 + i) * 32 + lane.index] = x;
+            buffer[((n * COLUMNS + c) * 8 + i) * 32 + lane.index] = x;
           }
       }
     }
@@ -121,7 +114,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 // Weighted sum of all parts of a row, in the order of the parts. `states` has room for WEIGHT_PARTS
 // parts at a time.
 static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment,
-                                                   Scratch<Totals> states) {
+                                                   Totals* states) {
   const float* global_states = p.partial_state + u64(segment.part_base) * HEADS * 2;
   float m[OWNED], l[OWNED];
   float4 o[OWNED];
@@ -174,11 +167,12 @@ static __device__ __forceinline__ void merge_parts(const Params& p, const Segmen
 
 static __device__ __forceinline__ void emit(State& state, const Params& p, const Segment& segment,
                                             const Lane& lane, u32 warp) {
+  u8* scratch = shared_memory + SCRATCH_OFFSET;
   Totals* warp_totals = reinterpret_cast<Totals*>(shared_memory + TOTALS_OFFSET);
   Totals* totals = warp_totals + N_WARPS * HEADS;
   int* is_last = reinterpret_cast<int*>(totals + HEADS);
   float4 o[OWNED];
-  reduce_block(state, lane, warp, o, warp_totals, totals, Scratch<float4>());
+  reduce_block(state, lane, warp, o, warp_totals, totals, reinterpret_cast<float4*>(scratch));
   if (segment.n_parts == 1) {
 #pragma unroll
     for (int k = 0; k < OWNED; ++k) {
@@ -213,7 +207,7 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
   __syncthreads();
   if (*is_last) {
     __threadfence();
-    merge_parts(p, segment, Scratch<Totals>());
+    merge_parts(p, segment, reinterpret_cast<Totals*>(scratch));
   }
   __syncthreads();
 }

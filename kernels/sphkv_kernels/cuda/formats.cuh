@@ -25,9 +25,6 @@ static __device__ __forceinline__ Lane lane_of_thread() {
 
 extern __shared__ __align__(128) u8 shared_memory[];
 
-// Byte `i` of what lies in the hole that tables leave: every other 128 bytes; elsewhere in one piece.
-static __device__ __forceinline__ int hole_byte(int i) { return HOLE_IS_USED ? i / 128 * 256 + i % 128 : i; }
-
 // SHARED_BASE is the window address of shared_memory (the kernel traps if it is not): as part of an
 // immediate it costs nothing, as a register it would cost an addition per lookup.
 template <int OFFSET>

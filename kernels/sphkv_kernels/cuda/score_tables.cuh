@@ -229,7 +229,8 @@ static __device__ __forceinline__ void score_unit_by_table(float (&s)[4], const 
 // (rows, other codes) fetches them, so that they take no registers beside the table.
 struct SharedQuery {
   u32 q[QUERY_REGISTERS][32];
-  u32 scale[8];  // 2^-k of every head, twice in fp16
+  u32 scale[8];                  // 2^-k of every head, twice in fp16
+  uint2 book[QUERY_TABLE_ROWS];  // factors of a quad by its byte: of coordinates (0, 2), then (1, 3)
 };
 
 constexpr int BOOK_ROWS_PER_THREAD = (QUERY_TABLE_ROWS + N_THREADS - 1) / N_THREADS;
@@ -237,11 +238,6 @@ struct BookRows { uint2 row[BOOK_ROWS_PER_THREAD]; };
 
 static __device__ __forceinline__ SharedQuery* shared_query() {
   return reinterpret_cast<SharedQuery*>(shared_memory + SHARED_QUERY_OFFSET);
-}
-
-// Factors of a quad by the byte of its codes: those of coordinates (0, 2), then (1, 3).
-static __device__ __forceinline__ uint2& book_row(int row) {
-  return *reinterpret_cast<uint2*>(shared_memory + BOOK_OFFSET + hole_byte(8 * row));
 }
 
 static __device__ __forceinline__ BookRows load_book(const Params& p) {
@@ -260,7 +256,7 @@ static __device__ __forceinline__ void store_book(const BookRows& book) {
     const int row = threadIdx.x + k * N_THREADS;
     const u32 a = book.row[k].x, b = book.row[k].y;
     if (row < QUERY_TABLE_ROWS)
-      book_row(row) = make_uint2(permute_bytes<0x5410>(a, b), permute_bytes<0x7632>(a, b));
+      shared_query()->book[row] = make_uint2(permute_bytes<0x5410>(a, b), permute_bytes<0x7632>(a, b));
   }
 }
 
@@ -314,7 +310,7 @@ static __device__ __forceinline__ void fill_query_table(const Params& p) {
   u8* column = shared_memory + (e ? QUERY_TABLE_OTHER_SIDE : QUERY_TABLE_OFFSET) + word % 32 * 4;
 #pragma unroll 8
   for (int row = first; row < QUERY_TABLE_ROWS; row += STEP) {
-    const uint2 book = book_row(row);
+    const uint2 book = shared_query()->book[row];
     u32 part[HEADS_IN_WORD];
 #pragma unroll
     for (int n = 0; n < HEADS_IN_WORD; ++n) part[n] = half2_fma(odd[n], book.y, half2_mul(even[n], book.x));
