@@ -36,6 +36,17 @@ def require_same_model(allocation: AllocationReader, capture: CaptureReader) -> 
         )
 
 
+def scaled_quotas_note(allocation: AllocationReader) -> tuple[str, ...]:
+    """What to know of an allocation that keeps no costs to fit quotas from; nothing of others."""
+    if allocation.quota_fit is not None:
+        return ()
+    return (
+        f"{allocation.path} holds no costs to fit quotas from: those of {allocation.info.budget} "
+        "are scaled to every budget and length, which loses much away from them; make it again "
+        "with `sphkv allocate`.",
+    )
+
+
 def fresh_work(
     options: EvaluateOptions,
     allocation: AllocationReader,

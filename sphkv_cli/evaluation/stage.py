@@ -31,7 +31,11 @@ from sphkv_cli.evaluation.candidates import (
     retention_work,
     uniform_work,
 )
-from sphkv_cli.evaluation.fresh_retention import fresh_work, require_same_model
+from sphkv_cli.evaluation.fresh_retention import (
+    fresh_work,
+    require_same_model,
+    scaled_quotas_note,
+)
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
@@ -85,6 +89,7 @@ def evaluate(
     if options.wants_new_plans and protocol != "retention":
         raise UsageError("--budget, --rows and --context plan a context", "pass --allocation")
     inputs: dict[str, ArtifactRef] = {}
+    notes: tuple[str, ...] = ()
     with CaptureReader(capture) as reader:
         inputs["capture"] = reader.ref
         if reader.architecture == "synthetic":
@@ -130,6 +135,7 @@ def evaluate(
                 model = _load(options, reader, progress)
                 if is_new:
                     work = fresh_work(options, plans, reader, model)
+                    notes = scaled_quotas_note(plans)
                 else:
                     work = retention_work(options, plans, model.shape)
                 others = retention_candidates(options, books, plans.frames, model.shape)
@@ -137,6 +143,7 @@ def evaluate(
                 stepped = allocation if options.stepwise else None
                 judged = _judge(options, reader, documents, model, work, progress, stepped)
     result = _result(options, protocol, reader.model, judged, time.perf_counter() - started)
+    result = replace(result, reading=(*result.reading, *notes))
     ref = save_report(
         output,
         {"stage": "evaluate", "evaluation": replace(result, path=output.name)},

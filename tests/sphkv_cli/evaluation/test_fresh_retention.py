@@ -1,10 +1,13 @@
 """`evaluate` with plans made anew: other budgets, lengths, methods and captures."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
+from sphkv_cli.artifacts.store import content_digest
 from sphkv_cli.capture.options import CaptureOptions, TextSource
 from sphkv_cli.capture.stage import capture
 from sphkv_cli.errors import ArtifactError, UsageError
@@ -56,6 +59,22 @@ def test_budgets_and_context_are_those_asked_for(tiny_chain: Any, tmp_path: Path
     assert 2.5 < rates[f"{POLICY}, 3b"] <= 3.0 < rates[f"{POLICY}, 6b"] <= 6.0
     assert rates["SnapKV, bf16, 3b"] <= 3.0
     assert result.rows[0].documents[0].n_scored == 150 - 100 - 1
+
+
+def test_the_report_says_when_quotas_can_only_be_scaled(tiny_chain: Any, tmp_path: Path) -> None:
+    old = tmp_path / "old.h5"
+    shutil.copy(tiny_chain.allocation, old)
+    with h5py.File(old, "r+") as file:
+        for name in ("fit", "price_rates", "price_of_drop", "price_of_code"):
+            del file["policy"][name]
+        file.attrs["digest"] = content_digest(file)
+    options = EvaluateOptions(budgets=("6b",), max_documents=1, model=str(tiny_chain.model))
+    policies = []
+    for path, is_said in ((tiny_chain.allocation, False), (old, True)):
+        result = evaluate(options, tiny_chain.capture, None, path, tmp_path / f"{is_said}.json")
+        assert any("are scaled to every budget" in one for one in result.reading) == is_said
+        policies.append(next(row.kl.mean for row in result.rows if row.name == POLICY))
+    assert policies[0] != policies[1]
 
 
 def test_new_plans_need_an_allocation_of_the_same_model(tiny_chain: Any, tmp_path: Path) -> None:
