@@ -134,7 +134,10 @@ def main() -> None:
         speeds = kernel_speeds(report, asked.shape)
         if not speeds:
             parser.error(f"{asked.kernel} has no case {asked.shape} of head_dim 128")
-        print(f"Attention step: {report['provenance']['gpu']}, {asked.shape}, head_dim 128.\n")
+        print(
+            f"Attention step: against bf16 on one {report['provenance']['gpu']}, {asked.shape}, "
+            "head_dim 128,\nwithout the term that frames centred before RoPE add.\n"
+        )
     if asked.profile is not None:
         of_plan = plan_speed(json.loads(asked.profile.read_text()))
     families = tuple(asked.family) if asked.family else FAMILIES

@@ -66,7 +66,7 @@ def rate_figure(result: EvaluationResult) -> Figure:
     what = "of the context" if is_retention else "of the whole cache"
     panels = [
         PlotPanel(
-            f"{result.model}, judged on {result.n_documents} texts"
+            f"{result.model}, judged documents: {result.n_documents}"
             + (" (dashed: ends of the context dense)" if any(s.pair_of for s in lines) else ""),
             f"laid-out bits per coordinate {what}",
             "KL to the dense model, nats",
