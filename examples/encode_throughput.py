@@ -3,10 +3,14 @@
     python examples/encode_throughput.py [--head-dim 128] [--n-vectors 65536] [--n-threads 1]
         [--fit-tokens 16384]
 
-The torch encoders that every stage uses (not the CUDA kernel's own), on the CPU and on a GPU if
-there is one; in one run, at the rates that stand beside each other. No rotation (TurboQuant and the
-polar codes need the same one, KIVI none) and no packing: codes lie one per byte for every method.
-Median of several repetitions after one warm-up; GB/s count the float32 vectors read or written.
+The torch encoders that every stage uses, on the CPU and on a GPU if there is one; in one run, at
+the rates that stand beside each other. No rotation (TurboQuant and the polar codes need the same
+one, KIVI none) and no packing: codes lie one per byte for every method. Median of several
+repetitions after one warm-up; GB/s count the float32 vectors read or written.
+
+On a GPU, rows "kernel, packed" are the CUDA encoder that a cache uses: half of the vectors as keys,
+half as values, to the packed bytes of pages of 32 tokens, without a rotation and with its Hadamard
+rotation. It has no decode column: attention decodes inside its own kernel (kernel_report.py).
 
 --fit-tokens N also times the empirical fit of a SmolLM2-shaped model (30 layers, 3 KV heads,
 head_dim 64) from N tokens: histograms of all angles, and the books of all layers, heads and levels.
@@ -24,21 +28,25 @@ import torch
 
 from sphkv_codebooks.comparators.coordinate_codebook import coordinate_codebook
 from sphkv_codebooks.comparators.min_max import encode_min_max
+from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.search import SearchSpace, best_code
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.encode import encode
+from sphkv_kernels.tier import TierFormat
 
 N_REPETITIONS = 7
 KIVI_GROUP = 32
+PAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Codec:
-    """encode: vectors to what is stored; decode: that back to vectors."""
+    """encode: vectors to what is stored; decode: that back to vectors, None if it is not timed."""
 
     name: str
     rate: float
     encode: Callable[[torch.Tensor], object]
-    decode: Callable[[object], torch.Tensor]
+    decode: Callable[[object], torch.Tensor] | None
 
 
 def polar(label: str, code: SphericalCode) -> Codec:
@@ -78,8 +86,20 @@ def kivi(bits: int, kind: str) -> Codec:
     return Codec(f"KIVI-{bits} {kind}", bits + 32 / KIVI_GROUP, encode, decode)
 
 
-def codecs(head_dim: int) -> Iterator[tuple[str, list[Codec]]]:
-    """Groups of codecs of about one rate."""
+def kernel(label: str, code: SphericalCode, *, rotated: bool) -> Codec:
+    """The CUDA encoder: keys and values to packed pages in one pass."""
+    tier = TierFormat("code", "spherical", code, code)
+    rotation = Rotation("hadamard", code.head_dim) if rotated else None
+
+    def encode_pages(x: torch.Tensor) -> torch.Tensor:
+        keys, values = x.reshape(2, -1, PAGE_SIZE, x.shape[-1])
+        return encode(tier, keys, values, rotation=rotation, check=False)
+
+    return Codec(label, code.code_rate, encode_pages, None)
+
+
+def codecs(head_dim: int, *, has_kernel: bool) -> Iterator[tuple[str, list[Codec]]]:
+    """Groups of codecs of about one rate; has_kernel: with the CUDA encoder."""
 
     def code(
         bits: tuple[int, ...], radius: str, **options: str
@@ -89,6 +109,14 @@ def codecs(head_dim: int) -> Iterator[tuple[str, list[Codec]]]:
     def best(rate: float, **options: str) -> SphericalCode:
         return best_code(SearchSpace(head_dim, **options), rate).build("best")  # type: ignore[arg-type]
 
+    def kernels(label: str, made: SphericalCode) -> list[Codec]:
+        if not has_kernel:
+            return []
+        return [
+            kernel(f"{label} kernel, packed", made, rotated=False),
+            kernel("... and rotated", made, rotated=True),
+        ]
+
     low, high = 3 + 16 / head_dim, 4 + 16 / head_dim
     yield (
         "about 3 bits",
@@ -96,6 +124,7 @@ def codecs(head_dim: int) -> Iterator[tuple[str, list[Codec]]]:
             polar("polar 4/2/2/2 r2", code((4, 2, 2, 2), "lloyd_max:2")),
             polar("... unbiased", code((4, 2, 2, 2), "lloyd_max:2", gain="unbiased")),
             polar("polar 3/2/2/2 r2", code((3, 2, 2, 2), "lloyd_max:2")),
+            *kernels("4/2/2/2 r2", code((4, 2, 2, 2), "lloyd_max:2")),
             polar("best, whole bits", best(low, cells="powers_of_two")),
             polar("best, any cells", best(low)),
             turboquant(3, head_dim),
@@ -109,6 +138,7 @@ def codecs(head_dim: int) -> Iterator[tuple[str, list[Codec]]]:
             polar("polar 4/2/2/2 fp16", code((4, 2, 2, 2), "fp16")),
             polar("polar 4/3/3/3 e5m6", code((4, 3, 3, 3), "minifloat:5,6")),
             polar("polar 5/3/3/3 r3", code((5, 3, 3, 3), "lloyd_max:3")),
+            *kernels("5/3/3/3 r3", code((5, 3, 3, 3), "lloyd_max:3")),
             polar("best, any cells", best(high)),
             turboquant(4, head_dim),
             kivi(4, "keys"),
@@ -136,18 +166,19 @@ def measure(device: torch.device, head_dim: int, n_vectors: int) -> None:
     gigabytes = x.numel() * x.element_size() / 1e9
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{where}, head_dim {head_dim}, {n_vectors} vectors, {torch.get_num_threads()} threads")
-    print(f"{'codec':<24}{'rate':>7}{'encode/s':>12}{'GB/s':>8}{'decode/s':>12}{'GB/s':>8}")
-    for title, group in codecs(head_dim):
+    print(f"{'codec':<28}{'rate':>7}{'encode/s':>12}{'GB/s':>8}{'decode/s':>12}{'GB/s':>8}")
+    for title, group in codecs(head_dim, has_kernel=device.type == "cuda"):
         print(title)
         for codec in group:
             stored = codec.encode(x)
             encode_s = median_s(lambda c=codec: c.encode(x), device)  # type: ignore[misc]
-            decode_s = median_s(lambda c=codec, s=stored: c.decode(s), device)  # type: ignore[misc]
-            print(
-                f"  {codec.name:<22}{codec.rate:>7.3f}"
-                f"{n_vectors / encode_s:>12.3g}{gigabytes / encode_s:>8.3f}"
-                f"{n_vectors / decode_s:>12.3g}{gigabytes / decode_s:>8.3f}"
-            )
+            line = f"  {codec.name:<26}{codec.rate:>7.3f}"
+            line += f"{n_vectors / encode_s:>12.3g}{gigabytes / encode_s:>8.3f}"
+            if codec.decode is None:
+                print(f"{line}{'-':>12}{'-':>8}")
+                continue
+            decode_s = median_s(lambda d=codec.decode, s=stored: d(s), device)  # type: ignore[misc]
+            print(f"{line}{n_vectors / decode_s:>12.3g}{gigabytes / decode_s:>8.3f}")
 
 
 def measure_fit(n_tokens: int) -> None:
@@ -182,12 +213,14 @@ def measure_fit(n_tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--n-vectors", type=int, default=65536, help="a multiple of 32")
+    parser.add_argument("--n-vectors", type=int, default=65536, help="a multiple of 64")
     parser.add_argument("--n-threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--fit-tokens", type=int, default=0)
     options = parser.parse_args()
-    if options.n_vectors < KIVI_GROUP or options.n_vectors % KIVI_GROUP:
-        parser.error(f"--n-vectors must be a multiple of {KIVI_GROUP}, KIVI's group")
+    if options.n_vectors < 2 * PAGE_SIZE or options.n_vectors % (2 * PAGE_SIZE):
+        parser.error(
+            f"--n-vectors must be a multiple of {2 * PAGE_SIZE}: a page of keys and values"
+        )
     if options.head_dim < KIVI_GROUP or options.head_dim & (options.head_dim - 1):
         parser.error("--head-dim must be a power of two, 32 or more")
     torch.set_num_threads(options.n_threads)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sphkv_cli.study.inputs import StudyInputs
     from sphkv_cli.study.result import StudyResult
 
-Need = Literal["capture", "model"]
+Need = Literal["capture", "codebooks", "model"]
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,19 @@ STUDIES: tuple[Study, ...] = (
     Study(
         "page-sizes",
         "What do pages cost beside codes?",
-        ("capture",),
+        ("capture", "codebooks"),
         "sphkv_cli.study.page_sizes",
     ),
     Study(
         "growing",
         "What does it cost that precision never comes back while a cache grows?",
-        ("capture",),
+        ("capture", "codebooks"),
         "sphkv_cli.study.growing",
     ),
     Study(
         "retention",
         "What does a cache of so many bits lose, by method?",
-        ("capture", "model"),
+        ("capture", "codebooks", "model"),
         "sphkv_cli.study.retention",
     ),
 )

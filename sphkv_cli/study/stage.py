@@ -80,7 +80,7 @@ def run_studies(
         EnvironmentUnable: figures to draw without matplotlib.
     """
     progress = progress or NullProgress()
-    unmet = {study.name: _unmet(study, capture, model) for study in studies}
+    unmet = {study.name: _unmet(study, capture, codebooks, model) for study in studies}
     if not skip_unmet:
         for name, missing in unmet.items():
             if missing:
@@ -97,10 +97,12 @@ def run_studies(
     return StudyReport(tuple(outcomes), provenance)
 
 
-def _unmet(study: Study, capture: Path | None, model: str | None) -> str:
+def _unmet(study: Study, capture: Path | None, codebooks: Path | None, model: str | None) -> str:
     """What the study lacks, in words; a capture names its own model."""
     if "capture" in study.needs and capture is None:
         return "a capture (--capture)"
+    if "codebooks" in study.needs and codebooks is None:
+        return "codebooks of its model (--codebooks)"
     if "model" in study.needs and capture is None and model is None:
         return "a model (--model)"
     return ""

@@ -132,6 +132,16 @@ def test_a_study_without_its_capture_is_refused_alone_and_skipped_among_all(
     assert outcome.result is None and "--capture" in outcome.skipped
 
 
+def test_a_study_without_its_codebooks_is_refused_alone_and_skipped_among_all(
+    make_study: Callable[..., Study],
+) -> None:
+    study = make_study("growing", lambda _: result(), "codebooks")
+    with pytest.raises(UsageError, match="--codebooks"):
+        run_studies([study], StudyOptions())
+    (outcome,) = run_studies([study], StudyOptions(), skip_unmet=True).outcomes
+    assert outcome.result is None and "--codebooks" in outcome.skipped
+
+
 def test_every_study_has_a_module_with_run_and_a_name_of_its_own() -> None:
     import importlib
 
