@@ -55,6 +55,29 @@ def test_retention_compares_at_no_more_than_the_budget(
     assert at["joint, c_drop = 1"] == at["joint, no F"] == ["4b"]
 
 
+def test_retention_says_what_the_policys_bytes_are_and_which_goals_it_meets(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(retention, tiny_chain, monkeypatch, budgets=("4b", "7b"), rows="own")
+    rows, parts, goals = result.tables
+    methods, found = columns(rows), columns(parts)
+    assert found["budget"] == ["4b", "7b"]
+    for row in parts.rows:
+        assert sum(row[5:]) == pytest.approx(100)
+    kl = dict(
+        zip(zip(methods["budget"], methods["method"], strict=True), methods["KL"], strict=True)
+    )
+    for budget, ratio in zip(found["budget"], found["KL policy / plan"], strict=True):
+        assert ratio == pytest.approx(kl[budget, "policy"] / kl[budget, "plan"])
+    for row, column in zip(
+        goals.rows,
+        ("KL policy / plan", "KL plan / oracle", "largest gap", "padding %", "page table %"),
+        strict=True,
+    ):
+        assert row[2] == max(found[column])
+        assert row[3] == ("met" if row[2] <= row[1] else "missed")
+
+
 def test_growing_never_exceeds_its_budget_nor_the_solver_by_two_percent(
     tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
