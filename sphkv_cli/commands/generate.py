@@ -28,6 +28,13 @@ def generate_command(
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     window: Annotated[int, typer.Option(help="Last tokens kept dense.")] = 32,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Hold this budget while tokens come, by demoting sealed pages: 2b, 0.1x, 12MiB "
+            "(--allocation)."
+        ),
+    ] = None,
     backend: Annotated[
         Literal["auto", "cuda", "reference"],
         typer.Option(help="auto takes the CUDA kernel where the model lies on a GPU."),
@@ -58,6 +65,7 @@ def generate_command(
         new_tokens=new_tokens,
         tier=tier,
         window=window,
+        budget=budget,
         backend=backend,
         model=model,
         load=LoadOptions(dtype=dtype, device=device),

@@ -14,7 +14,8 @@ from torch import Tensor
 from sphkv_cli.allocation.layout import position_bytes
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.page_store import compacted, joined, kept
-from sphkv_cli.generation.placement import Placement, PlacementRule
+from sphkv_cli.generation.placed_tokens import Placement
+from sphkv_cli.generation.placement import PlacementRule
 from sphkv_cli.generation.store_state import NewTokens, PagePlan, StoreState
 from sphkv_codebooks.errors import CodeError
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
@@ -97,6 +98,10 @@ class LayerStore:
         n_kv_heads = state.tail_keys.shape[1]
         counts = zip(state.n_sealed, state.n_tail, strict=True)
         return self.sealed(state, [self.rule.place_later(*pair, n_kv_heads) for pair in counts])
+
+    def with_pages(self, state: StoreState, pages: PagedCache) -> StoreState:
+        """The state with other pages for the same tokens."""
+        return self._planned(replace(state, pages=pages))
 
     def selected(self, state: StoreState, sequences: Sequence[int]) -> StoreState:
         """Sequence i is sequence sequences[i] of `state`; pages are shared until the next seal."""

@@ -14,6 +14,7 @@ from sphkv_cli.artifacts.capture_info import LayerInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.store import require_unchanged
 from sphkv_cli.errors import ArtifactError, UsageError
+from sphkv_cli.generation.budget_keeper import BudgetKeeper, schedule_of
 from sphkv_cli.generation.context_policy import ContextPolicy
 from sphkv_cli.generation.placement import PolicyRule, UniformRule
 from sphkv_cli.models.digest import model_digest
@@ -21,8 +22,14 @@ from sphkv_cli.models.geometry import ModelGeometry, inspect_model, rope_descrip
 from sphkv_kernels.tier import TierFormat
 
 
-def policy_for(path: Path, model: Any, window: int | None) -> PolicyRule:
-    """The policy of an allocation of this very model.
+def policy_for(
+    path: Path,
+    model: Any,
+    window: int | None,
+    budget: str | None = None,
+    shrink: Sequence[tuple[int, float]] = (),
+) -> PolicyRule:
+    """The policy of an allocation of this very model; with a budget, one that it keeps.
 
     Raises:
         ArtifactError: the file is damaged, was changed, or is for another model, RoPE or layers.
@@ -38,7 +45,18 @@ def policy_for(path: Path, model: Any, window: int | None) -> PolicyRule:
         require_rope(path, info.rope, model)
         require_layers(path, allocation.layers, geometry)
         _require_digest(path, info.model, info.model_digest, model)
-        return PolicyRule.of(ContextPolicy.of(allocation, geometry.max_tokens), window)
+        policy = ContextPolicy.of(allocation, geometry.max_tokens, budget)
+        if budget is None:
+            if shrink:
+                raise UsageError("without a budget there is none to shrink", "pass budget=")
+            return PolicyRule.of(policy, window)
+        if any(layer.window for layer in geometry.layers):
+            raise UsageError(
+                "pages of a sliding window come and go with it, no budget is kept of them",
+                "leave the budget away",
+            )
+        schedule = schedule_of(policy.planner.budget, policy.layout, shrink)
+        return PolicyRule.of(policy, window, BudgetKeeper.of(policy.planner, schedule))
 
 
 def uniform_for(

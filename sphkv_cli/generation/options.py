@@ -17,7 +17,7 @@ class GenerateOptions:
     prompts: texts; prompt_files: files of text after them; prompt_tokens: at most so many first
     tokens of each.  new_tokens: generated greedily, end-of-text tokens like others.
     tier: of codebooks; window: tokens after the prompt that stay dense at least (policy), or last
-    tokens that do (tier).
+    tokens that do (tier).  budget: of each sequence, kept while it grows (policy).
     backend: what reads the codes; model: None takes the name that the artifact has.
     """
 
@@ -27,6 +27,7 @@ class GenerateOptions:
     new_tokens: int = 64
     tier: str | None = None
     window: int = 32
+    budget: str | None = None
     backend: BackendChoice = "auto"
     model: str | None = None
     load: LoadOptions = field(default_factory=LoadOptions)

@@ -79,7 +79,8 @@ class PageReserve:
         whole = joined(live, _dead(pages, tier, n_slots))
         ends = whole.page_table.starts[1:].to(torch.int64).view(*heads, 1)
         entries = ends - n_slots + torch.arange(n_slots, device=pages.device)
-        block = whole.pool[live.pool.numel() :].view(*heads, n_slots, -1)
+        page_bytes = pages.tier_page_bytes()[tier]
+        block = whole.pool[live.pool.numel() :].view(*heads, n_slots, page_bytes)
         if group_size is None:
             return PageReserve(whole, None, source, entries, None, block, is_twin=False)
         full = whole.page_table.live_tokens.clone()

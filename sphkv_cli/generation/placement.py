@@ -20,27 +20,13 @@ import torch
 from torch import Tensor
 
 from sphkv_cli.errors import UsageError
+from sphkv_cli.generation.budget_keeper import BudgetKeeper
 from sphkv_cli.generation.context_policy import ContextPolicy
+from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_codebooks.frame import FrameSet
 from sphkv_kernels.tier import TierFormat
 
 _TAIL_SHARE = 128
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The first tokens of a tail, placed: (n_placed, n_kv_heads) integer each, on the CPU.
-
-    tier_of_token: -1 drops; page_of_token: numbers inside the KV head, from 0.
-    """
-
-    tier_of_token: Tensor
-    page_of_token: Tensor
-
-    @property
-    def n_placed(self) -> int:
-        """Tokens that leave the tail."""
-        return int(self.tier_of_token.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +76,20 @@ class PlacementRule(ABC):
 @final
 @dataclass(frozen=True, eq=False)
 class PolicyRule(PlacementRule):
-    """window: tokens after the prompt that stay dense at least; None: all of them do."""
+    """window: tokens after the prompt that stay dense at least; None: all of them do.
+
+    keeper: decides about pages after the prompt, so that a budget holds; without one they go to
+    `later_tier` and nothing is demoted.
+    """
 
     policy: ContextPolicy
     window: int | None
+    keeper: BudgetKeeper | None
 
     @staticmethod
-    def of(policy: ContextPolicy, window: int | None = 32) -> "PolicyRule":
+    def of(
+        policy: ContextPolicy, window: int | None = 32, keeper: BudgetKeeper | None = None
+    ) -> "PolicyRule":
         """The rule of a policy.
 
         Raises:
@@ -104,7 +97,7 @@ class PolicyRule(PlacementRule):
         """
         _check_window(window)
         layout = policy.layout
-        return PolicyRule(layout.tiers, layout.page_size, policy.frames, policy, window)
+        return PolicyRule(layout.tiers, layout.page_size, policy.frames, policy, window, keeper)
 
     def asked_tokens(self, n_prompt: int) -> Tensor:
         return self.policy.asked_tokens(n_prompt)
@@ -126,7 +119,13 @@ class PolicyRule(PlacementRule):
         return Placement(*self.policy.place(layer, queries, keys, values, positions))
 
     def steady_pages(self, n_tail: int) -> int:
-        return 0 if self.window is None else max(n_tail - self.window, 0) // self.page_size
+        if self.window is None or self.keeper is not None:
+            return 0
+        return max(n_tail - self.window, 0) // self.page_size
+
+    def kept_pages(self, n_sealed: int, n_tail: int) -> int:
+        """Pages of a tail about which the keeper is asked by now."""
+        return 0 if self.window is None else self.pages_due(n_sealed, n_tail - self.window)
 
     def is_steady(self, n_sealed: int) -> bool:
         return True

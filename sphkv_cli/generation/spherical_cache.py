@@ -7,7 +7,7 @@ The prompt is attended to dense and coded once it has been read, layer by layer;
 the codes.  Keys and values are never held dense beside them, but in the tail.  Source: ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +26,14 @@ from sphkv_cli.generation.attention import (
     attend_dense,
     register,
 )
+from sphkv_cli.generation.budget_keeper import demoted_by_sequence
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.decode_steps import DecodeSteps
 from sphkv_cli.generation.layer_frame import LayerFrame
 from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.matching import policy_for, uniform_for
 from sphkv_cli.generation.new_tokens import read_tokens
-from sphkv_cli.generation.placement import PlacementRule
+from sphkv_cli.generation.placement import PlacementRule, PolicyRule
 from sphkv_cli.generation.store_state import NewTokens, StoreState
 from sphkv_cli.generation.trial import try_pages
 from sphkv_cli.models.geometry import ModelGeometry, inspect_model
@@ -88,6 +89,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         )
         self._steps: DecodeSteps | None = None
         self._is_captured = False
+        self._keeper = rule.keeper if isinstance(rule, PolicyRule) else None
         self.n_columns = 0
         super().__init__(layers=[SphericalLayer(self, i) for i in range(self.geometry.n_layers)])
         before = model.config._attn_implementation
@@ -100,7 +102,13 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     @staticmethod
     def from_policy(
-        allocation: str | Path, model: Any, *, window: int | None = 32, backend: Backend = "auto"
+        allocation: str | Path,
+        model: Any,
+        *,
+        window: int | None = 32,
+        budget: str | None = None,
+        shrink: Sequence[tuple[int, float]] = (),
+        backend: Backend = "auto",
     ) -> "SphericalCache":
         """A cache that keeps what an allocation's policy keeps.
 
@@ -108,6 +116,10 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             allocation: allocation.h5, made for this model.
             model: a loaded transformers causal model; it attends through this module from now on.
             window: tokens after the prompt that stay dense at least; None: all of them.
+            budget: of each sequence, kept while it grows by demoting sealed pages: "2b" or "0.1x"
+                per token, "12MiB" in all.  Without one the prompt gets the allocation's budget and
+                later pages a tier of its bits per coordinate.
+            shrink: (n_tokens, factor): once so many tokens are sealed, so much of the budget.
             backend: "cuda" reads the codes with the kernel, "reference" in float64; "auto" is
                 "cuda" where the model lies on a CUDA device.
 
@@ -115,7 +127,8 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             ArtifactError: the file is damaged, or for another model, RoPE or other layers.
             SphkvError: as the class says.
         """
-        return SphericalCache(model, policy_for(Path(allocation), model, window), backend=backend)
+        rule = policy_for(Path(allocation), model, window, budget, shrink)
+        return SphericalCache(model, rule, backend=backend)
 
     @staticmethod
     def uniform(
@@ -220,6 +233,8 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._states = [None] * self.geometry.n_layers
         self._before = list(self._states)
         self._tokens = self._steps = None
+        if self._keeper is not None:
+            self._keeper.forget()
         self._may_step = self._steps_fit
         self.n_columns = 0
 
@@ -230,6 +245,11 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def batch_select_indices(self, indices: Tensor) -> None:
         """The same; indices (n) int64."""
         chosen = indices.tolist()
+        if self._keeper is not None:
+            raise SphkvError(
+                "a cache that keeps a budget knows its sequences by their places",
+                "generate without beams, or leave the budget away",
+            )
         self._leave_steps()
         # Beams are reordered at every token, and would enter and leave at every token.
         self._may_step = False
@@ -323,9 +343,10 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             state = store.prompt_placed(state, asked)
         else:
             output = self._readers[layer].attend(state, query, tokens).transpose(1, 2).contiguous()
-            state = store.later_placed(state)
+            state = state if self._keeper is not None else store.later_placed(state)
         self._states[layer] = state
         if layer == self.geometry.n_layers - 1:
+            self._keep_budget()
             self.n_columns += key.shape[2]
             self._before, self._tokens = list(self._states), None
         return output
@@ -375,6 +396,42 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             assert self._steps is not None
             self.n_columns += 1
             self._steps.finish()
+            if self._keeper is not None and any(self._kept_pages(self._steps)):
+                self._leave_steps()
+                self._keep_budget()
+                self._before = list(self._states)
+
+    def _kept_pages(self, held: StoreState | DecodeSteps) -> list[int]:
+        """Pages of every sequence about which the keeper is asked by now."""
+        assert isinstance(self.rule, PolicyRule)
+        counts = zip(held.n_sealed, held.n_tail, strict=True)
+        return [self.rule.kept_pages(*pair) for pair in counts]
+
+    def _keep_budget(self) -> None:
+        """Seal what is due in all layers, and demote what must make room for it."""
+        keeper, rule, states = self._keeper, self.rule, self._states
+        if keeper is None or states[0] is None:
+            return
+        assert isinstance(rule, PolicyRule)
+        due, n_sealed = self._kept_pages(states[0]), states[0].n_sealed
+        if keeper.is_started and not any(due):
+            return
+        try:
+            if not keeper.is_started:
+                options = [rule.policy.options_of_pages(n) if n else None for n in n_sealed]
+                keeper.start(options, n_sealed)
+            decided = [keeper.place(s, n) for s, n in enumerate(due)]
+            for layer, (store, state) in enumerate(zip(self.stores, states, strict=True)):
+                assert state is not None
+                moves = [{e: to for (i, e), to in m.items() if i == layer} for _, m in decided]
+                if state.pages is not None:
+                    state = store.with_pages(state, demoted_by_sequence(state.pages, moves))
+                placed = [p[layer] if n else None for n, (p, _) in zip(due, decided, strict=True)]
+                self._states[layer] = store.sealed(state, placed)
+        except BaseException:
+            # Its books are ahead of the pages now.
+            keeper.lose()
+            raise
 
     @contextmanager
     def captured(self) -> Iterator[None]:

@@ -47,13 +47,21 @@ def generate(
         raise UsageError("one of --allocation and --codebooks is needed", "pass one of them")
     if codebooks is not None and options.tier is None:
         raise UsageError("--codebooks needs --tier", "name one of its tiers, int8 or dense")
+    if options.budget is not None and allocation is None:
+        raise UsageError("--budget needs the costs of an allocation", "pass --allocation")
     texts = _texts(options)
     model, tokenizer = _load(options, allocation, codebooks, progress)
     if allocation is not None:
         cache = SphericalCache.from_policy(
-            allocation, model, window=options.window, backend=options.backend
+            allocation,
+            model,
+            window=options.window,
+            budget=options.budget,
+            backend=options.backend,
         )
         name = f"policy of {allocation.name}"
+        if options.budget is not None:
+            name += f" held at {options.budget}"
     else:
         assert codebooks is not None and options.tier is not None
         cache = SphericalCache.uniform(

@@ -11,7 +11,7 @@ from torch import Tensor
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_store import LayerStore
-from sphkv_cli.generation.placement import Placement
+from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_cli.generation.store_state import NewTokens
 from sphkv_cli.models.geometry import ModelGeometry
 from sphkv_kernels.build import KernelBuildError

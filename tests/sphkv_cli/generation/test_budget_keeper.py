@@ -1,0 +1,183 @@
+"""A budget while the cache grows: bytes of the tensors, precision that only falls, what it buys."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.generation.budget_keeper import demoted
+from sphkv_cli.generation.page_store import tensor_bytes
+from sphkv_cli.generation.placement import PolicyRule
+from sphkv_cli.generation.spherical_cache import SphericalCache
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache import SequenceTokens, build_cache
+from sphkv_kernels.cache_reader import read_tokens
+from sphkv_kernels.encode import encode
+from sphkv_kernels.tier import TierFormat
+
+N_PROMPT, N_TOKENS = 96, 190
+
+
+@pytest.fixture(scope="module")
+def load(tiny_chain: Any) -> Callable[..., Any]:
+    """The captured model, loaded anew in a dtype."""
+    from transformers import AutoModelForCausalLM
+
+    def make(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_chain.model, dtype=dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(1, 100, (1, N_TOKENS), generator=torch.Generator().manual_seed(2))
+
+
+def grown(
+    model: Any, cache: SphericalCache, ids: Tensor, after: Callable[[SphericalCache], None]
+) -> Tensor:
+    """Logits of the tokens after the prompt; `after` sees the cache after every step."""
+    rows = []
+    with torch.inference_mode():
+        model(ids[:, :N_PROMPT], past_key_values=cache)
+        after(cache)
+        for i in range(N_PROMPT, ids.shape[1]):
+            rows.append(model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1])
+            after(cache)
+    return torch.stack(rows)
+
+
+def laid_out(cache: SphericalCache) -> int:
+    """Bytes of the tensors of pages and tables, and of the fixed tables."""
+    assert isinstance(cache.rule, PolicyRule)
+    pages = [state.pages for state in cache.states() if state is not None]
+    return cache.rule.policy.layout.fixed_bytes + sum(tensor_bytes(p) for p in pages if p)
+
+
+@pytest.mark.parametrize(
+    "budget, shrink, dtype",
+    [
+        ("30kB", (), torch.float32),
+        ("4b", ((120, 0.6), (150, 0.8)), torch.float32),
+        ("2.5b", (), torch.bfloat16),
+    ],
+)
+def test_no_seal_leaves_more_than_the_budget_and_no_page_gains_precision(
+    tiny_chain: Any,
+    load: Callable[..., Any],
+    ids: Tensor,
+    budget: str,
+    shrink: Sequence[tuple[int, float]],
+    dtype: torch.dtype,
+) -> None:
+    model = load(dtype)
+    cache = SphericalCache.from_policy(
+        tiny_chain.allocation, model, window=8, budget=budget, shrink=shrink
+    )
+    assert isinstance(cache.rule, PolicyRule) and cache.rule.keeper is not None
+    keeper = cache.rule.keeper
+    seals: list[int] = []
+    before, n_demoted = np.zeros(0, np.int8), 0
+
+    def check(cache: SphericalCache) -> None:
+        nonlocal before, n_demoted
+        states = [state for state in cache.states() if state is not None]
+        n_sealed = states[0].n_sealed[0]
+        if seals and n_sealed == seals[-1]:
+            return
+        seals.append(n_sealed)
+        assert laid_out(cache) <= keeper.schedule.budget_bytes(n_sealed)
+        (sequence,) = keeper._sequences
+        options = sequence.growth.options
+        assert (options[: before.size] <= before).all()
+        n_demoted += int((options[: before.size] < before).sum())
+        before = options
+        for layer, state in enumerate(states):
+            assert state.pages is not None
+            of_layer = np.concatenate(sequence.ids[layer])
+            assert state.pages.page_table.tiers.tolist() == (options[of_layer] - 1).tolist()
+
+    logits = grown(model, cache, ids, check)
+    assert torch.isfinite(logits).all()
+    # Pages of 16 beyond a window of 8, none of them lost.
+    assert len(seals) >= 6 and seals[-1] > N_TOKENS - 8 - 16
+    # The budget binds, and is used.
+    assert n_demoted > 0 and laid_out(cache) > 0.9 * keeper.schedule.budget_bytes(seals[-1])
+
+
+def test_more_bytes_stray_less_from_the_dense_cache(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor
+) -> None:
+    model = load()
+    with torch.inference_mode():
+        dense = model(ids).logits[0, N_PROMPT:].log_softmax(-1)
+    found = []
+    for budget in ("1.5b", "5b"):
+        cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget=budget)
+        coded = grown(model, cache, ids, lambda _: None).log_softmax(-1)
+        found.append(float((dense.exp() * (dense - coded)).sum(-1).mean()))
+    assert found[0] > 4 * found[1] > 0
+
+
+def test_a_demoted_page_holds_what_it_held_in_a_smaller_code() -> None:
+    d, page = 32, 16
+    code = SphericalCode.analytic("paper", d, (4, 2, 2, 2), "fp16")
+    tiers = (TierFormat.spherical(code), TierFormat.int8())
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn((40, 2, d), generator=generator) for _ in range(2))
+    number = (torch.arange(40) // page)[:, None].expand(-1, 2)
+    tokens = SequenceTokens(keys, values, torch.ones_like(number), number, torch.arange(40))
+    cache = build_cache(tiers, page, [tokens])
+    # Head 0: its second page is dropped and its third, of 8 tokens, demoted; head 1: its first.
+    found = demoted(cache, {1: 0, 2: 1, 3: 1})
+    assert found.page_table.tiers.tolist() == [1, 0, 0, 1, 1]
+    assert found.page_table.live_tokens.tolist() == [16, 8, 16, 16, 8]
+    sizes = found.tier_page_bytes()
+    assert found.pool.numel() == 2 * sizes[0] + 3 * sizes[1] < cache.pool.numel()
+    old, new = read_tokens(cache, 0, 40), read_tokens(found, 0, 40)
+    assert not new.kept[16:32, 0].any() and int(new.kept.sum()) == 80 - 16
+    untouched = torch.ones((40, 2), dtype=torch.bool)
+    untouched[16:, 0] = untouched[:16, 1] = False
+    assert torch.equal(new.keys[untouched], old.keys[untouched])
+    # The bytes are those of the int8 numbers coded anew.
+    first = slice(0, page)
+    coded = encode(tiers[0], old.keys[None, first, 1].float(), old.values[None, first, 1].float())[
+        0
+    ]
+    offset = int(found.page_table.offsets[2])
+    assert torch.equal(found.pool[offset : offset + coded.numel()], coded)
+    live = (old.keys[32:, 0] - new.keys[32:, 0]).norm() / old.keys[32:, 0].norm()
+    assert 0.05 < float(live) < 0.3
+
+
+def test_what_no_budget_is_kept_of_is_refused(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor
+) -> None:
+    model = load()
+    with pytest.raises(UsageError, match="none to shrink"):
+        SphericalCache.from_policy(tiny_chain.allocation, model, shrink=((10, 0.5),))
+    with pytest.raises(UsageError, match="factors"):
+        SphericalCache.from_policy(tiny_chain.allocation, model, budget="2b", shrink=((10, 2.0),))
+    cache = SphericalCache.from_policy(tiny_chain.allocation, model, budget="3b")
+    with torch.inference_mode():
+        model(ids[:, :N_PROMPT], past_key_values=cache)
+    with pytest.raises(SphkvError, match="beams"):
+        cache.reorder_cache(torch.tensor([0]))
+
+
+def test_steps_without_a_seal_only_make_the_tail_longer(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor
+) -> None:
+    model = load(torch.bfloat16)
+    cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=None)
+    tails: list[int] = []
+    logits = grown(model, cache, ids[:, :150], lambda c: tails.append(c.memory_bytes()))
+    assert torch.isfinite(logits).all() and cache._steps is not None
+    assert cache._steps.n_tail == [150 - N_PROMPT] and cache._steps.n_sealed == [N_PROMPT]
+    # Longer by half at a time: few copies.
+    assert 2 <= len(set(tails)) <= 8
