@@ -6,30 +6,25 @@ dropped.  What a page costs in a tier is what a page of its rank cost the fit do
 (`allocation/quota_fit.py`); of a page that came after the prompt no rank is known, so it costs what
 their pages cost on average, but the first, which holds the sink.
 
-A demoted page is read back and coded again: its error is that of both codes.  The budget pays for
-sealed tokens, page table and fixed tables included; the dense window comes on top.  Source: ours.
+The budget pays for sealed tokens, page table and fixed tables included; the dense window comes on
+top.  `budget_seal.py` does what is decided here.  Source: ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.layout import PageLayout
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.quota_fit import QuotaFit, priced, stretched
 from sphkv_cli.errors import SphkvError, UsageError
-from sphkv_cli.generation.page_store import compacted, kept
 from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_cli.growing.allocation import GrowingAllocation, GrowthStep
 from sphkv_cli.growing.schedule import BudgetSchedule
-from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.encode import encode
-from sphkv_kernels.page_logits import tier_pages
 
 Ids = npt.NDArray[np.int64]
 _MANY_TOKENS = 1 << 20
@@ -67,7 +62,7 @@ class _Sequence:
 
 @dataclass(eq=False)
 class BudgetKeeper:
-    """Use: `start` when prompts have been placed, then `place` and `demoted` at every seal.
+    """Use: `start` when prompts have been placed, then `place` at every seal.
 
     curves: as `QuotaFit.pages`, priced for the budget.
     """
@@ -197,60 +192,6 @@ class BudgetKeeper:
         sizes = layout.option_bytes()[:, None, None]
         shape = (layout.n_layers, layout.n_kv_heads, n_pages, sizes.shape[-1])
         return np.broadcast_to(sizes, shape).reshape(-1, sizes.shape[-1])
-
-
-def demoted_by_sequence(pages: PagedCache, moves: Sequence[dict[int, int]]) -> PagedCache:
-    """As `demoted`; moves: of every sequence, by entry counted from its first."""
-    if not any(moves):
-        return pages
-    firsts = pages.page_table.starts[:: pages.n_kv_heads].tolist()
-    return demoted(
-        pages, {firsts[s] + e: to for s, found in enumerate(moves) for e, to in found.items()}
-    )
-
-
-def demoted(pages: PagedCache, moves: dict[int, int]) -> PagedCache:
-    """Pages with some in smaller tiers, or gone.
-
-    Args:
-        moves: option by entry of the page table; 0 drops, option j is tier j - 1.
-    """
-    if not moves:
-        return pages
-    table = pages.page_table
-    offsets, tiers = table.offsets.clone(), table.tiers.clone()
-    option = torch.full((table.n_entries,), -1, dtype=torch.int64)
-    option[list(moves)] = torch.tensor(list(moves.values()))
-    option = option.to(pages.device)
-    pools, end = [pages.pool], pages.pool.numel()
-    for tier in range(len(pages.tiers)):
-        where = torch.nonzero(option == tier + 1).flatten()
-        if not where.numel():
-            continue
-        keys, values = _read_back(kept(pages, option == tier + 1))
-        new = encode(pages.tiers[tier], keys, values)
-        offsets[where] = end + new.shape[1] * torch.arange(where.numel(), device=pages.device)
-        tiers[where] = tier
-        pools.append(new.flatten())
-        end += new.numel()
-    moved = replace(
-        pages, pool=torch.cat(pools), page_table=replace(table, offsets=offsets, tiers=tiers)
-    )
-    return compacted(kept(moved, option != 0))
-
-
-def _read_back(pages: PagedCache) -> tuple[Tensor, Tensor]:
-    """Keys, values (n_entries, page_size, d) float32 in the frame; ones in dead rows."""
-    size = (pages.page_table.n_entries, pages.page_size, pages.head_dim)
-    found = []
-    for operand in ("key", "value"):
-        rows = torch.ones(size, dtype=torch.float32, device=pages.device)
-        for part in tier_pages(pages, operand):
-            rows[part.entries] = part.decode()[part.page_of_entry].float()
-        found.append(rows)
-    live = torch.arange(pages.page_size, device=pages.device)
-    dead = (live >= pages.page_table.live_tokens[:, None])[..., None]
-    return found[0].masked_fill(dead, 1.0), found[1].masked_fill(dead, 1.0)
 
 
 def _in_order(ids: Ids, options: npt.NDArray[np.int8]) -> Ids:

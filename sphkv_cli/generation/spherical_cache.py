@@ -26,7 +26,7 @@ from sphkv_cli.generation.attention import (
     attend_dense,
     register,
 )
-from sphkv_cli.generation.budget_keeper import demoted_by_sequence
+from sphkv_cli.generation.budget_seal import pages_due, sealed_within
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.decode_steps import DecodeSteps
 from sphkv_cli.generation.layer_frame import LayerFrame
@@ -396,42 +396,17 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             assert self._steps is not None
             self.n_columns += 1
             self._steps.finish()
-            if self._keeper is not None and any(self._kept_pages(self._steps)):
-                self._leave_steps()
-                self._keep_budget()
-                self._before = list(self._states)
-
-    def _kept_pages(self, held: StoreState | DecodeSteps) -> list[int]:
-        """Pages of every sequence about which the keeper is asked by now."""
-        assert isinstance(self.rule, PolicyRule)
-        counts = zip(held.n_sealed, held.n_tail, strict=True)
-        return [self.rule.kept_pages(*pair) for pair in counts]
+            if isinstance(self.rule, PolicyRule) and self._keeper is not None:
+                counts = self._steps.n_sealed, self._steps.n_tail
+                if any(pages_due(self.rule, *counts)):
+                    self._leave_steps()
+                    self._keep_budget()
+                    self._before = list(self._states)
 
     def _keep_budget(self) -> None:
-        """Seal what is due in all layers, and demote what must make room for it."""
-        keeper, rule, states = self._keeper, self.rule, self._states
-        if keeper is None or states[0] is None:
-            return
-        assert isinstance(rule, PolicyRule)
-        due, n_sealed = self._kept_pages(states[0]), states[0].n_sealed
-        if keeper.is_started and not any(due):
-            return
-        try:
-            if not keeper.is_started:
-                options = [rule.policy.options_of_pages(n) if n else None for n in n_sealed]
-                keeper.start(options, n_sealed)
-            decided = [keeper.place(s, n) for s, n in enumerate(due)]
-            for layer, (store, state) in enumerate(zip(self.stores, states, strict=True)):
-                assert state is not None
-                moves = [{e: to for (i, e), to in m.items() if i == layer} for _, m in decided]
-                if state.pages is not None:
-                    state = store.with_pages(state, demoted_by_sequence(state.pages, moves))
-                placed = [p[layer] if n else None for n, (p, _) in zip(due, decided, strict=True)]
-                self._states[layer] = store.sealed(state, placed)
-        except BaseException:
-            # Its books are ahead of the pages now.
-            keeper.lose()
-            raise
+        """Where a budget is kept: seal what is due in all layers, within it."""
+        if isinstance(self.rule, PolicyRule) and self._keeper is not None:
+            sealed_within(self.rule, self.stores, self._states)
 
     @contextmanager
     def captured(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sphkv_cli.errors import SphkvError, UsageError
-from sphkv_cli.generation.budget_keeper import demoted
+from sphkv_cli.generation.budget_seal import demoted
 from sphkv_cli.generation.page_store import tensor_bytes
 from sphkv_cli.generation.placement import PolicyRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
