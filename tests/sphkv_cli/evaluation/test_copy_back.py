@@ -32,7 +32,10 @@ class Parrot:
     device: str = "cpu"
 
     def get_decoder(self) -> Callable[..., Any]:
-        def body(input_ids: torch.Tensor, use_cache: bool) -> Any:
+        def body(
+            input_ids: torch.Tensor, position_ids: torch.Tensor | None, use_cache: bool
+        ) -> Any:
+            assert position_ids is None and not use_cache
             following = torch.roll(input_ids[0], -1)
             for position in self.wrong:
                 following[position - 1] += 1

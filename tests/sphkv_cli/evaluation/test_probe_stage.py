@@ -78,7 +78,7 @@ def test_what_cannot_be_asked_is_refused(tiny_chain: Any, tmp_path: Path) -> Non
         asked = ProbeOptions("copy-back", lengths=(150,), keys=1)
         run(tiny_chain, output, asked, uniform=False, tiers=("paper",))
     found = CliRunner().invoke(app, ["evaluate", str(tiny_chain.capture), "--gate-recall", "0.9"])
-    assert found.exit_code == 2 and "need --probe" in found.output
+    assert found.exit_code == 2 and "needs --probe" in found.output
     assert not output.exists()
 
 
