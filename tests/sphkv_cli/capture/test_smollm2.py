@@ -64,6 +64,8 @@ def test_the_conversion_is_made_once(tmp_path: Path) -> None:
     first = resolve_model("smollm2")
     folder = Path(first.location)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    # Another process may be converting another model in the same cache.
+    before = set(folder.parent.glob(".converting-*"))
     assert resolve_model("smollm2") == first
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert not list(folder.parent.glob(".converting-*"))
+    assert set(folder.parent.glob(".converting-*")) <= before
