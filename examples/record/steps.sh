@@ -1,7 +1,8 @@
 # Sourced by the scripts beside it: the recorded tables of one model, each by one command.
 #
-# Set before `record`: model, document_tokens, horizon, documents, budgets, needle_lengths;
-# perhaps fisher_options, for capture.
+# Set before `record`: model, document_tokens, horizon, documents, budgets, needle_lengths,
+# uniform_documents; perhaps fisher_options, for capture, and long_contexts, to evaluate the policy
+# at lengths that it was not fitted on.
 # Folders: artifacts in OUT, by default runs/record/MODEL; reports in RESULTS, by default
 # examples/results/MODEL; BIN is that of the sphkv command. COMMIT names it where there is no git.
 # A step whose artifact is there is not repeated: remove it to make it again.
@@ -22,7 +23,7 @@ step() {
 	mv "$text.new" "$text"
 	cat "$text"
 	local line
-	line=$(printf '%-10s %5d s  %s' "$name" $((SECONDS - started)) "$*")
+	line=$(printf '%-10s %5d s  %s  (commit %s)' "$name" $((SECONDS - started)) "$*" "$(commit)")
 	printf '%s\n' "${line//$HOME/\~}" | tee -a "$out/record.txt"
 }
 
@@ -35,13 +36,30 @@ report() {
 	done
 }
 
+commit() {
+	printf '%s' "${COMMIT:-$(git rev-parse --short HEAD)$(git diff --quiet HEAD || printf ' with changes')}"
+}
+
 provenance() {
-	local commit gpu
-	commit=${COMMIT:-$(git rev-parse --short HEAD)$(git diff --quiet HEAD || printf ' with changes')}
+	local gpu
 	gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || printf 'no GPU')
-	printf '%s, commit %s, %s\n' "$("$bin/sphkv" --version)" "$commit" "$(date -u +%F)"
+	printf '%s, commit %s, %s\n' "$("$bin/sphkv" --version)" "$(commit)" "$(date -u +%F)"
 	printf '%s, %s cores, %s\n\n' \
 		"$(sed -n 's/^model name\s*: //p' /proc/cpuinfo | head -1)" "$(nproc)" "$gpu"
+}
+
+# capture_texts NAME TOKENS DOCUMENTS OPTION...: a novel, the press or science, and an argument for
+# each purpose; no text serves two.
+capture_texts() {
+	local name=$1 tokens=$2 n=$3
+	shift 3
+	step "$name" "$out/$name.h5" "$bin/sphkv" capture --model "$model" \
+		--text-file "fit=$novels/emma.txt" --text-file "fit=$brown/news.txt" \
+		--text-file "fit=$argument/secA.txt" --text-file "select=$novels/persuasion.txt" \
+		--text-file "select=$brown/editorial.txt" --text-file "select=$argument/secB.txt" \
+		--text-file "judge=$novels/pride_and_prejudice.txt" --text-file "judge=$brown/learned.txt" \
+		--text-file "judge=$argument/secJ.txt" --document-tokens "$tokens" \
+		--max-tokens $((n * tokens)) --dtype float32 "$@" --output "$out/$name.h5"
 }
 
 record() {
@@ -57,15 +75,8 @@ record() {
 	novels=$(echo "$texts"/austen-*) brown=$(echo "$texts"/brown-*)
 	argument=$(echo "$texts"/anarchist-faq-*)
 
-	# A novel, the press or science, and an argument for each purpose; no text serves two.
-	step capture "$out/capture.h5" "$bin/sphkv" capture --model "$model" \
-		--text-file "fit=$novels/emma.txt" --text-file "fit=$brown/news.txt" \
-		--text-file "fit=$argument/secA.txt" --text-file "select=$novels/persuasion.txt" \
-		--text-file "select=$brown/editorial.txt" --text-file "select=$argument/secB.txt" \
-		--text-file "judge=$novels/pride_and_prejudice.txt" --text-file "judge=$brown/learned.txt" \
-		--text-file "judge=$argument/secJ.txt" --document-tokens "$document_tokens" \
-		--max-tokens $((documents * document_tokens)) --query-tail 512 --query-stride 8 \
-		--dtype float32 --fisher ${fisher_options:-} --output "$out/capture.h5"
+	capture_texts capture "$document_tokens" "$documents" --query-tail 512 --query-stride 8 \
+		--fisher ${fisher_options:-}
 	step fit "$out/codebooks.h5" "$bin/sphkv" fit-codebooks "$out/capture.h5" \
 		--output "$out/codebooks.h5"
 	step design "$out/designed.h5" "$bin/sphkv" fit-codebooks "$out/capture.h5" \
@@ -97,6 +108,28 @@ record() {
 		--allocation "$out/allocation.h5" --probe needle --probe-prompts 1 "${asked[@]}" \
 		--plot "$out/needle.png" --output "$out/needle.json"
 	report needle
+
+	for length in ${long_contexts:-}; do
+		# One document of each kind is judged; no query of the capture is read.
+		capture_texts "capture-$length" $((length + horizon)) 10 --query-tail 1 --query-stride 512
+		step "length-$length" "$out/length-$length.json" "$bin/sphkv" evaluate \
+			"$out/capture-$length.h5" --dtype float32 --allocation "$out/allocation.h5" \
+			--budget 1b --budget 2b --budget 3b --output "$out/length-$length.json"
+		report "length-$length"
+	done
+
+	asked=()
+	for budget in $budgets; do asked+=(--budget "$budget"); done
+	step retention "$out/studies/retention/result.json" "$bin/sphkv" study retention \
+		--capture "$out/capture.h5" --codebooks "$out/codebooks.h5" --max-documents 7 \
+		--horizon "$horizon" "${asked[@]}" --output "$out/studies"
+	local others
+	others=$("$bin/sphkv" study --list --json |
+		"$bin/python" -c 'import json, sys; print(*(s["name"] for s in json.load(sys.stdin)))')
+	step studies "$out/studies/depth/result.json" "$bin/sphkv" study ${others/retention/} \
+		--capture "$out/capture.h5" --codebooks "$out/codebooks.h5" --max-documents 2 \
+		--max-layers 10 --horizon "$horizon" --output "$out/studies"
+	cp -r "$out/studies" "$results/"
 	cp "$out/record.txt" "$results/record.txt"
 	printf '\nThe results are in %s\n' "$results"
 }

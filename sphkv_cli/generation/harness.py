@@ -128,13 +128,18 @@ def evaluate_tasks(
             leaves that to the task.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
+    # Reading the thousands of task files that come with lm-eval takes a minute: once, and only to
+    # look up names.
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
     makers = {"dense": lambda: DynamicCache(config=model.config), "coded": make_coded}
     found = {}
     for name, make in makers.items():
         answered = simple_evaluate(
             CachedModel(model, tokenizer, make),
             tasks=list(tasks),
+            task_manager=manager,
             limit=limit,
             num_fewshot=n_examples,
             bootstrap_iters=0,
