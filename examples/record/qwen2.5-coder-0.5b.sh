@@ -9,5 +9,6 @@ documents=${DOCUMENTS:-24}
 budgets=${BUDGETS:-1b 2b 3b 4b}
 needle_lengths=${NEEDLE_LENGTHS:-512 1024}
 uniform_documents=${UNIFORM_DOCUMENTS:-3}
+long_contexts=${LONG_CONTEXTS:-4096}
 fisher_options="--fisher-samples 1 --fisher-tokens 640"
 record

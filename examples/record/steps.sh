@@ -48,18 +48,9 @@ provenance() {
 		"$(sed -n 's/^model name\s*: //p' /proc/cpuinfo | head -1)" "$(nproc)" "$gpu"
 }
 
-# capture_texts NAME TOKENS DOCUMENTS OPTION...: a novel, the press or science, and an argument for
-# each purpose; no text serves two.
-capture_texts() {
-	local name=$1 tokens=$2 n=$3
-	shift 3
-	step "$name" "$out/$name.h5" "$bin/sphkv" capture --model "$model" \
-		--text-file "fit=$novels/emma.txt" --text-file "fit=$brown/news.txt" \
-		--text-file "fit=$argument/secA.txt" --text-file "select=$novels/persuasion.txt" \
-		--text-file "select=$brown/editorial.txt" --text-file "select=$argument/secB.txt" \
-		--text-file "judge=$novels/pride_and_prejudice.txt" --text-file "judge=$brown/learned.txt" \
-		--text-file "judge=$argument/secJ.txt" --document-tokens "$tokens" \
-		--max-tokens $((n * tokens)) --dtype float32 "$@" --output "$out/$name.h5"
+# beginning BYTES FILE: the first bytes of a text, without a character cut in two.
+beginning() {
+	head -c "$1" "$2" | iconv -c -f utf-8 -t utf-8
 }
 
 record() {
@@ -75,8 +66,15 @@ record() {
 	novels=$(echo "$texts"/austen-*) brown=$(echo "$texts"/brown-*)
 	argument=$(echo "$texts"/anarchist-faq-*)
 
-	capture_texts capture "$document_tokens" "$documents" --query-tail 512 --query-stride 8 \
-		--fisher ${fisher_options:-}
+	# A novel, the press or science, and an argument for each purpose; no text serves two.
+	local fit_texts=("$novels/emma.txt" "$brown/news.txt" "$argument/secA.txt")
+	local select_texts=("$novels/persuasion.txt" "$brown/editorial.txt" "$argument/secB.txt")
+	local judge_texts=("$novels/pride_and_prejudice.txt" "$brown/learned.txt" "$argument/secJ.txt")
+	step capture "$out/capture.h5" "$bin/sphkv" capture --model "$model" \
+		"${fit_texts[@]/#/--text-file=fit=}" "${select_texts[@]/#/--text-file=select=}" \
+		"${judge_texts[@]/#/--text-file=judge=}" --document-tokens "$document_tokens" \
+		--max-tokens $((documents * document_tokens)) --query-tail 512 --query-stride 8 \
+		--dtype float32 --fisher ${fisher_options:-} --output "$out/capture.h5"
 	step fit "$out/codebooks.h5" "$bin/sphkv" fit-codebooks "$out/capture.h5" \
 		--output "$out/codebooks.h5"
 	step design "$out/designed.h5" "$bin/sphkv" fit-codebooks "$out/capture.h5" \
@@ -110,8 +108,19 @@ record() {
 	report needle
 
 	for length in ${long_contexts:-}; do
-		# One document of each kind is judged; no query of the capture is read.
-		capture_texts "capture-$length" $((length + horizon)) 10 --query-tail 1 --query-stride 512
+		# One document of each judge text, long enough; nothing is fitted on what is before them.
+		local tokens=$((length + horizon)) text parts="$out/texts-$length" cut=()
+		mkdir -p "$parts"
+		for text in "${judge_texts[@]}"; do
+			beginning $((6 * tokens)) "$text" >"$parts/$(basename "$text")"
+			cut+=("--text-file=judge=$parts/$(basename "$text")")
+		done
+		beginning 4096 "${fit_texts[0]}" >"$parts/fit.txt"
+		beginning 4096 "${select_texts[0]}" >"$parts/select.txt"
+		step "capture-$length" "$out/capture-$length.h5" "$bin/sphkv" capture --model "$model" \
+			"--text-file=fit=$parts/fit.txt" "--text-file=select=$parts/select.txt" "${cut[@]}" \
+			--document-tokens "$tokens" --query-tail 1 --query-stride 512 --dtype float32 \
+			--output "$out/capture-$length.h5"
 		step "length-$length" "$out/length-$length.json" "$bin/sphkv" evaluate \
 			"$out/capture-$length.h5" --dtype float32 --allocation "$out/allocation.h5" \
 			--budget 1b --budget 2b --budget 3b --output "$out/length-$length.json"
