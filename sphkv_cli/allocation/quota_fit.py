@@ -123,13 +123,13 @@ def stretched(pages: NDArray[np.floating], n_pages: int, n_fixed: int = 1) -> Fl
     """The costs of a context of another length, by rank.
 
     The first n_fixed pages stay as they are: the sink is one page however long the context is.  The
-    others lie at the same shares of what follows, between old pages by the logarithms.
+    others lie at the same shares of what follows, between its old pages by the logarithms.
     """
     known, ranks = pages.shape[2], np.arange(n_pages)
     n_fixed = min(n_fixed, known)
     ratio = (known - n_fixed) / max(n_pages - n_fixed, 1)
-    place = np.where(ranks < n_fixed, ranks, n_fixed - 0.5 + (ranks - n_fixed + 0.5) * ratio)
-    place = np.clip(place, 0, known - 1)
+    place = np.maximum(n_fixed - 0.5 + (ranks - n_fixed + 0.5) * ratio, n_fixed)
+    place = np.clip(np.where(ranks < n_fixed, ranks, place), 0, known - 1)
     low = place.astype(np.int64)
     high, share = np.minimum(low + 1, known - 1), (place - low)[:, None]
     logs = np.log(np.maximum(pages.astype(np.float64), 1e-300))

@@ -143,6 +143,10 @@ def evaluate(
                 stepped = allocation if options.stepwise else None
                 judged = _judge(options, reader, documents, model, work, progress, stepped)
     result = _result(options, protocol, reader.model, judged, time.perf_counter() - started)
+    if judged.left_out:
+        notes += (
+            f"Not within the bytes of every document, so left out: {', '.join(judged.left_out)}.",
+        )
     result = replace(result, reading=(*result.reading, *notes))
     ref = save_report(
         output,
@@ -180,12 +184,16 @@ def require_gates(result: Gated) -> None:
 
 @dataclass(frozen=True)
 class _Judged:
-    """By row name, in order: per document the scores of every seed; description of the protocol."""
+    """By row name, in order, the dense control last: per document the scores of every seed.
+
+    description: of the protocol; left_out: rows that fit some documents only.
+    """
 
     scores: Mapping[str, list[list[tuple[DocumentScore, TokenScores]]]]
     is_ours: Mapping[str, bool]
     family: Mapping[str, str]
     description: str
+    left_out: tuple[str, ...]
 
 
 def _documents(
@@ -250,8 +258,9 @@ def _judge(
     is_ours: dict[str, bool] = {}
     family: dict[str, str] = {}
     description = ""
-    total = sum(len(work_of(info.index).candidates) for info in documents)
-    progress.start("evaluating", total, "runs")
+    # To know the work of a document can mean to plan it: of the first alone, which comes next.
+    n_runs = len(work_of(documents[0].index).candidates)
+    progress.start("evaluating", n_runs * len(documents), "runs")
     for info in documents:
         work = work_of(info.index)
         description = work.protocol.description
@@ -276,7 +285,11 @@ def _judge(
         for row, of_seeds in of_document.items():
             scores.setdefault(row, []).append(of_seeds)
     progress.finish()
-    return _Judged(scores, is_ours, family, description)
+    control = work.candidates[-1].row
+    left_out = tuple(row for row, found in scores.items() if len(found) < len(documents))
+    whole = {row: found for row, found in scores.items() if row not in (*left_out, control)}
+    whole[control] = scores[control]
+    return _Judged(whole, is_ours, family, description, left_out)
 
 
 def _stepwise(

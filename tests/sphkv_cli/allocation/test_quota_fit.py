@@ -119,10 +119,20 @@ def test_stretched_costs_keep_the_first_pages_and_the_curve_of_the_others() -> N
             - 0.5
             + (np.arange(n_pages - n_fixed) + 0.5) * (12 - n_fixed) / max(n_pages - n_fixed, 1)
         )
+        place = np.maximum(place, n_fixed)
         line = np.interp(place, np.arange(12), np.log(costs[1, 1, :, 0]))
         np.testing.assert_allclose(np.log(found[1, 1, n_fixed:, 0]), line, rtol=1e-9)
     assert stretched(costs, 1).shape[2] == stretched(costs[:, :, :1], 1).shape[2] == 1
     assert stretched(np.zeros((1, 1, 3, 2)), 5).max() < 1e-290
+
+
+def test_a_sink_does_not_leak_into_the_pages_after_it() -> None:
+    costs = np.ones((1, 1, 48, 2))
+    costs[:, :, 0] = 1000.0
+    for n_pages in (2, 20, 128, 240):
+        found = stretched(costs, n_pages)
+        np.testing.assert_allclose(found[:, :, 0], 1000.0, rtol=1e-12)
+        np.testing.assert_allclose(found[:, :, 1:], 1.0, rtol=1e-12)
 
 
 def test_a_sink_keeps_its_page_in_shorter_and_longer_contexts() -> None:
