@@ -2,7 +2,7 @@
 
 PolarQuant (4/2/2/2, fp16 radii), TurboQuant and EDEN carry their own Haar rotation, as published;
 ",centred" centres keys first as the frames of the codebooks do, which is not in their papers but is
-what our codes get too.
+what our codes get too.  All are charged with what their papers store for a token, without pages.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,17 +10,15 @@ from dataclasses import replace
 
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
-from sphkv_cli.evaluation.frame_coding import FrameCoding
 from sphkv_codebooks.comparators.eden import Eden
 from sphkv_codebooks.comparators.float8 import Float8
 from sphkv_codebooks.comparators.integer import IntegerPerToken
 from sphkv_codebooks.comparators.interface import VectorQuantizer
 from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
+from sphkv_codebooks.comparators.polarquant import PolarQuant
 from sphkv_codebooks.comparators.turboquant_mse import TurboQuantMse
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
-from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.tier import TierFormat
 
 _UNROTATED = ("kivi:2", "kivi:4", "fp8", "fp8-scaled", "int8", "int4")
 _ROTATED = tuple(
@@ -84,26 +82,18 @@ def published_codings(
             rotation = Rotation("haar", shape.head_dim, seed)
             label = f", Haar{', centred' if centred else ''}"
             label += f", seed {seed}" if len(seeds) > 1 else ""
-            if method == "polarquant":
-                own = FrameSet(rotation)
-                if centred and centring is not None:
-                    own = replace(centring, rotation=rotation)
-                yield FrameCoding(polarquant_tier(shape.head_dim), own, shape, label)
-                continue
-            quantizer: VectorQuantizer = (
-                TurboQuantMse(int(bits), shape.head_dim, rotation)
-                if method == "turboquant"
-                else Eden(int(bits), shape.head_dim, "unbiased", rotation)
-            )
+            quantizer = _rotated(method, bits, shape.head_dim, rotation)
             yield ComparatorCoding(
                 quantizer.name + label, quantizer, quantizer, shape, centring if centred else None
             )
 
 
-def polarquant_tier(head_dim: int) -> TierFormat:
-    """The paper's code: depth 4, 4/2/2/2 bits per angle, a radius in fp16 per 16 coordinates."""
-    code = SphericalCode.analytic("PolarQuant 4/2/2/2, fp16 radii", head_dim, (4, 2, 2, 2), "fp16")
-    return TierFormat.spherical(code)
+def _rotated(method: str, bits: str, head_dim: int, rotation: Rotation) -> VectorQuantizer:
+    if method == "polarquant":
+        return PolarQuant(head_dim, rotation)
+    if method == "turboquant":
+        return TurboQuantMse(int(bits), head_dim, rotation)
+    return Eden(int(bits), head_dim, "unbiased", rotation)
 
 
 def _unrotated(name: str) -> tuple[VectorQuantizer, VectorQuantizer]:

@@ -18,6 +18,7 @@ from sphkv_codebooks.comparators.float8 import Float8
 from sphkv_codebooks.comparators.integer import IntegerPerToken
 from sphkv_codebooks.comparators.interface import Comparator, OrthogonalMap, VectorQuantizer
 from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
+from sphkv_codebooks.comparators.polarquant import PolarQuant
 from sphkv_codebooks.comparators.qjl import Qjl
 from sphkv_codebooks.comparators.spherical_kmeans import SPHERICAL_KV_TIERS, fit_spherical_kmeans
 from sphkv_codebooks.comparators.token_groups import DENSE_BITS
@@ -86,6 +87,8 @@ def published_methods(
         add(IntegerPerToken(b))
     for has_scale in (False, True):
         add(Float8(has_scale))
+    if head_dim >= 16:
+        add(PolarQuant(head_dim, rotation))
     for b in (3, 4):
         add(WuPolarQuant(b, b))
     return tuple(methods)

@@ -64,6 +64,7 @@ def test_every_method_of_the_comparison_is_here() -> None:
         "int8",
         "fp8 e4m3, no scale",
         "fp8 e4m3 per token",
+        "PolarQuant 4/2/2/2",
         "Wu et al.",
         "g16 K64",
         "g16 K16",

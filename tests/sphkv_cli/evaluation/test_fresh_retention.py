@@ -1,6 +1,7 @@
 """`evaluate` with plans made anew: other budgets, lengths, methods and captures."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from sphkv_cli.artifacts.store import content_digest
 from sphkv_cli.capture.options import CaptureOptions, TextSource
 from sphkv_cli.capture.stage import capture
 from sphkv_cli.errors import ArtifactError, UsageError
+from sphkv_cli.evaluation import stage
+from sphkv_cli.evaluation.fresh_retention import fresh_work
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.retention_rows import ORACLE, PLAN, POLICY
 from sphkv_cli.evaluation.stage import evaluate
@@ -59,6 +62,38 @@ def test_budgets_and_context_are_those_asked_for(tiny_chain: Any, tmp_path: Path
     assert 2.5 < rates[f"{POLICY}, 3b"] <= 3.0 < rates[f"{POLICY}, 6b"] <= 6.0
     assert rates["SnapKV, bf16, 3b"] <= 3.0
     assert result.rows[0].documents[0].n_scored == 150 - 100 - 1
+
+
+def test_a_row_that_does_not_fit_every_document_is_left_out_and_named(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+
+    def first_without_oracle(*arguments: Any) -> Any:
+        of_all = fresh_work(*arguments)
+
+        def work(index: int) -> Any:
+            found = of_all(index)
+            planned.append(index)
+            if index != planned[0]:
+                return found
+            kept = tuple(c for c in found.candidates if not c.row.startswith(ORACLE))
+            return replace(found, candidates=kept)
+
+        return work
+
+    monkeypatch.setattr(stage, "fresh_work", first_without_oracle)
+    result = evaluate(
+        EvaluateOptions(budgets=("6b",), context=100, model=str(tiny_chain.model)),
+        tiny_chain.capture,
+        None,
+        tiny_chain.allocation,
+        tmp_path / "c.json",
+    )
+    assert len(set(planned)) == result.n_documents > 1
+    assert [row.name for row in result.rows] == [PLAN, POLICY, "dense"]
+    assert all(len(row.documents) == result.n_documents for row in result.rows)
+    assert any("left out" in one and ORACLE in one for one in result.reading)
 
 
 def test_the_report_says_when_quotas_can_only_be_scaled(tiny_chain: Any, tmp_path: Path) -> None:
