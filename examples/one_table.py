@@ -1,11 +1,11 @@
 """Prints one Markdown table of quality, bytes and speed from recorded reports.
 
     python examples/one_table.py examples/results/smollm2/table.json \
-        --kernel examples/results/kernel-h100.json --profile report.json
+        --kernel examples/results/kernel-h100.json --profile 2b=report.json
 
 Quality and bytes are those of `sphkv evaluate`.  Speed is the time of one attention step against
 the best bf16 attention of the same run: of codes from a kernel report (head_dim 128, one shape), of
-the plan from a `sphkv profile` report of a GPU; `-` where nothing was timed.
+the plan at a budget from a `sphkv profile` report of a GPU; `-` where nothing was timed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ FAMILIES = (
     "our codes, uniform",
     "our codes, uniform, ends dense",
     "SnapKV, bf16",
+    "plan",
     "policy",
 )
 _POLAR = re.compile(r"(?:polar-)?(\d{4})-(r\d|e5m6)\b")
@@ -33,6 +34,8 @@ _POLAR = re.compile(r"(?:polar-)?(\d{4})-(r\d|e5m6)\b")
 
 def kernel_tier(row: str) -> str | None:
     """Name in a kernel report of the code that a row of one code reads; None if it has none."""
+    if "sinks" in row:
+        return None  # Dense pages beside the codes: no kernel report times them.
     if row.startswith("PolarQuant"):
         return "4222-fp16"
     found = _POLAR.match(row)
@@ -68,9 +71,12 @@ def table(
     evaluation: Mapping[str, Any],
     families: tuple[str, ...],
     speeds: Mapping[str, float],
-    of_plan: float | None,
+    of_plan: Mapping[str, float],
 ) -> list[str]:
-    """Markdown lines, the rows of each family together and in order of bytes."""
+    """Markdown lines, the rows of each family together and in order of bytes.
+
+    speeds: by tier; of_plan: of the plan, by budget.
+    """
     lines = [
         "| method | bits | MiB | KL | 95 % | KL p99 | perplexity | top-1 | attention step |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -83,12 +89,12 @@ def table(
 
 
 def _speed(
-    row: Mapping[str, Any], speeds: Mapping[str, float], of_plan: float | None
+    row: Mapping[str, Any], speeds: Mapping[str, float], of_plan: Mapping[str, float]
 ) -> float | None:
     if row["name"] == "dense":
         return 1.0
     if row["family"] == "plan":
-        return of_plan
+        return of_plan.get(row["name"].partition(", ")[2])
     tier = kernel_tier(row["name"])
     return None if tier is None or "ends dense" in row["family"] else speeds.get(tier)
 
@@ -124,11 +130,17 @@ def main() -> None:
     parser.add_argument("evaluation", type=Path, help="a report of sphkv evaluate")
     parser.add_argument("--kernel", type=Path, help="a report of examples/kernel_report.py")
     parser.add_argument("--shape", default="8x8x32768x4", help="of the kernel report's cases")
-    parser.add_argument("--profile", type=Path, help="a report of sphkv profile on a GPU")
+    parser.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="BUDGET=REPORT",
+        help="a report of sphkv profile on a GPU, and the budget of its allocation, repeatable",
+    )
     parser.add_argument("--family", action="append", help="rows to print, repeatable")
     asked = parser.parse_args()
     evaluation = json.loads(asked.evaluation.read_text())["content"]["evaluation"]
-    speeds, of_plan = {}, None
+    speeds, of_plan = {}, {}
     if asked.kernel is not None:
         report = json.loads(asked.kernel.read_text())
         speeds = kernel_speeds(report, asked.shape)
@@ -138,8 +150,14 @@ def main() -> None:
             f"Attention step: against bf16 on one {report['provenance']['gpu']}, {asked.shape}, "
             "head_dim 128,\nwithout the term that frames centred before RoPE add.\n"
         )
-    if asked.profile is not None:
-        of_plan = plan_speed(json.loads(asked.profile.read_text()))
+    for profile in asked.profile:
+        budget, _, path = profile.partition("=")
+        if not path:
+            parser.error(f"--profile {profile} names no budget: give it as 2b={profile}")
+        found = plan_speed(json.loads(Path(path).read_text()))
+        if found is None:
+            parser.error(f"{path} holds no speed; profile the allocation on a GPU")
+        of_plan[budget] = found
     families = tuple(asked.family) if asked.family else FAMILIES
     print("\n".join(table(evaluation, families, speeds, of_plan)))
 

@@ -54,6 +54,24 @@ def encode(
         PageError: shapes, dtypes or devices that do not fit.
         ValueError: NaN, Inf or radii that the code cannot store.
     """
+    pages, refused = encode_counted(tier, keys, values, rotation=rotation)
+    if check and int(refused):
+        _refuse(tier, keys, values, rotation)
+    return pages
+
+
+def encode_counted(
+    tier: TierFormat, keys: Tensor, values: Tensor, *, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `encode` without waiting for the device, and how many vectors cannot be stored.
+
+    The count, ``() integer``, is on the device; the codes of what it counts are arbitrary.  Where
+    torch operations encode, such vectors are refused at once.
+
+    Raises:
+        PageError: as `encode`.
+        ValueError: as `encode`, where torch operations encode.
+    """
     _check_pair(keys, values)
     if keys.ndim not in (3, 4):
         raise PageError(
@@ -62,16 +80,16 @@ def encode(
         )
     page_size, head_dim = keys.shape[-2:]
     n_bytes = page_bytes(tier, head_dim, page_size)  # refuses a foreign page_size or head_dim
+    none = torch.zeros((), dtype=torch.int32, device=keys.device)
     if not keys.numel():
-        return torch.empty((*keys.shape[:-2], n_bytes), dtype=torch.uint8, device=keys.device)
+        pages = torch.empty((*keys.shape[:-2], n_bytes), dtype=torch.uint8, device=keys.device)
+        return pages, none
     if keys.device.type != "cuda" or not has_encoder(tier):
-        return _encode_torch(tier, *_rotated(keys, values, rotation))
+        return _encode_torch(tier, *_rotated(keys, values, rotation)), none
     inputs = _kernel_inputs(keys, values, rotation)
     encoder = encoder_for(tier, head_dim, inputs.rotation, False, keys.device)
     pages, refused = torch.ops.sphkv.encode(inputs.keys, inputs.values, encoder.handle)
-    if check and int(refused):
-        _refuse(tier, keys, values, rotation)
-    return torch.as_tensor(pages)
+    return torch.as_tensor(pages), torch.as_tensor(refused).reshape(())
 
 
 def encode_rows(

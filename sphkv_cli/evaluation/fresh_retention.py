@@ -47,6 +47,17 @@ def scaled_quotas_note(allocation: AllocationReader) -> tuple[str, ...]:
     )
 
 
+def no_dense_tier_note(options: EvaluateOptions, allocation: AllocationReader) -> tuple[str, ...]:
+    """Which published methods have no rows without a dense tier; nothing where they have."""
+    tiers = allocation.tiers
+    if tiers[-1].kind == "dense" or "published" not in wanted_kinds(options.rows or "own"):
+        return ()
+    return (
+        f"{allocation.path} has no dense tier, which SnapKV, PyramidKV and Ada-KV keep tokens in: "
+        "they are left out; allocate with --tier dense for them.",
+    )
+
+
 def fresh_work(
     options: EvaluateOptions,
     allocation: AllocationReader,

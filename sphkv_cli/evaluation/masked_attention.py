@@ -73,18 +73,15 @@ class CodedRun:
         positions = torch.arange(key.shape[2], device=key.device)
         coded = self._code(layer, key, value, positions)
         columns = CacheColumns.of(key, value, coded, query.shape[1])
-        blocks = [
-            columns.attend(
-                query[0, :, start : start + QUERY_BLOCK],
-                positions[start : start + QUERY_BLOCK],
-                self.protocol,
-                window=described.window,
-                scale=described.softmax_scale,
-                softcap=described.logit_softcap,
-            )
-            for start in range(0, query.shape[2], QUERY_BLOCK)
-        ]
-        return torch.cat(blocks, dim=1).transpose(0, 1)[None].contiguous()
+        found = columns.attend(
+            query[0],
+            positions,
+            self.protocol,
+            window=described.window,
+            scale=described.softmax_scale,
+            softcap=described.logit_softcap,
+        )
+        return found.transpose(0, 1)[None].contiguous()
 
     def _code(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> CodedTokens:
         n_tokens = key.shape[2]
@@ -134,7 +131,32 @@ class CacheColumns:
         scale: float,
         softcap: float,
     ) -> Tensor:
-        """Output (n_q_heads, n_queries, head_dim) of queries (n_q_heads, n_queries, head_dim)."""
+        """Output (n_q_heads, n_queries, head_dim) of queries (n_q_heads, n_queries, head_dim).
+
+        In blocks of queries: the mask of all at once grows with their number times the cache's.
+        """
+        blocks = [
+            self._attend(
+                query[:, start : start + QUERY_BLOCK],
+                positions[start : start + QUERY_BLOCK],
+                protocol,
+                window,
+                scale,
+                softcap,
+            )
+            for start in range(0, query.shape[1], QUERY_BLOCK)
+        ]
+        return torch.cat(blocks, dim=1)
+
+    def _attend(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        protocol: ReadProtocol,
+        window: int,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
         tokens = torch.arange(int(positions[-1]) + 1, device=query.device)
         distance = positions[:, None] - tokens[None, :]
         visible = distance >= 0

@@ -15,7 +15,7 @@ from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_output, require_unchanged
-from sphkv_cli.errors import SphkvError
+from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.evaluation.candidates import uniform_work
 from sphkv_cli.evaluation.copy_back import (
     RecallScore,
@@ -111,6 +111,11 @@ def probe(
             rows = [AskedRow(c.coding.name, c.is_ours, c.coding) for c in work.candidates]
         else:
             assert allocation is not None
+            if codebooks is not None or options.methods:
+                raise UsageError(
+                    "a probe asks the policy of an allocation, or codes and methods",
+                    "leave out --codebooks and --method, or pass --protocol uniform",
+                )
             require_unchanged(allocation)
             with AllocationReader(allocation) as plans:
                 plans.require_capture(reader.ref)

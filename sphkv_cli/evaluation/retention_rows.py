@@ -9,7 +9,8 @@ methods keep tokens of their own, in bf16: bare bytes, without padding, page tab
                in bf16, SnapKV's tokens in bf16 over a low tier, tiers per head without drops
     controls   what the joint plan is without one of its parts
 
-Where a method leaves a choice (which tier), it gets the one of least predicted cost.
+Where a method leaves a choice (which tier), it gets the one of least predicted cost.  Without a
+dense tier there are no eviction methods.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -172,6 +173,15 @@ class _Placing:
                 (*shape, layout.n_pages(self.n_context)),
             )
             yield Placed(name, "published", in_order, pages.copy(), baseline.cost)
+        if layout.tiers[-1].kind == "dense":
+            yield from self._evicting()
+        yield self._tiers_per_head()
+        yield self._joint("joint, no drop", "published", planner, self.context.document, first=1)
+
+    def _evicting(self) -> Iterator[Placed | None]:
+        """What keeps tokens in bf16: its own tokens alone, or a low tier for the others."""
+        planner, layout = self.planner, self.planner.layout
+        shape = (layout.n_layers, layout.n_kv_heads)
         snapkv = order_by_score(self.context.snapkv)
         largest, n = len(layout.tiers), self.n_context
         budget = planner.budget.resolve(layout.n_coordinates(n))
@@ -184,8 +194,6 @@ class _Placing:
             options = np.where(np.arange(n) < counts[..., None], largest, 0).astype(np.int8)
             yield Placed(name, "published", snapkv, options, float("nan"), evicts=True)
         yield self._snapkv_over_low_tier()
-        yield self._tiers_per_head()
-        yield self._joint("joint, no drop", "published", planner, self.context.document, first=1)
 
     def control(self) -> Iterator[Placed | None]:
         planner, document = self.planner, self.context.document

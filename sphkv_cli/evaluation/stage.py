@@ -33,6 +33,7 @@ from sphkv_cli.evaluation.candidates import (
 )
 from sphkv_cli.evaluation.fresh_retention import (
     fresh_work,
+    no_dense_tier_note,
     require_same_model,
     scaled_quotas_note,
 )
@@ -126,6 +127,11 @@ def evaluate(
                 planned = None if is_new else {info.index for info in plans.documents}
                 if is_new:
                     require_same_model(plans, reader)
+                    if options.tiers != ("best",):
+                        raise UsageError(
+                            "--tier runs beside the plans that an allocation holds",
+                            "leave out --budget, --rows and --context, and pass its own capture",
+                        )
                     if options.stepwise:
                         raise UsageError(
                             "--stepwise runs the plans that an allocation holds",
@@ -135,10 +141,15 @@ def evaluate(
                 model = _load(options, reader, progress)
                 if is_new:
                     work = fresh_work(options, plans, reader, model)
-                    notes = scaled_quotas_note(plans)
+                    notes = (*scaled_quotas_note(plans), *no_dense_tier_note(options, plans))
                 else:
                     work = retention_work(options, plans, model.shape)
                 others = retention_candidates(options, books, plans.frames, model.shape)
+                if not others and (options.window or options.first_tokens):
+                    raise UsageError(
+                        "--window and --first-tokens are for codes and methods beside the plans",
+                        "pass --codebooks or --method, or leave them out",
+                    )
                 work = beside(work, others)
                 stepped = allocation if options.stepwise else None
                 judged = _judge(options, reader, documents, model, work, progress, stepped)

@@ -19,6 +19,7 @@ import torch
 
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.allocation.layout import PageLayout
+from sphkv_cli.allocation.pins import Pins
 from sphkv_cli.allocation.planning import Planner
 from sphkv_cli.allocation.quota_fit import QuotaFit, priced, stretched
 from sphkv_cli.errors import SphkvError, UsageError
@@ -78,16 +79,30 @@ class BudgetKeeper:
         """Of an allocation's planner, at its budget.
 
         Raises:
-            UsageError: it keeps no costs, or a layer with a sliding window, whose pages come and
-                go with the window.
+            UsageError: it keeps no costs, it pins tokens, or its fixed tables take the budget.
         """
+        if planner.pins != Pins():
+            raise UsageError(
+                "the allocation pins tokens or drops none, which a growing budget does not keep",
+                "allocate without --pin-first, --pin-last and --no-drop, or leave the budget away",
+            )
         if not isinstance(planner.quotas, QuotaFit):
             raise UsageError(
                 "the allocation keeps no costs of pages, which a growing cache decides by",
                 "run sphkv allocate again",
             )
+        tables = planner.layout.overhead_bytes()
+        if schedule.at_most_bytes is not None and schedule.budget_bytes(_MANY_TOKENS) <= tables:
+            raise UsageError(
+                f"the budget, shrunk as asked, leaves nothing beside {tables:,} bytes of tables",
+                "give a larger one, or shrink it less",
+            )
         curves = tuple(priced(pages, planner.coefficients) for pages in planner.quotas.pages)
         return BudgetKeeper(planner.layout, schedule, curves)
+
+    def fresh(self) -> "BudgetKeeper":
+        """The same budget for another cache: no sequence is known."""
+        return BudgetKeeper(self.layout, self.schedule, self.curves)
 
     def forget(self) -> None:
         """No sequence is known."""
@@ -97,19 +112,27 @@ class BudgetKeeper:
         """A seal failed after its pages were decided: only `forget` helps."""
         self._is_lost = True
 
-    @property
-    def is_started(self) -> bool:
-        """Whether prompts have been placed.
-
-        Raises:
-            SphkvError: the last seal failed.
-        """
+    def require_known(self) -> None:
+        """Raise SphkvError if the last seal failed."""
         if self._is_lost:
             raise SphkvError(
                 "the cache no longer knows its pages, a seal before this one failed",
                 "reset it and read the prompt again",
             )
+
+    @property
+    def is_started(self) -> bool:
+        """Whether prompts have been placed."""
         return bool(self._sequences)
+
+    def can_begin(self, n_tokens: int) -> bool:
+        """Whether so many first tokens may be sealed: not while the tables eat their budget.
+
+        A budget in bytes does not grow with the tokens, so it never waits.
+        """
+        tables = self.layout.overhead_bytes()
+        is_absolute = self.schedule.at_most_bytes is not None
+        return is_absolute or self.schedule.budget_bytes(n_tokens) >= 2 * tables
 
     def limit(self, n_tokens: int) -> int:
         """Bytes of pages that n_tokens sealed tokens may take; 0 where the tables take all."""
@@ -134,9 +157,15 @@ class BudgetKeeper:
                 n_pages = placed.shape[2]
                 ranked = [stretched(pages, n_pages) for pages in self.curves]
                 costs = np.mean(ranked, axis=0).reshape(-1, growth.n_options)
+                own = placed.reshape(-1, 1).astype(np.int64)
+                # The quotas' choice stands, also where on average a smaller option costs no more.
+                least = np.take_along_axis(costs, own, 1) * (1 + 1e-9) + 1e-300
+                is_smaller = np.arange(growth.n_options) < own
+                costs = np.where(is_smaller, np.maximum(costs, least), costs)
                 sizes = self._sizes(n_pages)
-                used = int(np.take_along_axis(sizes, placed.reshape(-1, 1).astype(int), 1).sum())
-                growth.append(costs, sizes, used, at_most=placed.ravel())
+                used = int(np.take_along_axis(sizes, own, 1).sum())
+                step = growth.append(costs, sizes, used, at_most=placed.ravel())
+                assert np.array_equal(step.options, placed.ravel())
                 numbers = np.arange(placed.size).reshape(placed.shape)
                 for layer, head in np.ndindex(heads):
                     ids[layer][head] = _in_order(numbers[layer, head], placed[layer, head])

@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sphkv_cli.errors import SphkvError
+from sphkv_cli.generation.budget_keeper import BudgetKeeper
 from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.page_store import compacted, kept
 from sphkv_cli.generation.placement import PolicyRule
@@ -18,24 +20,35 @@ from sphkv_kernels.encode import encode
 from sphkv_kernels.page_logits import tier_pages
 
 
-def pages_due(rule: PolicyRule, n_sealed: Sequence[int], n_tail: Sequence[int]) -> list[int]:
-    """Pages of every sequence about which the rule's keeper is asked by now."""
-    return [rule.kept_pages(*pair) for pair in zip(n_sealed, n_tail, strict=True)]
+def pages_due(
+    rule: PolicyRule, keeper: BudgetKeeper, n_sealed: Sequence[int], n_tail: Sequence[int]
+) -> list[int]:
+    """Pages of every sequence about which the keeper is asked by now."""
+    due = [rule.kept_pages(*pair) for pair in zip(n_sealed, n_tail, strict=True)]
+    return [
+        n if sealed or keeper.can_begin(n * rule.page_size) else 0
+        for n, sealed in zip(due, n_sealed, strict=True)
+    ]
 
 
 def sealed_within(
-    rule: PolicyRule, stores: Sequence[LayerStore], states: list[StoreState | None]
+    rule: PolicyRule,
+    keeper: BudgetKeeper,
+    stores: Sequence[LayerStore],
+    states: list[StoreState | None],
 ) -> None:
     """Seal in all layers what is due, and demote what must make room for it.
 
-    states: replaced one by one; after an error some are new, and the keeper is lost.
+    keeper: the cache's own; states: replaced one by one; after an error some are new, and the
+    keeper is lost.
 
     Raises:
         SphkvError: a vector that no code can hold, or an earlier seal failed.
     """
-    keeper, first = rule.keeper, states[0]
-    assert keeper is not None and first is not None
-    due, is_first = pages_due(rule, first.n_sealed, first.n_tail), not keeper.is_started
+    keeper.require_known()
+    first = states[0]
+    assert first is not None
+    due, is_first = pages_due(rule, keeper, first.n_sealed, first.n_tail), not keeper.is_started
     if not is_first and not any(due):
         return
     try:
@@ -50,7 +63,14 @@ def sealed_within(
             assert state is not None
             moves = [{e: to for (i, e), to in m.items() if i == layer} for _, m in decided]
             if state.pages is not None:
-                state = store.with_pages(state, _demoted_by_sequence(state.pages, moves))
+                try:
+                    pages = _demoted_by_sequence(state.pages, moves)
+                except ValueError as error:
+                    raise SphkvError(
+                        f"layer {layer}: a key or value does not fit a smaller code ({error})",
+                        "give a larger budget, or allocate with other codes",
+                    ) from error
+                state = store.with_pages(state, pages)
             placed = [p[layer] if n else None for n, (p, _) in zip(due, decided, strict=True)]
             states[layer] = store.sealed(state, placed)
     except BaseException:

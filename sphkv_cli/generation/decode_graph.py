@@ -37,6 +37,7 @@ class DecodeGraph:
             )
         self._model, self._cache = model, cache
         self._forward = model.forward
+        self._own_forward: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._epoch = -1
         self._is_warm = False
@@ -52,6 +53,8 @@ class DecodeGraph:
             SphkvError: as the cache's own steps, or the step cannot be captured.
         """
         cache = self._cache
+        # A step that was interrupted, on the device or between layers, has not been.
+        cache.undo()
         if token_ids.shape != (cache.n_sequences, 1):
             raise SphkvError(
                 f"token_ids {tuple(token_ids.shape)} for {cache.n_sequences} cached sequences",
@@ -63,12 +66,18 @@ class DecodeGraph:
                 self._is_warm = steps is not None
                 return self._plain(token_ids)
             cache.require_room(1)
+            steps.require_row()
             if self._graph is None or self._epoch != steps.epoch:
                 self._capture(steps, token_ids)
             assert self._graph is not None
             self._ids.copy_(token_ids)
-            self._graph.replay()
-            cache.end_step()
+            try:
+                self._graph.replay()
+                cache.end_step()
+            except BaseException:
+                # The device's clock is ahead of what was counted.
+                steps.undo()
+                raise
         return self._logits
 
     def __enter__(self) -> "DecodeGraph":
@@ -85,6 +94,7 @@ class DecodeGraph:
 
             return CausalLMOutputWithPast(logits=self(ids), past_key_values=cache)
 
+        self._own_forward = self._model.__dict__.get("forward")
         self._model.forward = forward
         return self
 
@@ -94,7 +104,10 @@ class DecodeGraph:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del self._model.forward
+        if self._own_forward is None:
+            del self._model.forward
+        else:
+            self._model.forward = self._own_forward
 
     def _plain(self, token_ids: Tensor) -> Tensor:
         """A step as the model makes it; positions as the cache counts them."""

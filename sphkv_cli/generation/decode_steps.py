@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.coded_part import LayerReader
-from sphkv_cli.generation.layer_store import LayerStore
+from sphkv_cli.generation.layer_store import LayerStore, uncodable
 from sphkv_cli.generation.page_reserve import slots_for
 from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.step_layer import StepLayer
@@ -78,8 +78,14 @@ class DecodeSteps:
 
     def begin(self) -> None:
         """A step begins."""
+        self.require_row()
         with torch.inference_mode(mode=False), torch.no_grad():
             self.clock.advance()
+
+    def require_row(self) -> None:
+        """A tail that a seal should have emptied, and did not, gets room for one more token."""
+        if max(self.n_tail) >= self._capacity:
+            self.make_room()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `StepLayer.attend`."""
@@ -150,16 +156,18 @@ class DecodeSteps:
     def _seal(self, chosen: list[int], n_pages: int, first_slot: int) -> None:
         n = n_pages * self._rule.page_size
         index = self._index(chosen)
-        # The one question to the device in a page of steps.
-        sound = torch.isfinite(self._tails[:, :, index, :, :n]).flatten(1).all(1)
-        if not bool(sound.all()):
+        try:
+            encoded = [layer.encoded(index, n_pages) for layer in self._layers]
+            refused = torch.stack([count for _, count in encoded]) != 0
+            sound = torch.isfinite(self._tails[:, :, index, :, :n]).flatten(1).all(1) & ~refused
+            # The one question to the device in a page of steps.
+            if not bool(sound.all()):
+                failed = int((~sound).nonzero()[0])
+                raise uncodable(failed, "it holds NaN or Inf, or is too large")
+        except SphkvError:
             self.clock.set(self.n_tail, self.next_position)
-            failed = int((~sound).nonzero()[0])
-            raise SphkvError(
-                f"layer {failed}: a key or value cannot be coded (it holds NaN or Inf)",
-                "run the model in float32 or bfloat16, or check its weights",
-            )
-        pages = [layer.encoded(index, n_pages) for layer in self._layers]
+            raise
+        pages = [of_layer for of_layer, _ in encoded]
         left = self._tails[:, :, index, :, n:].clone()
         first = torch.tensor([self.next_position[s] - self.n_tail[s] for s in chosen])
         positions = (first[:, None] + torch.arange(n)).to(self._device)
@@ -183,7 +191,9 @@ class DecodeSteps:
         like: StepLayer | None = None
         for index, layer in enumerate(self._layers):
             # The old pages of this layer are free before the next ones are made.
-            like = layer.rebuilt(self.clock, self._tails[index], self._n_slots, like)
+            like = layer.rebuilt(
+                self.clock, self._tails[index], self._n_slots, like, self.next_position
+            )
             self._layers[index] = like
         self._n_used, self.is_torn = [0] * self.n_sequences, False
 

@@ -185,17 +185,14 @@ class LayerStore:
                 position_dtype=self.position_dtype,
             )
         except (CodeError, ValueError) as error:
-            raise SphkvError(
-                f"layer {self.layer}: a key or value cannot be coded ({error})",
-                "run the model in float32 or bfloat16, or check its weights",
-            ) from error
+            raise uncodable(self.layer, str(error)) from error
         pages = new if state.pages is None else joined(state.pages, new)
         n_placed = [0 if p is None else p.n_placed for p in placements]
         n_tail = tuple(n - gone for n, gone in zip(state.n_tail, n_placed, strict=True))
         return self._planned(
             replace(
                 state,
-                pages=compacted(self._reachable(pages, state)),
+                pages=compacted(self.reachable(pages, state.next_position)),
                 plan=None,
                 tail_keys=_shifted(state.tail_keys, n_placed, n_tail),
                 tail_values=_shifted(state.tail_values, n_placed, n_tail),
@@ -204,12 +201,12 @@ class LayerStore:
             )
         )
 
-    def _reachable(self, pages: PagedCache, state: StoreState) -> PagedCache:
-        """Without the pages that lie wholly behind a sliding window."""
+    def reachable(self, pages: PagedCache, next_position: Sequence[int]) -> PagedCache:
+        """Without the pages that lie wholly behind a sliding window, per sequence."""
         if not self.window or pages.positions is None:
             return pages
         sequence = pages.page_table.head_of_entry() // pages.n_kv_heads
-        first = torch.tensor(state.next_position, device=pages.device) - self.window + 1
+        first = torch.tensor(next_position, device=pages.device) - self.window + 1
         rows = torch.arange(pages.page_size, device=pages.device)
         dead = rows >= pages.page_table.live_tokens[:, None]
         last = pages.positions.to(torch.int64).masked_fill(dead, -1).amax(dim=1)
@@ -218,6 +215,14 @@ class LayerStore:
     def _planned(self, state: StoreState) -> StoreState:
         made = PagePlan.of(state.pages, self.group_size if self.uses_kernel else None)
         return replace(state, plan=made)
+
+
+def uncodable(layer: int, why: str) -> SphkvError:
+    """What to say of a vector that no code can hold."""
+    return SphkvError(
+        f"layer {layer}: a key or value cannot be coded ({why})",
+        "run the model in float32 or bfloat16, or check its weights",
+    )
 
 
 def _with_room(tail: Tensor, n_live: int, n_needed: int) -> Tensor:

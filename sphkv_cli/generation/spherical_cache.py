@@ -46,8 +46,10 @@ _TRIAL_TOKENS = 3
 class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A cache of one batch, made by `from_policy` or `uniform`.
 
-    Raises at construction what cannot work; later SphkvError, the cache unchanged, for more tokens
-    than the model's context, memory that runs out, or vectors that no code can hold.
+    Raises at construction what cannot work; later SphkvError: for more tokens than the model's
+    context or memory that runs out while they are read, the cache unchanged; for vectors that no
+    code can hold or memory that runs out while they are coded, the last token in it, dense.  After
+    the latter a cache that keeps a budget wants a `reset`.
     """
 
     def __init__(self, model: Any, rule: PlacementRule, *, backend: Backend = "auto") -> None:
@@ -89,7 +91,9 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         )
         self._steps: DecodeSteps | None = None
         self._is_captured = False
-        self._keeper = rule.keeper if isinstance(rule, PolicyRule) else None
+        given = rule.keeper if isinstance(rule, PolicyRule) else None
+        # What it knows of its pages is this cache's own; a rule may serve several.
+        self._keeper = None if given is None else given.fresh()
         self.n_columns = 0
         super().__init__(layers=[SphericalLayer(self, i) for i in range(self.geometry.n_layers)])
         before = model.config._attn_implementation
@@ -190,6 +194,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def adopt(self, layer: int, state: StoreState) -> None:
         """Take over a layer's state as it is (synthetic.py)."""
+        self.undo()
         self._leave_steps()
         self._states[layer] = self._before[layer] = state
 
@@ -212,6 +217,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """
         if tokens_to_remove > 0:
             raise ValueError("crop takes 0 or minus the number of tokens to take back")
+        self.undo()
         n_gone = -tokens_to_remove
         if not n_gone or not self.n_columns:
             return
@@ -245,6 +251,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def batch_select_indices(self, indices: Tensor) -> None:
         """The same; indices (n) int64."""
         chosen = indices.tolist()
+        self.undo()
         if self._keeper is not None:
             raise SphkvError(
                 "a cache that keeps a budget knows its sequences by their places",
@@ -275,9 +282,9 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         waiting = HANDED.get()
         if layer == 0:
             # A forward pass that was interrupted has left the first layers a step ahead.
-            self._undo()
+            self.undo()
         elif waiting is not None and waiting.cache is self:
-            self._undo()
+            self.undo()
             raise SphkvError(
                 f"layer {self.geometry.layers[waiting.layer].name} does not attend to the keys "
                 "that it caches",
@@ -294,7 +301,13 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         HANDED.set(Handed(self, layer, keys))
 
     def require_room(self, n_new: int) -> None:
-        """Refuse more tokens than the model's context; raises SphkvError."""
+        """Refuse more tokens than the model's context, or any after a budget's seal failed.
+
+        Raises:
+            SphkvError: as said; nothing was stored.
+        """
+        if self._keeper is not None:
+            self._keeper.require_known()
         n_after = self.n_columns + n_new
         if n_after > self.geometry.max_tokens:
             raise SphkvError(
@@ -309,14 +322,14 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         try:
             return self._attend(layer, query, key, value, call)
         except torch.OutOfMemoryError as error:
-            self._undo()
+            self.undo()
             raise SphkvError(
                 f"the device ran out of memory in layer {layer} while coding or reading "
                 f"{self.n_columns + key.shape[2]} tokens; the cache is as it was before",
                 "give a shorter prompt or a smaller batch",
             ) from error
         except BaseException:
-            self._undo()
+            self.undo()
             raise
 
     def _attend(
@@ -328,8 +341,8 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         if self._steps is not None:
             output = self._steps.attend(layer, query, key, value)
             if layer == self.geometry.n_layers - 1:
-                self._tokens = None
                 self.end_step()
+                self._tokens = None
             return output
         tokens, store, before = self._tokens, self.stores[layer], self._states[layer]
         state = store.appended(before, key, value, tokens)
@@ -398,15 +411,21 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self._steps.finish()
             if isinstance(self.rule, PolicyRule) and self._keeper is not None:
                 counts = self._steps.n_sealed, self._steps.n_tail
-                if any(pages_due(self.rule, *counts)):
+                if any(pages_due(self.rule, self._keeper, *counts)):
                     self._leave_steps()
+                    # `_before` holds the step's token: what a seal that fails goes back to.
                     self._keep_budget()
                     self._before = list(self._states)
 
     def _keep_budget(self) -> None:
         """Where a budget is kept: seal what is due in all layers, within it."""
         if isinstance(self.rule, PolicyRule) and self._keeper is not None:
-            sealed_within(self.rule, self.stores, self._states)
+            try:
+                sealed_within(self.rule, self._keeper, self.stores, self._states)
+            except BaseException:
+                # Some layers are sealed and others not: as before the seal, all of them.
+                self._states = list(self._before)
+                raise
 
     @contextmanager
     def captured(self) -> Iterator[None]:
@@ -423,8 +442,8 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self._states = list(self._steps.states())
             self._before, self._steps = list(self._states), None
 
-    def _undo(self) -> None:
-        """Forget the step that is under way, if one is."""
+    def undo(self) -> None:
+        """Forget the step that is under way, if one is: a forward pass that was interrupted."""
         HANDED.set(None)
         if self._tokens is not None:
             self._tokens = None

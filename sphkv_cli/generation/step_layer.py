@@ -5,20 +5,21 @@ pages and tail in one softmax, and one rotation back.  Nothing of it waits for t
 on a number of the host, so it can be captured in a CUDA graph.  Source: ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sphkv_cli.generation.coded_part import LayerReader
-from sphkv_cli.generation.layer_store import LayerStore
+from sphkv_cli.generation.layer_store import LayerStore, uncodable
 from sphkv_cli.generation.page_reserve import PageReserve
-from sphkv_cli.generation.page_store import kept
+from sphkv_cli.generation.page_store import compacted, kept
 from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.store_state import PagePlan, StoreState
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import ada_decode
-from sphkv_kernels.encode import encode
+from sphkv_kernels.encode import encode_counted
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.reference import ada_decode_reference
 
@@ -59,10 +60,21 @@ class StepLayer:
         return StepLayer._made(store, reader, clock, tail, pages, n_slots, like)
 
     def rebuilt(
-        self, clock: StepClock, tail: Tensor, n_slots: int, like: "StepLayer | None"
+        self,
+        clock: StepClock,
+        tail: Tensor,
+        n_slots: int,
+        like: "StepLayer | None",
+        next_position: Sequence[int],
     ) -> "StepLayer":
-        """The same tokens with new slots, in a tail that holds them already."""
+        """The same tokens with new slots, in a tail that holds them already.
+
+        next_position: of every sequence; pages behind a sliding window are freed.
+        """
         pages = _without_tail(self.reserve.pages)
+        if self.store.window:
+            live = kept(pages, pages.page_table.live_tokens > 0)
+            pages = compacted(self.store.reachable(live, next_position))
         return StepLayer._made(self.store, self.reader, clock, tail, pages, n_slots, like)
 
     @staticmethod
@@ -131,18 +143,24 @@ class StepLayer:
             )
         return frame.outputs(found.output).to(query.dtype)[:, None]
 
-    def encoded(self, index: slice | Tensor, n_pages: int) -> Tensor:
+    def encoded(self, index: slice | Tensor, n_pages: int) -> tuple[Tensor, Tensor]:
         """The oldest tokens of some tails as pages: (n_chosen, n_kv_heads, n_pages, page bytes).
 
-        index: of the sequences.
+        index: of the sequences.  Second: how many vectors their code cannot hold, on the device.
+
+        Raises:
+            SphkvError: there are some, and torch operations encode.
         """
         rule = self.store.rule
         n, d = n_pages * rule.page_size, self.tail.shape[4]
         # Without a copy where all are chosen: sequences and heads lie one capacity apart each.
         rows = self.tail[:, index].flatten(1, 2)
         keys, values = rows[:, :, :n].view(2, rows.shape[1], n_pages, rule.page_size, d)
-        pages = encode(rule.tiers[rule.later_tier], keys, values, check=False)
-        return pages.view(-1, self.tail.shape[2], n_pages, pages.shape[-1])
+        try:
+            pages, refused = encode_counted(rule.tiers[rule.later_tier], keys, values)
+        except ValueError as error:
+            raise uncodable(self.store.layer, str(error)) from error
+        return pages.view(-1, self.tail.shape[2], n_pages, pages.shape[-1]), refused
 
     def state(
         self, n_tail: tuple[int, ...], n_sealed: tuple[int, ...], next_position: tuple[int, ...]

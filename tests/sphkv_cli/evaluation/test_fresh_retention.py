@@ -8,6 +8,8 @@ from typing import Any
 import h5py
 import pytest
 
+from sphkv_cli.allocation.options import AllocateOptions
+from sphkv_cli.allocation.stage import allocate
 from sphkv_cli.artifacts.store import content_digest
 from sphkv_cli.capture.options import CaptureOptions, TextSource
 from sphkv_cli.capture.stage import capture
@@ -147,3 +149,39 @@ def test_another_model_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
         pytest.raises(ArtifactError, match="of the model that was allocated"),
     ):
         require_same_model(plans, reader)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"budgets": ("6b",), "tiers": ("int8",)}, "--tier runs beside"),
+        ({"budgets": ("6b",), "window": 8}, "for codes and methods"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    tiny_chain: Any, tmp_path: Path, asked: dict[str, Any], message: str
+) -> None:
+    options = EvaluateOptions(model=str(tiny_chain.model), **asked)
+    with pytest.raises(UsageError, match=message):
+        evaluate(options, tiny_chain.capture, None, tiny_chain.allocation, tmp_path / "d.json")
+    assert not (tmp_path / "d.json").exists()
+
+
+def test_methods_that_keep_tokens_in_bf16_need_a_dense_tier(
+    tiny_chain: Any, tmp_path: Path
+) -> None:
+    without = tmp_path / "without.h5"
+    tiers = ("polar-4222-fp16", "int8")
+    allocate(
+        AllocateOptions(
+            budget="7b", tiers=tiers, page_size=16, horizon=40, window=32, utility="window"
+        ),
+        tiny_chain.capture,
+        tiny_chain.codebooks,
+        without,
+    )
+    options = EvaluateOptions(rows="published", max_documents=1, model=str(tiny_chain.model))
+    result = evaluate(options, tiny_chain.capture, None, without, tmp_path / "e.json")
+    names = {row.name for row in result.rows}
+    assert {PLAN, POLICY} <= names and not any("bf16" in name for name in names)
+    assert any("has no dense tier" in one for one in result.reading)

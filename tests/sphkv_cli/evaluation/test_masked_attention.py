@@ -1,6 +1,7 @@
 """The masked attention against a loop over queries, tokens and heads in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +93,23 @@ def test_protocols_agree_on_what_is_coded() -> None:
         for group in (1, 8, 32):
             assert protocol.coded_span(n_tokens, group) <= n_tokens
         assert not (read & (positions[:, None] <= positions[None, :])).any()
+
+
+def test_no_mask_is_larger_than_a_block_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    attention = masked_attention.softmax_attention
+
+    def counted(query: Tensor, *others: Any) -> Tensor:
+        asked.append(query.shape[2])
+        return attention(query, *others)
+
+    monkeypatch.setattr(masked_attention, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(masked_attention, "softmax_attention", counted)
+    generator = torch.Generator().manual_seed(2)
+    keys = torch.randn(1, N_KV_HEADS, 70, HEAD_DIM, generator=generator)
+    coded = CodedTokens(keys[0].transpose(0, 1), keys[0].transpose(0, 1))
+    columns = masked_attention.CacheColumns.of(keys, keys, coded, N_Q_HEADS)
+    query = torch.randn(N_Q_HEADS, 40, HEAD_DIM, generator=generator)
+    after = torch.arange(30, 70)
+    found = columns.attend(query, after, RetentionProtocol(30), window=0, scale=0.3, softcap=0.0)
+    assert asked == [16, 16, 8] and found.shape == query.shape

@@ -161,6 +161,28 @@ def test_the_readme_table_joins_quality_with_speed(
     assert cells["| KIVI-4"][-1] == "-" and cells["| dense"][-1] == "1.00x"
 
 
+def test_a_profile_gives_the_plan_of_its_budget_a_speed_and_no_other_row(
+    report: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"batch": 1, "n_context": 512, "speedup": 9.0}, {"batch": 8, "n_context": 512}]
+    rows[1]["speedup"] = 1.75
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"content": {"profile": {"speed": {"rows": rows}}}}))
+    script = Path(__file__).parents[3] / "examples" / "one_table.py"
+    monkeypatch.setattr("sys.argv", ["one_table.py", str(report), "--profile", f"3b={profile}"])
+    runpy.run_path(str(script), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    speeds = {line.split(" | ")[0]: line.rstrip(" |").split(" | ")[-1] for line in lines}
+    assert speeds.pop("| plan, 3b") == "1.75x" and speeds.pop("| dense") == "1.00x"
+    assert "| plan, 6b" in speeds and set(speeds.values()) == {"-"}
+    kernel_tier = runpy.run_path(str(script))["kernel_tier"]
+    assert kernel_tier("polar-4222-r2") == "4222-r2"
+    assert kernel_tier("polar-4222-r2, sinks < 0.6 dense") is None
+
+
 def test_positions_are_printed_when_asked_for(table: EvaluationResult) -> None:
     def titles(**asked: bool) -> list[str]:
         return [block.title for block in view(table, **asked) if isinstance(block, Table)]

@@ -74,6 +74,9 @@ def test_what_cannot_be_asked_is_refused(tiny_chain: Any, tmp_path: Path) -> Non
     output = tmp_path / "probe.json"
     with pytest.raises(SphkvError, match="model's context"):
         run(tiny_chain, output, ProbeOptions("needle", lengths=(600,)), uniform=True)
+    with pytest.raises(UsageError, match="leave out --codebooks and --method"):
+        asked = ProbeOptions("copy-back", lengths=(150,), keys=1)
+        run(tiny_chain, output, asked, uniform=False, methods=("int8",))
     with pytest.raises(UsageError, match="no tier 'paper'"):
         asked = ProbeOptions("copy-back", lengths=(150,), keys=1)
         run(tiny_chain, output, asked, uniform=False, tiers=("paper",))

@@ -1,6 +1,7 @@
 """A budget while the cache grows: bytes of the tensors, precision that only falls, what it buys."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sphkv_cli.allocation.options import AllocateOptions
+from sphkv_cli.allocation.stage import allocate
 from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.fit.options import FitOptions
+from sphkv_cli.fit.stage import fit_codebooks
+from sphkv_cli.generation.budget_keeper import BudgetKeeper
 from sphkv_cli.generation.budget_seal import demoted
+from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.page_store import tensor_bytes
 from sphkv_cli.generation.placement import PolicyRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
@@ -59,6 +66,24 @@ def laid_out(cache: SphericalCache) -> int:
     return cache.rule.policy.layout.fixed_bytes + sum(tensor_bytes(p) for p in pages if p)
 
 
+def keeper_of(cache: SphericalCache) -> BudgetKeeper:
+    assert cache._keeper is not None
+    return cache._keeper
+
+
+def require_books_are_pages(cache: SphericalCache) -> None:
+    """The keeper's options are the tiers of the page tables, and within the budget."""
+    keeper, states = keeper_of(cache), cache.states()
+    (sequence,) = keeper._sequences
+    for layer, state in enumerate(states):
+        assert state is not None
+        of_layer = np.concatenate(sequence.ids[layer])
+        tiers = [] if state.pages is None else state.pages.page_table.tiers.tolist()
+        assert tiers == (sequence.growth.options[of_layer] - 1).tolist()
+    assert states[0] is not None
+    assert laid_out(cache) <= keeper.schedule.budget_bytes(states[0].n_sealed[0])
+
+
 @pytest.mark.parametrize(
     "budget, shrink, dtype",
     [
@@ -79,8 +104,7 @@ def test_no_seal_leaves_more_than_the_budget_and_no_page_gains_precision(
     cache = SphericalCache.from_policy(
         tiny_chain.allocation, model, window=8, budget=budget, shrink=shrink
     )
-    assert isinstance(cache.rule, PolicyRule) and cache.rule.keeper is not None
-    keeper = cache.rule.keeper
+    keeper = keeper_of(cache)
     seals: list[int] = []
     before, n_demoted = np.zeros(0, np.int8), 0
 
@@ -108,6 +132,108 @@ def test_no_seal_leaves_more_than_the_budget_and_no_page_gains_precision(
     assert len(seals) >= 6 and seals[-1] > N_TOKENS - 8 - 16
     # The budget binds, and is used.
     assert n_demoted > 0 and laid_out(cache) > 0.9 * keeper.schedule.budget_bytes(seals[-1])
+
+
+@pytest.fixture(scope="module")
+def crossed(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An allocation whose tiers do not lose less with every byte: good keys, then good values."""
+    folder = tmp_path_factory.mktemp("crossed")
+    codes = ("4/1/1/1:r1", "3/1/1/1:r1", "5/3/3/3:r3", "4/2/2/2:r2")
+    tiers = (
+        "polar-3111-r1/polar-5333-r3",
+        "polar-5333-r3/polar-4111-r1",
+        "polar-4222-r2/polar-4222-r2",
+    )
+    fit_codebooks(FitOptions(codes=codes, tiers=tiers), tiny_chain.capture, folder / "books.h5")
+    allocate(
+        AllocateOptions(budget="3b", page_size=16, horizon=40, window=32, utility="window"),
+        tiny_chain.capture,
+        folder / "books.h5",
+        folder / "allocation.h5",
+    )
+    return folder / "allocation.h5"
+
+
+@pytest.mark.parametrize("budget, n_prompt", [("4b", 112), ("6b", 88), ("20kB", 120)])
+def test_the_budget_holds_where_a_larger_tier_loses_more(
+    crossed: Path, load: Callable[..., Any], ids: Tensor, budget: str, n_prompt: int
+) -> None:
+    model = load()
+    cache = SphericalCache.from_policy(crossed, model, window=8, budget=budget)
+    with torch.inference_mode():
+        model(ids[:, :n_prompt], past_key_values=cache)
+        require_books_are_pages(cache)
+        for i in range(n_prompt, N_TOKENS):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            require_books_are_pages(cache)
+
+
+def test_a_seal_that_fails_leaves_all_layers_alike_and_takes_no_more_tokens(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(torch.bfloat16)
+    cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget="6b")
+    sealed = LayerStore.sealed
+
+    def interrupted(self: LayerStore, state: Any, placements: Any) -> Any:
+        if self.layer == 1 and any(one is not None for one in placements):
+            raise KeyboardInterrupt
+        return sealed(self, state, placements)
+
+    with torch.inference_mode():
+        model(ids[:, :64], past_key_values=cache)
+        monkeypatch.setattr(LayerStore, "sealed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for i in range(64, N_TOKENS):
+                model(ids[:, i : i + 1], past_key_values=cache)
+        monkeypatch.undo()
+        n_columns = cache.n_columns
+        counts = {(s.n_tail, s.n_sealed, s.next_position) for s in cache.states() if s is not None}
+        # The last token is there, in every layer.
+        assert len(counts) == 1 and counts.pop()[2] == (n_columns,)
+        for _ in range(2):
+            with pytest.raises(SphkvError, match="no longer knows its pages"):
+                model(ids[:, :1], past_key_values=cache)
+            assert cache.n_columns == n_columns
+        cache.reset()
+        model(ids[:, :64], past_key_values=cache)
+    require_books_are_pages(cache)
+
+
+def test_caches_of_one_rule_keep_their_own_books(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor
+) -> None:
+    model = load()
+    first = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget="3b")
+    with torch.inference_mode():
+        model(ids[:, :N_PROMPT], past_key_values=first)
+        second = SphericalCache(model, first.rule)
+        model(ids[:, :64], past_key_values=second)
+        for i in range(N_PROMPT, 150):
+            model(ids[:, i : i + 1], past_key_values=first)
+            require_books_are_pages(first)
+    require_books_are_pages(second)
+
+
+def test_nothing_is_sealed_while_tables_eat_the_budget(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor
+) -> None:
+    model = load()
+    cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget="1.5b")
+    assert isinstance(cache.rule, PolicyRule)
+    tables = cache.rule.policy.layout.overhead_bytes()
+    with torch.inference_mode():
+        model(ids[:, :40], past_key_values=cache)
+        n_sealed = []
+        for i in range(40, N_TOKENS):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            state = cache.states()[0]
+            assert state is not None
+            n_sealed.append(state.n_sealed[0])
+    assert n_sealed[0] == 0 < n_sealed[-1]
+    least = min(n for n in n_sealed if n)
+    assert keeper_of(cache).schedule.budget_bytes(least) >= 2 * tables
+    require_books_are_pages(cache)
 
 
 def test_more_bytes_stray_less_from_the_dense_cache(
@@ -161,6 +287,12 @@ def test_what_no_budget_is_kept_of_is_refused(
     model = load()
     with pytest.raises(UsageError, match="none to shrink"):
         SphericalCache.from_policy(tiny_chain.allocation, model, shrink=((10, 0.5),))
+    with pytest.raises(UsageError, match="of tables"):
+        SphericalCache.from_policy(tiny_chain.allocation, model, budget="1kB")
+    with pytest.raises(UsageError, match="of tables"):
+        SphericalCache.from_policy(
+            tiny_chain.allocation, model, budget="30kB", shrink=((100, 0.01),)
+        )
     with pytest.raises(UsageError, match="factors"):
         SphericalCache.from_policy(tiny_chain.allocation, model, budget="2b", shrink=((10, 2.0),))
     cache = SphericalCache.from_policy(tiny_chain.allocation, model, budget="3b")
@@ -168,6 +300,19 @@ def test_what_no_budget_is_kept_of_is_refused(
         model(ids[:, :N_PROMPT], past_key_values=cache)
     with pytest.raises(SphkvError, match="beams"):
         cache.reorder_cache(torch.tensor([0]))
+
+
+def test_pins_are_not_kept_by_a_growing_budget(
+    tiny_chain: Any, load: Callable[..., Any], tmp_path: Path
+) -> None:
+    pinned = tmp_path / "pinned.h5"
+    options = AllocateOptions(
+        budget="8b", page_size=16, horizon=40, window=32, utility="window", pin_first=4
+    )
+    allocate(options, tiny_chain.capture, tiny_chain.codebooks, pinned)
+    with pytest.raises(UsageError, match="pins tokens"):
+        SphericalCache.from_policy(pinned, load(), budget="8b")
+    SphericalCache.from_policy(pinned, load())
 
 
 def test_steps_without_a_seal_only_make_the_tail_longer(

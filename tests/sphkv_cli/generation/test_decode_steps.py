@@ -14,11 +14,13 @@ from torch import Tensor
 
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation import page_reserve
+from sphkv_cli.generation.decode_graph import DecodeGraph
 from sphkv_cli.generation.layer_frame import LayerFrame
 from sphkv_cli.generation.placement import UniformRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
+from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.tier import TierFormat
 
 PAGE, HEAD_DIM = 16, 32
@@ -241,3 +243,111 @@ def test_bytes_of_the_steps_are_those_of_their_tensors(random_model: Model, fram
     pools = sum(layer.reserve.pages.pool.numel() for layer in steps._layers)
     assert cache.memory_bytes() > pools + tails
     assert cache.memory_bytes() - before < slots + tails + 4096
+
+
+def test_pages_behind_a_sliding_window_are_freed_by_steps_too(
+    random_model: Model, frames: Frames
+) -> None:
+    model = random_model("gemma3")
+    cache = cache_of(model, frames("none"), stepping=True)
+    run(model, cache, ids_of(1, 400), [40, *[1] * 300])
+    assert cache._steps is not None
+    entries = [
+        int((s.pages.page_table.live_tokens > 0).sum()) for s in cache.states() if s and s.pages
+    ]
+    windows = [layer.window for layer in cache.geometry.layers]
+    whole = max(entries)
+    for n, window in zip(entries, windows, strict=True):
+        # Pages of 16 in two heads; slots are made anew, and pages freed, every few seals.
+        assert n == whole if not window else n <= 2 * (window // PAGE + 2 + 6) < whole
+
+
+def test_a_tail_that_cannot_be_sealed_never_runs_past_its_room(
+    random_model: Model, frames: Frames
+) -> None:
+    model, ids = random_model("llama"), ids_of(2, 120)
+    cache = cache_of(model, frames("none"), stepping=True)
+    run(model, cache, ids, [30, 1])
+    assert cache._steps is not None
+    for layer in cache._steps._layers[1:]:
+        layer.tail[1, 0, 0, 3] = float("nan")
+    n_failed = 0
+    for i in range(31, 120):
+        try:
+            run(model, cache, ids, [1], i)
+        except SphkvError as error:
+            assert "layer 1: a key or value cannot be coded" in str(error)
+            n_failed += 1
+        assert cache.n_columns == i + 1 == cache.next_positions()[0]
+    assert n_failed > 60
+
+
+def test_vectors_beyond_the_code_are_refused_by_steps_with_the_layer_named(
+    random_model: Model, frames: Frames
+) -> None:
+    code = SphericalCode.analytic("paper", HEAD_DIM, (4, 2, 2, 2), "fp16")
+    tier = TierFormat.spherical(code)
+    rule = UniformRule.of(tier, frames("none"), page_size=PAGE, window=8, first_tokens=0)
+    model, ids = random_model("llama"), ids_of(1, 60)
+    cache = SphericalCache(model, rule)
+    cache._may_step = cache._steps_fit = True
+    run(model, cache, ids, [30, 1])
+    assert cache._steps is not None
+    cache._steps._layers[2].tail[0, 0, 0, :3] = 1e6
+    with pytest.raises(SphkvError, match="layer 2: a key or value cannot be coded"):
+        run(model, cache, ids, [1] * 20, 31)
+
+
+def test_what_was_interrupted_is_undone_before_steps_are_entered(
+    random_model: Model, frames: Frames
+) -> None:
+    model, ids = random_model("llama"), ids_of(1, 80)
+    cache, whole = (cache_of(model, frames("none"), stepping=True) for _ in range(2))
+    for one in (cache, whole):
+        run(model, one, ids, [40])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, ids, [10], 40)
+    hook.remove()
+    cache.undo()
+    steps = cache.enter_steps()
+    assert steps is not None and steps.next_position == [40] == [cache.n_columns]
+    assert_near(run(model, cache, ids, [1] * 5, 40), run(model, whole, ids, [1] * 5, 40))
+
+
+def test_an_interrupt_after_the_last_layer_does_not_advance_the_clock(
+    random_model: Model, frames: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = random_model("llama"), ids_of(1, 80)
+    cache, whole = (cache_of(model, frames("none"), stepping=True) for _ in range(2))
+    for one in (cache, whole):
+        run(model, one, ids, [30, 1])
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "end_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, ids, [1], 31)
+    monkeypatch.undo()
+    assert cache._steps is not None
+    assert cache._steps.clock.position_ids.flatten().tolist() == [31]
+    assert_near(run(model, cache, ids, [1] * 10, 31), run(model, whole, ids, [1] * 10, 31))
+
+
+def test_a_graph_gives_the_model_its_own_forward_back(random_model: Model) -> None:
+    class OnGpu:
+        backend, takes_steps = "cuda", True
+
+    model = random_model("llama")
+    for own in (None, lambda *arguments, **options: None):
+        if own is not None:
+            model.forward = own
+        with DecodeGraph(model, OnGpu()):  # type: ignore[arg-type]
+            assert model.__dict__["forward"] is not own
+        assert model.__dict__.get("forward") is own
+    del model.forward
