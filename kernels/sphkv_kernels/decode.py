@@ -58,8 +58,15 @@ class AttentionPlan:
     def for_twin(self, cache: PagedCache) -> AttentionPlan:
         """The plan of another cache with the very same page table (another layer, laid out alike).
 
-        Both share the cut of the work and scratch memory, so their steps must not overlap.
+        Both share the cut of the work, the kernels and scratch memory, so their steps must not
+        overlap.
+
+        Raises:
+            PageError: another format of pages, for which other kernels are built.
         """
+        mine, other = _format(self.cache), _format(cache)
+        if mine != other:
+            raise PageError(f"a twin's pages are {other}, the plan is for {mine}")
         twin = replace(self, cache=cache, handle=next(_handles))
         _plans[twin.handle] = twin
         return twin
@@ -233,6 +240,17 @@ def _group_tiles(group_size: int) -> int:
 def _default_warps(head_dim: int, group_tiles: int) -> int:
     """Warps whose registers suffice: 12 of 168, or 8 of 255 where outputs or queries take more."""
     return 12 if head_dim <= 128 and group_tiles == 1 else 8
+
+
+def _format(cache: PagedCache) -> tuple[object, ...]:
+    """What decides which kernels read a cache, comparable."""
+    tiers = tuple(
+        (tier.name, *(code and code.digest for code in (tier.key_code, tier.value_code)))
+        for tier in cache.tiers
+    )
+    positions = None if cache.positions is None else cache.positions.dtype
+    sizes = (cache.page_size, cache.head_dim, cache.n_sequences, cache.n_kv_heads)
+    return (tiers, *sizes, positions)
 
 
 def _position_bytes(cache: PagedCache) -> int:

@@ -36,6 +36,17 @@ def require_same_model(allocation: AllocationReader, capture: CaptureReader) -> 
         )
 
 
+def other_capture_note(allocation: AllocationReader, capture: CaptureReader) -> tuple[str, ...]:
+    """What nobody checked where the capture is another than the allocation's."""
+    if allocation.is_of(capture.ref):
+        return ()
+    sources = ", ".join(sorted({document.source for document in capture.documents_of("judge")}))
+    return (
+        f"The allocation was fitted on another capture: that it learned nothing from {sources} is "
+        "not checked here.",
+    )
+
+
 def scaled_quotas_note(allocation: AllocationReader) -> tuple[str, ...]:
     """What to know of an allocation that keeps no costs to fit quotas from; nothing of others."""
     if allocation.quota_fit is not None:

@@ -34,6 +34,7 @@ from sphkv_cli.evaluation.candidates import (
 from sphkv_cli.evaluation.fresh_retention import (
     fresh_work,
     no_dense_tier_note,
+    other_capture_note,
     require_same_model,
     scaled_quotas_note,
 )
@@ -141,7 +142,11 @@ def evaluate(
                 model = _load(options, reader, progress)
                 if is_new:
                     work = fresh_work(options, plans, reader, model)
-                    notes = (*scaled_quotas_note(plans), *no_dense_tier_note(options, plans))
+                    notes = (
+                        *other_capture_note(plans, reader),
+                        *scaled_quotas_note(plans),
+                        *no_dense_tier_note(options, plans),
+                    )
                 else:
                     work = retention_work(options, plans, model.shape)
                 others = retention_candidates(options, books, plans.frames, model.shape)

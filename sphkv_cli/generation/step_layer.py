@@ -191,9 +191,9 @@ class StepLayer:
             tensors += [work.records, work.entries, work.heads, work.segments]
             tensors += [plan.partial_output, plan.partial_state, plan.arrivals]
             tensors.append(plan.cache.page_table.live_tokens)
-        table = pages.page_table
-        tensors += [self.tail, pages.pool, table.offsets, table.tiers, table.live_tokens]
-        tensors.append(table.starts)
+        tensors += [self.tail, pages.pool]
+        for table in (pages.page_table, self.reserve.source):
+            tensors += [table.offsets, table.tiers, table.live_tokens, table.starts]
         if pages.positions is not None:
             tensors.append(pages.positions)
         total = 0

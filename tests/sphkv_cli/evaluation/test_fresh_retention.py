@@ -43,6 +43,7 @@ def test_a_longer_capture_of_the_same_model_is_planned_anew_within_the_budget(
     rows = {row.name: row for row in result.rows}
     assert {PLAN, POLICY, ORACLE} <= set(rows)
     assert rows[POLICY].is_ours and not rows[ORACLE].is_ours
+    assert any("learned nothing from judge.txt is not checked" in one for one in result.reading)
     for name in (PLAN, POLICY, ORACLE):
         assert 3.5 < rows[name].coded_laid_out_rate <= 4.0
         assert rows[name].documents[0].n_tokens == 300

@@ -4,7 +4,7 @@ The tail of the steps is bfloat16 in the frame, so logits agree to its rounding 
 codes, which tokens are where, and what a slot without tokens holds are compared exactly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,18 @@ from torch import Tensor
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation import page_reserve
 from sphkv_cli.generation.decode_graph import DecodeGraph
+from sphkv_cli.generation.decode_steps import DecodeSteps
 from sphkv_cli.generation.layer_frame import LayerFrame
+from sphkv_cli.generation.page_reserve import PageReserve
 from sphkv_cli.generation.placement import UniformRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
+from sphkv_cli.generation.step_clock import StepClock
+from sphkv_cli.generation.step_layer import StepLayer
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.tier import TierFormat
 
 PAGE, HEAD_DIM = 16, 32
@@ -230,6 +236,19 @@ def test_a_bfloat16_model_steps_of_itself(random_model: Model, frames: Frames) -
     assert cache._steps is not None and counts(cache)[0][1] == (20, 20)
 
 
+def storages(held: Any) -> Iterator[Any]:
+    """Of all tensors below an object of the steps; the frames and the rule are not theirs."""
+    if isinstance(held, Tensor):
+        yield held.untyped_storage()
+    elif isinstance(held, (list, tuple)):
+        for one in held:
+            yield from storages(one)
+    elif isinstance(held, (DecodeSteps, StepLayer, StepClock, PageReserve, PagedCache, PageTable)):
+        for name, one in vars(held).items():
+            if name not in ("store", "reader", "_rule"):
+                yield from storages(one)
+
+
 def test_bytes_of_the_steps_are_those_of_their_tensors(random_model: Model, frames: Frames) -> None:
     model, ids = random_model("llama"), ids_of(2, 80)
     cache = cache_of(model, frames("none"), True)
@@ -240,8 +259,10 @@ def test_bytes_of_the_steps_are_those_of_their_tensors(random_model: Model, fram
     assert steps is not None
     slots = sum(layer.reserve.block.numel() for layer in steps._layers)
     tails = steps._tails.nbytes
-    pools = sum(layer.reserve.pages.pool.numel() for layer in steps._layers)
-    assert cache.memory_bytes() > pools + tails
+    # Every storage that a step reaches once, whatever shares it.
+    held = {s.data_ptr(): s.nbytes() for s in storages(steps)}
+    frames_bytes = sum(frame.n_bytes for frame in cache._frames)
+    assert cache.memory_bytes() == sum(held.values()) + frames_bytes
     assert cache.memory_bytes() - before < slots + tails + 4096
 
 

@@ -1,0 +1,51 @@
+"""A plan lends its kernels to the cache of another layer only where they read it alike."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.decode import AttentionPlan
+from sphkv_kernels.tier import PageError, TierFormat
+
+
+def cache_of(tier: TierFormat, *, with_positions: bool = False) -> PagedCache:
+    keys, values = (
+        torch.randn((20, 2, 64), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    )
+    numbers = (torch.arange(20) // 16)[:, None].expand(-1, 2)
+    positions = torch.arange(20) if with_positions else None
+    tokens = SequenceTokens(keys, values, torch.zeros_like(numbers), numbers, positions)
+    return build_cache((tier,), 16, [tokens])
+
+
+def code(bits: tuple[int, ...]) -> TierFormat:
+    # The same name: only the codes themselves differ.
+    return TierFormat.spherical(SphericalCode.analytic("code", 64, bits, "lloyd_max:2"))
+
+
+def plan_of(cache: PagedCache) -> AttentionPlan:
+    work: Any = None
+    nothing = torch.empty(0)
+    return AttentionPlan(cache, 4, work, 12, "fragments", 0, nothing, nothing, nothing, 0)
+
+
+def test_layers_of_one_format_share_a_plan() -> None:
+    mine, other = cache_of(code((4, 2, 2, 2))), cache_of(code((4, 2, 2, 2)))
+    twin = plan_of(mine).for_twin(other)
+    assert twin.cache is other and twin.handle != 0
+
+
+@pytest.mark.parametrize("change", ["code", "positions", "page_size"])
+def test_another_format_is_refused(change: str) -> None:
+    mine = cache_of(code((4, 2, 2, 2)))
+    other = {
+        "code": lambda: cache_of(code((3, 2, 2, 2))),
+        "positions": lambda: cache_of(code((4, 2, 2, 2)), with_positions=True),
+        "page_size": lambda: replace(mine, page_size=32),
+    }[change]()
+    with pytest.raises(PageError, match="twin"):
+        plan_of(mine).for_twin(other)
