@@ -30,13 +30,13 @@ def code(bits: tuple[int, ...]) -> TierFormat:
 def plan_of(cache: PagedCache) -> AttentionPlan:
     work: Any = None
     nothing = torch.empty(0)
-    return AttentionPlan(cache, 4, work, 12, "fragments", 0, nothing, nothing, nothing, 0)
+    return AttentionPlan(cache, 4, work, 12, "fragments", 0, nothing, nothing, nothing, -1)
 
 
 def test_layers_of_one_format_share_a_plan() -> None:
     mine, other = cache_of(code((4, 2, 2, 2))), cache_of(code((4, 2, 2, 2)))
     twin = plan_of(mine).for_twin(other)
-    assert twin.cache is other and twin.handle != 0
+    assert twin.cache is other and twin.handle != -1
 
 
 @pytest.mark.parametrize("change", ["code", "positions", "page_size"])
