@@ -39,8 +39,10 @@ def hull_rates(costs: Float, option_bytes: Float) -> Float:
         for stop in range(n_options - 1, start, -1):
             span = option_bytes[stop] - option_bytes[start]
             np.subtract(costs[start], costs[stop], out=chord)
+            # Divided, not multiplied by the reciprocal: an item's rates must come out the same
+            # bits alone and in company, since the solver looks for them in their bin again.
             if span.size == 1 and span[0] > 0:
-                chord *= 1.0 / span[0]
+                chord /= span[0]
             else:
                 # No further byte: free to take, whatever it gains.
                 chord = np.divide(chord, span, out=np.full(n_items, np.inf), where=span > 0)

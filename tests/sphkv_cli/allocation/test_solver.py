@@ -329,3 +329,38 @@ def test_a_bin_full_of_ties_is_cut_within_the_budget() -> None:
         assert solution.plan.cost == pytest.approx(
             np.sort(rates.ravel())[: 3 * n_items - budget].sum()
         )
+
+
+@pytest.mark.parametrize("budget", [10, 20, 40, 49])
+def test_a_rate_on_the_edge_of_a_bin_stays_in_its_bin(budget: int) -> None:
+    # 49 / 49 is the least rate of its bin, and 49 * (1 / 49) lies below it.
+    costs = np.array([[49.0, 0.0], [1000.0, 0.0], [0.01, 0.0]])
+    sizes = np.array([[0, 49], [0, 10], [0, 10]])
+    found = solve(costs, sizes, budget)
+    assert found.plan.used_bytes <= budget
+    assert found.dual_bound <= found.plan.cost * (1 + 1e-12)
+    best = min(
+        sum(costs[i, j] for i, j in enumerate(chosen))
+        for chosen in itertools.product(range(2), repeat=3)
+        if sum(sizes[i, j] for i, j in enumerate(chosen)) <= budget
+    )
+    assert found.plan.cost == pytest.approx(best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_items=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+    share=st.floats(0.0, 1.0),
+)
+def test_whole_costs_and_sizes_are_solved_whatever_edges_they_hit(
+    n_items: int, seed: int, share: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = np.sort(rng.integers(0, 64, (n_items, 3)), axis=1)
+    costs = rng.integers(0, 64, (n_items, 3)).astype(float)
+    least, most = int(sizes[:, 0].sum()), int(sizes[:, -1].sum())
+    budget = least + int(share * (most - least))
+    found = solve(costs, sizes, budget)
+    assert found.plan.used_bytes <= budget
+    assert found.dual_bound <= found.plan.cost + 1e-9
