@@ -94,18 +94,18 @@ record() {
 		--output "$out/table.json"
 	report table
 
-	step uniform "$out/uniform.json" "$bin/sphkv" evaluate "$out/capture.h5" --dtype float32 \
-		--codebooks "$out/designed.h5" --seeds 3 --method turboquant:3 --method polarquant \
-		--method kivi:2 --method kivi:4 --max-documents "$uniform_documents" \
-		--output "$out/uniform.json"
-	report uniform
-
 	asked=()
 	for length in $needle_lengths; do asked+=(--probe-length "$length"); done
 	step needle "$out/needle.json" "$bin/sphkv" evaluate "$out/capture.h5" --dtype float32 \
 		--allocation "$out/allocation.h5" --probe needle --probe-prompts 1 "${asked[@]}" \
 		--plot "$out/needle.png" --output "$out/needle.json"
 	report needle
+
+	step uniform "$out/uniform.json" "$bin/sphkv" evaluate "$out/capture.h5" --dtype float32 \
+		--codebooks "$out/designed.h5" --seeds 3 --method turboquant:3 --method polarquant \
+		--method kivi:2 --method kivi:4 --max-documents "$uniform_documents" \
+		--output "$out/uniform.json"
+	report uniform
 
 	for length in ${long_contexts:-}; do
 		# One document of each judge text, long enough; nothing is fitted on what is before them.
@@ -127,11 +127,10 @@ record() {
 		report "length-$length"
 	done
 
-	asked=()
-	for budget in $budgets; do asked+=(--budget "$budget"); done
+	# The published methods stand in the table; here the controls, at the allocation's own budget.
 	step retention "$out/studies/retention/result.json" "$bin/sphkv" study retention \
 		--capture "$out/capture.h5" --codebooks "$out/codebooks.h5" --max-documents 7 \
-		--horizon "$horizon" "${asked[@]}" --output "$out/studies"
+		--horizon "$horizon" --budget 2b --rows controls --output "$out/studies"
 	local others
 	others=$("$bin/sphkv" study --list --json |
 		"$bin/python" -c 'import json, sys; print(*(s["name"] for s in json.load(sys.stdin)))')
