@@ -127,10 +127,11 @@ record() {
 		report "length-$length"
 	done
 
-	# The published methods stand in the table; here the controls, at the allocation's own budget.
-	step retention "$out/studies/retention/result.json" "$bin/sphkv" study retention \
-		--capture "$out/capture.h5" --codebooks "$out/codebooks.h5" --max-documents 7 \
-		--horizon "$horizon" --budget 2b --rows controls --output "$out/studies"
+	# What the joint plan is without one of its parts; `study retention` fits controls of their own too.
+	step controls "$out/controls.json" "$bin/sphkv" evaluate "$out/capture.h5" --dtype float32 \
+		--allocation "$out/allocation.h5" --budget 2b --rows controls --output "$out/controls.json"
+	report controls
+
 	local others
 	others=$("$bin/sphkv" study --list --json |
 		"$bin/python" -c 'import json, sys; print(*(s["name"] for s in json.load(sys.stdin)))')
