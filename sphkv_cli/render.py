@@ -100,13 +100,17 @@ def plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
+_FILE_WIDTH = 1000
+
+
 class Output:
     """The one place that writes to stdout."""
 
     def __init__(self, json_only: bool) -> None:
         self._json_only = json_only
-        # A table is not folded to 80 columns when it goes to a file.
-        width = None if sys.stdout.isatty() else 140
+        # No table is folded when it goes to a file.
+        self._is_terminal = sys.stdout.isatty()
+        width = None if self._is_terminal else _FILE_WIDTH
         self._console = Console(width=width, highlight=False, soft_wrap=False)
 
     def show(self, result: object, blocks: Sequence[Block]) -> None:
@@ -117,14 +121,20 @@ class Output:
         for block in blocks:
             if isinstance(block, Line):
                 self._console.print(escape(block.text), soft_wrap=True)
-            else:
+                continue
+            # As the table's own title it would be folded to the table's width.
+            self._console.print(escape(block.title), style="bold", soft_wrap=True)
+            if self._is_terminal:
                 self._console.print(_drawn(block))
+            else:
+                # rich pads every line of a table to the width of its widest.
+                with self._console.capture() as drawn:
+                    self._console.print(_drawn(block))
+                sys.stdout.write("".join(f"{one.rstrip()}\n" for one in drawn.get().splitlines()))
 
 
 def _drawn(block: Table) -> RichTable:
-    table = RichTable(
-        title=escape(block.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
+    table = RichTable(box=box.SIMPLE_HEAD)
     for index, column in enumerate(block.columns):
         table.add_column(
             escape(column),

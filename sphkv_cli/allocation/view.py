@@ -115,17 +115,12 @@ def _layers(summary: AllocationSummary) -> Table:
             )
         )
     return Table(
-        f"Layers: bits per coordinate of each KV head, and predictions checked on "
-        f"{summary.check_split} documents",
+        f"Layers: bits per coordinate of each KV head; and on {summary.check_split} documents: "
+        "errors of the tiers and scores against what they predict, damage of drops and codes over "
+        "its sum",
         (
-            *("layer", "bits/coordinate by head", "dropped", "tier errors: log corr."),
-            *(
-                "predicted/measured",
-                "score vs future: log corr.",
-                "drops: measured/summed",
-                "drops priced at",
-            ),
-            *("codes: measured/summed", "codes priced at"),
+            *("layer", "bits by head", "dropped", "error corr.", "predicted/measured"),
+            *("score corr.", "drops", "priced at", "codes", "priced at "),
         ),
         rows,
         text_columns=2,
