@@ -80,16 +80,17 @@ def encode_counted(
         )
     page_size, head_dim = keys.shape[-2:]
     n_bytes = page_bytes(tier, head_dim, page_size)  # refuses a foreign page_size or head_dim
-    none = torch.zeros((), dtype=torch.int32, device=keys.device)
-    if not keys.numel():
-        pages = torch.empty((*keys.shape[:-2], n_bytes), dtype=torch.uint8, device=keys.device)
-        return pages, none
-    if keys.device.type != "cuda" or not has_encoder(tier):
-        return _encode_torch(tier, *_rotated(keys, values, rotation)), none
+    if keys.device.type != "cuda" or not has_encoder(tier) or not keys.numel():
+        pages = (
+            _encode_torch(tier, *_rotated(keys, values, rotation))
+            if keys.numel()
+            else torch.empty((*keys.shape[:-2], n_bytes), dtype=torch.uint8, device=keys.device)
+        )
+        return pages, torch.zeros((), dtype=torch.int32, device=keys.device)
     inputs = _kernel_inputs(keys, values, rotation)
     encoder = encoder_for(tier, head_dim, inputs.rotation, False, keys.device)
     pages, refused = torch.ops.sphkv.encode(inputs.keys, inputs.values, encoder.handle)
-    return torch.as_tensor(pages), torch.as_tensor(refused).reshape(())
+    return torch.as_tensor(pages), torch.as_tensor(refused)
 
 
 def encode_rows(
