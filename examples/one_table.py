@@ -38,11 +38,12 @@ def kernel_tier(row: str) -> str | None:
         return None  # Dense pages beside the codes: no kernel report times them.
     if row.startswith("PolarQuant"):
         return "4222-fp16"
-    found = _POLAR.match(row)
-    if found is None:
-        return None
-    levels, radius = found.groups()
-    return f"{levels}-{'minifloat' if radius == 'e5m6' else radius}"
+    codes = [_POLAR.match(name) for name in row.partition(",")[0].split("/")]
+    tiers = {
+        found and f"{found[1]}-{'minifloat' if found[2] == 'e5m6' else found[2]}" for found in codes
+    }
+    # Keys and values of two codes are a tier that no report times; a gain costs nothing.
+    return tiers.pop() if len(tiers) == 1 else None
 
 
 def kernel_speeds(report: Mapping[str, Any], shape: str) -> dict[str, float]:

@@ -39,7 +39,7 @@ def image_format(path: Path) -> ImageFormat:
 
 
 def rate_figure(result: EvaluationResult) -> Figure:
-    """The panels of an evaluation."""
+    """The panels of an evaluation, or of what a report of one holds."""
     families: dict[str, list[Row]] = {}
     for row in result.rows[:-1]:
         families.setdefault(row.family, []).append(row)
@@ -67,7 +67,7 @@ def rate_figure(result: EvaluationResult) -> Figure:
     panels = [
         PlotPanel(
             f"{result.model}, judged documents: {result.n_documents}"
-            + (" (dashed: ends of the context dense)" if any(s.pair_of for s in lines) else ""),
+            + ("\n(dashed: ends of the context dense)" if any(s.pair_of for s in lines) else ""),
             f"laid-out bits per coordinate {what}",
             "KL to the dense model, nats",
             lines,

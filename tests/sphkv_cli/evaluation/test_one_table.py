@@ -181,6 +181,9 @@ def test_a_profile_gives_the_plan_of_its_budget_a_speed_and_no_other_row(
     kernel_tier = runpy.run_path(str(script))["kernel_tier"]
     assert kernel_tier("polar-4222-r2") == "4222-r2"
     assert kernel_tier("polar-4222-r2, sinks < 0.6 dense") is None
+    assert kernel_tier("polar-5333-r3/polar-5333-r3-unbiased") == "5333-r3"
+    assert kernel_tier("polar-4333-r3/polar-3222-r2") is None
+    assert kernel_tier("polar-n17.5.6-e5m4/polar-4222-r2") is None
 
 
 def test_positions_are_printed_when_asked_for(table: EvaluationResult) -> None:
@@ -264,3 +267,17 @@ def test_codebooks_of_another_model_are_refused(tiny_chain: Any, tmp_path: Path)
             tiny_chain.allocation,
             tmp_path / "r.json",
         )
+
+
+def test_a_recorded_report_is_drawn_as_the_command_draws_it(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    script = Path(__file__).parents[3] / "examples" / "draw_evaluation.py"
+    for name, others in (("all.png", []), ("few.png", ["--leave-out", "KIVI"])):
+        monkeypatch.setattr("sys.argv", ["draw", str(report), str(tmp_path / name), *others])
+        runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "all.png").read_bytes() != (tmp_path / "few.png").read_bytes()
+    monkeypatch.setattr("sys.argv", ["draw", str(report), "x.png", "--leave-out", "nothing"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")

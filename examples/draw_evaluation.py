@@ -1,0 +1,42 @@
+"""Draws the figure of a recorded report of `sphkv evaluate`: KL against bytes, and by position.
+
+    python examples/draw_evaluation.py examples/results/smollm2/table.json table.png
+
+The same figure as `sphkv evaluate --plot`; `--leave-out FAMILY`, repeatable, draws fewer lines.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from sphkv_cli.evaluation.rate_plot import image_format, rate_figure, require_drawable
+from sphkv_cli.evaluation.result import EvaluationResult
+from sphkv_cli.plots.draw import draw
+
+
+def main() -> None:
+    """Draw the report named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("report", type=Path, help="a report of sphkv evaluate")
+    parser.add_argument("picture", type=Path, help="ends in .png or .svg")
+    parser.add_argument("--leave-out", action="append", default=[], metavar="FAMILY")
+    asked = parser.parse_args()
+    require_drawable(asked.picture)
+
+    def named(found: dict[str, Any]) -> Any:
+        return SimpleNamespace(**found)
+
+    report = json.loads(asked.report.read_text(), object_hook=named)
+    evaluation = report.content.evaluation
+    known = {row.family for row in evaluation.rows}
+    for family in set(asked.leave_out) - known:
+        parser.error(f"no rows of the family {family!r}; there is {', '.join(sorted(known))}")
+    evaluation.rows = [row for row in evaluation.rows if row.family not in asked.leave_out]
+    figure = rate_figure(cast("EvaluationResult", evaluation))
+    draw(figure, asked.picture, image_format(asked.picture))
+
+
+if __name__ == "__main__":
+    main()
