@@ -60,7 +60,7 @@ def rate_figure(result: EvaluationResult) -> Figure:
                 [row.kl_geometric.mean for row in rows],
                 style="both" if base == family else "dashed-both",
                 emphasis=family == _EMPHASISED,
-                pair_of="" if base == family else base,
+                pair_of=base if base != family and base in families else "",
             )
         )
     what = "of the context" if is_retention else "of the whole cache"

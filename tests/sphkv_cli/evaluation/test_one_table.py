@@ -270,8 +270,9 @@ def test_codebooks_of_another_model_are_refused(tiny_chain: Any, tmp_path: Path)
 
 
 def test_a_recorded_report_is_drawn_as_the_command_draws_it(
-    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: EvaluationResult, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert "KIVI" in {row.family for row in table.rows}
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     script = Path(__file__).parents[3] / "examples" / "draw_evaluation.py"
     for name, others in (("all.png", []), ("few.png", ["--leave-out", "KIVI"])):
