@@ -2,8 +2,8 @@
 
 The run's own queries, keys and values are measured layer by layer as they pass: no capture of the
 text is needed, and its length is free.  The queries are those of the window, one in four before it
-(at most 512, so that work grows with the length and not its square) and at most 128 of the horizon.
-Source: ours.
+(at most 512, so that work grows with the length and not its square) and all of the horizon, at most
+512: a ceiling that saw a sample of them would drop what the others ask for.  Source: ours.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sphkv_cli.allocation.attention_utility import LayerGeometry
-from sphkv_cli.allocation.context import HORIZON_QUERIES, LayerContext, Split
+from sphkv_cli.allocation.context import LayerContext, Split
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.frozen import FrozenAllocation
 from sphkv_cli.allocation.measure import MeasuredDocument, Measurement
@@ -30,7 +30,7 @@ from sphkv_cli.evaluation.protocol import RetentionProtocol
 Float = NDArray[np.float64]
 
 _QUERY_STRIDE = 4
-_QUERIES_BEFORE = 512
+_QUERIES_BEFORE = _QUERIES_AFTER = 512
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class MeasuredContext:
     def scored_by(self, name: str) -> MeasuredDocument:
         """The document in the order of another estimator."""
         return replace(self.document, scores=self.other_scores[name])
+
+
+def horizon_positions(n_context: int, n_tokens: int) -> Tensor:
+    """(n) int64: the queries after the context that the oracle sees, all or evenly spaced."""
+    steps = min(n_tokens - n_context, _QUERIES_AFTER)
+    return torch.linspace(n_context, n_tokens - 1, steps, dtype=torch.float64).round().long()
 
 
 def measure_context(
@@ -104,8 +110,7 @@ class _MeasuringRun:
         start = max(n_context - allocation.window, 0)
         before = torch.arange(0, start, max(_QUERY_STRIDE, -(-start // _QUERIES_BEFORE)))
         window = torch.arange(start, n_context)
-        steps = min(n_tokens - n_context, HORIZON_QUERIES)
-        horizon = torch.linspace(n_context, n_tokens - 1, steps).round().long()
+        horizon = horizon_positions(n_context, n_tokens)
         first, last = before.numel(), before.numel() + window.numel()
         shape = (model.geometry.n_layers, model.geometry.n_kv_heads, n_context)
         protocol = RetentionProtocol(n_context)
@@ -115,7 +120,7 @@ class _MeasuringRun:
             others,
             CodedRun(model.geometry, model.modules, DenseCoding(model.shape), protocol),
             torch.cat([before, window, horizon]),
-            Split(n_context, slice(first, last), slice(last, last + steps)),
+            Split(n_context, slice(first, last), slice(last, last + horizon.numel())),
             Measurement(shape, allocation.formats, with_horizon=True),
             np.empty(shape),
             {name: np.empty(shape) for name in others},

@@ -12,7 +12,7 @@ from sphkv_cli.allocation.frozen import FrozenAllocation
 from sphkv_cli.allocation.published import WINDOW, ada_counts, even_counts, pyramid_counts
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
-from sphkv_cli.evaluation.context_measure import measure_context
+from sphkv_cli.evaluation.context_measure import horizon_positions, measure_context
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.protocol import RetentionProtocol
 from sphkv_cli.evaluation.retained_context import ContextTiers, RetainedContext
@@ -196,3 +196,10 @@ def test_output_errors_fall_with_the_budget_and_vanish_for_a_dense_cache(
     # bfloat16 keeps 8 bits of mantissa.
     assert found[2].p99 < 2**-7
     assert all(error.p99 >= error.mean for error in found)
+
+
+def test_the_oracle_sees_every_query_that_is_scored() -> None:
+    assert horizon_positions(1536, 2048).tolist() == list(range(1536, 2048))
+    assert horizon_positions(10, 11).tolist() == [10]
+    far = horizon_positions(100, 5000)
+    assert far.numel() == 512 == far.unique().numel() and (far[0], far[-1]) == (100, 4999)
