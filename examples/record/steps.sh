@@ -12,7 +12,8 @@ bin=${BIN:-.venv/bin}
 
 # step NAME ARTIFACT COMMAND...: run, keep what it prints beside the record, note command and time.
 step() {
-	local name=$1 artifact=$2 started=$SECONDS text=$out/$1.txt
+	local name=$1 artifact=$2 started=$SECONDS text=$out/$1.txt made_by
+	made_by=$(commit)
 	shift 2
 	if [[ -e $artifact ]]; then
 		printf '\n%s: %s is there\n' "$name" "$artifact"
@@ -23,7 +24,7 @@ step() {
 	mv "$text.new" "$text"
 	cat "$text"
 	local line
-	line=$(printf '%-10s %5d s  %s  (commit %s)' "$name" $((SECONDS - started)) "$*" "$(commit)")
+	line=$(printf '%-10s %5d s  %s  (commit %s)' "$name" $((SECONDS - started)) "$*" "$made_by")
 	printf '%s\n' "${line//$HOME/\~}" | tee -a "$out/record.txt"
 }
 
