@@ -269,6 +269,30 @@ def test_codebooks_of_another_model_are_refused(tiny_chain: Any, tmp_path: Path)
         )
 
 
+def test_the_budget_table_sets_the_policy_beside_the_best_that_is_not_joint(
+    table: EvaluationResult,
+    report: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = Path(__file__).parents[3] / "examples" / "budget_table.py"
+    monkeypatch.setattr("sys.argv", ["budget_table.py", str(report)])
+    runpy.run_path(str(script), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 3b", "| 6b"]
+    rows = {row.name: row for row in table.rows}
+    policy = rows["policy, 6b"]
+    rivals = [
+        row
+        for name, row in rows.items()
+        if not name.startswith(("policy", "plan", "oracle", "joint"))
+        and row.coded_laid_out_rate <= 6.0
+    ]
+    best = min(rivals, key=lambda row: row.kl_geometric.mean)
+    ratio = best.kl_geometric.mean / policy.kl_geometric.mean
+    assert lines[1].endswith(f"({best.name.removesuffix(', 6b')}): {ratio:.0f}x |")
+
+
 def test_a_recorded_report_is_drawn_as_the_command_draws_it(
     table: EvaluationResult, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
