@@ -33,7 +33,7 @@ def policy_for(
 
     Raises:
         ArtifactError: the file is damaged, was changed, or is for another model, RoPE or layers.
-        UsageError: its score looks at the future; a negative window.
+        UsageError: its score looks at the future; a negative window; a budget that cannot be kept.
         SphkvError: the model's attention cannot be listened to.
     """
     require_unchanged(path)

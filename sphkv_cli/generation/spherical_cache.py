@@ -121,7 +121,8 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             model: a loaded transformers causal model; it attends through this module from now on.
             window: tokens after the prompt that stay dense at least; None: all of them.
             budget: of each sequence, kept while it grows by demoting sealed pages: "2b" or "0.1x"
-                per token, "12MiB" in all.  Without one the prompt gets the allocation's budget and
+                per token, "12MiB" in all.  While the tables take more than half of a budget per
+                token nothing is sealed.  Without a budget the prompt gets the allocation's and
                 later pages a tier of its bits per coordinate.
             shrink: (n_tokens, factor): once so many tokens are sealed, so much of the budget.
             backend: "cuda" reads the codes with the kernel, "reference" in float64; "auto" is
@@ -129,6 +130,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
         Raises:
             ArtifactError: the file is damaged, or for another model, RoPE or other layers.
+            UsageError: a budget that the tables take, or of an allocation that pins tokens.
             SphkvError: as the class says.
         """
         rule = policy_for(Path(allocation), model, window, budget, shrink)
