@@ -101,6 +101,10 @@ record() {
 		--allocation "$out/allocation.h5" --probe needle --probe-prompts 1 "${asked[@]}" \
 		--plot "$out/needle.png" --output "$out/needle.json"
 	report needle
+	step copy-back "$out/copy-back.json" "$bin/sphkv" evaluate "$out/capture.h5" --dtype float32 \
+		--allocation "$out/allocation.h5" --probe copy-back --probe-length 1024 \
+		--probe-prompts 4 --output "$out/copy-back.json"
+	report copy-back
 
 	step uniform "$out/uniform.json" "$bin/sphkv" evaluate "$out/capture.h5" --dtype float32 \
 		--codebooks "$out/designed.h5" --seeds 3 --method turboquant:3 --method polarquant \
