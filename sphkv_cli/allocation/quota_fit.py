@@ -12,7 +12,8 @@ scaled to another cost 2 to 4 times as much on SmolLM2-135M; interpolated prices
 At another length the curves of costs over ranks are stretched (`stretched`).  On SmolLM2-135M,
 against quotas of the length itself, quotas of 512 tokens cost 1.1 to 1.2 times as much at 1,536 and
 those of 1,536 tokens 0.9 to 1.03 times at 512; the same fractions of pages 1.2 to 1.4 times, and 27
-to 109 times at 512, where the sink's page falls out.  Source: ours.
+to 109 times at 512, where the sink's page falls out (measured while the sink's cost still leaked
+into the pages after it).  Source: ours.
 """
 
 from collections.abc import Sequence

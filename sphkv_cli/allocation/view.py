@@ -120,7 +120,7 @@ def _layers(summary: AllocationSummary) -> Table:
         "its sum",
         (
             *("layer", "bits by head", "dropped", "error corr.", "predicted/measured"),
-            *("score corr.", "drops", "priced at", "codes", "priced at "),
+            *("score corr.", "drops", "drops priced at", "codes", "codes priced at"),
         ),
         rows,
         text_columns=2,

@@ -14,7 +14,7 @@ from torch import Tensor
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_store import LayerStore, uncodable
 from sphkv_cli.generation.page_reserve import PageReserve
-from sphkv_cli.generation.page_store import compacted, kept
+from sphkv_cli.generation.page_store import kept
 from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.store_state import PagePlan, StoreState
 from sphkv_kernels.cache import PagedCache
@@ -71,10 +71,7 @@ class StepLayer:
 
         next_position: of every sequence; pages behind a sliding window are freed.
         """
-        pages = _without_tail(self.reserve.pages)
-        if self.store.window:
-            live = kept(pages, pages.page_table.live_tokens > 0)
-            pages = compacted(self.store.reachable(live, next_position))
+        pages = self.store.reachable(_without_tail(self.reserve.pages), next_position)
         return StepLayer._made(self.store, self.reader, clock, tail, pages, n_slots, like)
 
     @staticmethod
