@@ -2,9 +2,9 @@
 
     python examples/kernel_report.py --output examples/results/kernel-h100.json
 
-Codes x shapes with the torch baselines of the same run, mixed caches against the byte-weighted time
-of their tiers, metadata over page sizes, position terms, and encoding. Run it from a clean
-checkout: the report names the commit.
+Codes x shapes with the dense baselines of the same run (FlashInfer's where it is installed), mixed
+caches against the byte-weighted time of their tiers, metadata over page sizes, position terms, and
+encoding. Run it from a clean checkout: the report names the commit.
 """
 
 from __future__ import annotations
@@ -29,19 +29,12 @@ from sphkv_kernels.benchmark import (
     run_case,
     uniform_pages,
 )
+from sphkv_kernels.dense_attention import Baseline, dense_baselines, fp8_sentence
 from sphkv_kernels.encode import encode, encode_rows
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
-from sphkv_kernels.timing import (
-    Baseline,
-    MemoryRates,
-    best_of,
-    device_provenance,
-    measure,
-    memory_rates,
-    sdpa_baselines,
-)
+from sphkv_kernels.timing import MemoryRates, device_provenance, measure, memory_rates
 
 SEED = 42
 CODES: dict[str, tuple[tuple[int, int, int, int], str]] = {
@@ -62,6 +55,7 @@ SHAPES = (
     Shape(1, 8, 4096, 4),
     Shape(8, 32, 8192, 1),
 )
+TWICE = Shape(4, 8, 262144, 8)
 EVERY_SHAPE = ("4222-fp16", "4333-minifloat", "4222-r2", "3222-r2")
 
 
@@ -98,9 +92,11 @@ def mixed_cases(rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]) 
         return torch.randint(n_tiers, size, generator=generator)
 
     plans = {
-        "two tiers": (four[:2], shuffled(2)),
-        "four tiers": (four, shuffled(4)),
-        "retention": (four, retention_pages(shape, 32, 4, SEED)),
+        "two tiers": (shape, four[:2], shuffled(2)),
+        "four tiers": (shape, four, shuffled(4)),
+        "retention": (shape, four, retention_pages(shape, 32, 4, SEED)),
+        # As many bytes as the tiers alone have, which start and merge once too.
+        "retention, twice as long": (TWICE, four, retention_pages(TWICE, 32, 4, SEED)),
     }
     rate_of_tier = {}
     for one in four:
@@ -108,8 +104,10 @@ def mixed_cases(rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]) 
         rate_of_tier[one.name] = report.bytes_read["codes"] / report.latency.median_us
         print(line(report), flush=True)
     results = []
-    for name, (tiers, pages) in plans.items():
-        report = run_case(tiers, shape, rates, baselines[shape.name], page_tiers=pages, seed=SEED)
+    for name, (of_plan, tiers, pages) in plans.items():
+        report = run_case(
+            tiers, of_plan, rates, baselines[of_plan.name], page_tiers=pages, seed=SEED
+        )
         weighted_us = 0.0
         for index, one in enumerate(tiers):
             cache = tiled_cache((one,), uniform_pages(Shape(1, 1, 32, 1), 32), 32, 1, 128)
@@ -145,13 +143,14 @@ def position_cases() -> list[dict[str, Any]]:
     rows = []
     for shape in (SHAPES[0], SHAPES[1], SHAPES[3]):
         for name in EVERY_SHAPE:
-            for n_pairs in (4, 8):
-                case = metadata_case(tier(name), shape, 32, n_pairs, SEED)
+            for n_pairs, gaps in ((4, False), (8, False), (16, False), (4, True), (8, True)):
+                case = metadata_case(tier(name), shape, 32, n_pairs, SEED, gaps=gaps)
                 excess = case.with_term.median_us / case.latency.median_us - 1
                 rows.append({**asdict(case), "excess": excess})
                 print(
                     f"position term {shape.name:15s} {name}: {case.latency.median_us:.1f} us, "
-                    f"{n_pairs} pairs {case.with_term.median_us:.1f} us ({excess:+.1%})",
+                    f"{n_pairs} pairs{', gaps' if gaps else ''} {case.with_term.median_us:.1f} us "
+                    f"({excess:+.1%})",
                     flush=True,
                 )
             torch.cuda.empty_cache()
@@ -196,6 +195,8 @@ def encode_cases() -> list[dict[str, Any]]:
 
 def line(report: CaseReport) -> str:
     again = "" if report.reconstruct is None else f", rebuilt {report.reconstruct.median_us:.0f} us"
+    if report.speed_up_over_fp8 is not None:
+        again = f", {report.speed_up_over_fp8:.2f}x {report.best_fp8}{again}"
     return (
         f"{'+'.join(report.tiers):16s} {report.shape.name:15s} {report.latency.median_us:7.1f} us "
         f"{report.code_gb_per_s:5.0f} GB/s {report.fraction_of_read_rate:5.1%} of read, "
@@ -223,18 +224,19 @@ def main() -> None:
     rates = memory_rates()
     print(rates, flush=True)
     baselines = {}
-    for shape in SHAPES:
-        baselines[shape.name] = sdpa_baselines(
+    for shape in (*SHAPES, TWICE):
+        baselines[shape.name] = dense_baselines(
             shape.n_sequences, shape.n_kv_heads, shape.n_tokens, shape.group_size, shape.head_dim
         )
-        best = best_of(baselines[shape.name])
-        print(shape.name, best.name, f"{best.latency.median_us:.1f} us" if best.latency else "")
+        for one in baselines[shape.name]:
+            found = one.reason if one.latency is None else f"{one.latency.median_us:.1f} us"
+            print(shape.name, one.name, found, flush=True)
         torch.cuda.empty_cache()
     report = {
         "provenance": {
             **device_provenance(), "commit": arguments.commit or commit(), "seed": SEED,
             "command": "python examples/kernel_report.py",
-            "fp8_baseline": "FlashInfer is not installed on this machine: not measured",
+            "fp8_baseline": fp8_sentence(baselines[SHAPES[0].name]),
         },
         "rates": asdict(rates),
         "baselines": {name: [asdict(b) for b in found] for name, found in baselines.items()},

@@ -36,10 +36,10 @@ def table(report: dict[str, Any]) -> list[str]:
         f"{provenance['gpu']}, reads {rates['read_gb_per_s']:.0f} GB/s, "
         f"commit {provenance['commit'][:7]}:",
         "",
-        "| batch x KV heads x context x group | best bf16, us | "
+        "| batch x KV heads x context x group | best bf16, us | best fp8, us | "
         + " | ".join(CODES.values())
         + " |",
-        "|---|---|" + "---|" * len(CODES),
+        "|---|---|---|" + "---|" * len(CODES),
     ]
     for shape, row in cases.items():
         best = next(iter(row.values()))
@@ -50,7 +50,8 @@ def table(report: dict[str, Any]) -> list[str]:
             for tier in CODES
         ]
         bf16 = f"{best['best_bf16_us']:.0f} ({best['best_bf16']})"
-        lines.append(f"| {shape} | {bf16} | " + " | ".join(cells) + " |")
+        fp8 = f"{best['best_fp8_us']:.0f} ({best['best_fp8']})" if best.get("best_fp8") else "-"
+        lines.append(f"| {shape} | {bf16} | {fp8} | " + " | ".join(cells) + " |")
     excess = ", ".join(f"{row['name']} {100 * row['excess']:+.0f} %" for row in report["mixed"])
     lines += ["", f"Mixed caches against the byte-weighted time of their tiers: {excess}."]
     return lines

@@ -1,6 +1,6 @@
 """One benchmark case: the kernel against its reference, the memory ceilings and dense attention.
 
-    speed-up = best bf16 latency of this run / kernel latency;  fraction = code bytes / time / rate
+    speed-up = best dense latency of this run / kernel latency;  fraction = code bytes / time / rate
 
 Everything is measured in one process on one GPU with a cold L2 (`timing`). Bytes are named terms.
 The reconstruction baseline decodes the same codes to dense bf16 in memory and runs torch's
@@ -19,12 +19,13 @@ import torch
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import AttentionPlan, ada_decode, launch_params, plan
+from sphkv_kernels.dense_attention import Baseline, fastest
 from sphkv_kernels.launch import load_kernel
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import ada_decode_reference
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
-from sphkv_kernels.timing import Baseline, Latency, MemoryRates, best_of, measure
+from sphkv_kernels.timing import Latency, MemoryRates, measure
 from sphkv_kernels.variant import Variant
 
 
@@ -50,7 +51,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """What one case measured; latencies in microseconds, rates in 10^9 bytes per second."""
+    """What one case measured; latencies in microseconds, rates in 10^9 bytes per second; the fields
+    of fp8 are None where no fp8 attention ran."""
 
     shape: Shape
     tiers: tuple[str, ...]
@@ -64,6 +66,9 @@ class CaseReport:
     best_bf16: str
     best_bf16_us: float
     speed_up: float
+    best_fp8: str | None
+    best_fp8_us: float | None
+    speed_up_over_fp8: float | None
     reconstruct: Latency | None
     output_error: float
     log_sum_exp_error: float
@@ -117,8 +122,10 @@ def run_case(
     if with_reconstruction:
         reconstruct = time_reconstruction(attention_plan, query, n_samples=n_samples // 2)
     output_error, lse_error = check_tiers(tiers, shape, page_size, seed)
-    best = best_of(baselines)
-    assert best.latency is not None
+    best, best_fp8 = fastest(baselines, "bf16"), fastest(baselines, "fp8")
+    if best is None or best.latency is None:
+        raise RuntimeError(f"no attention on dense bf16 keys ran {shape.name}")
+    fp8_us = best_fp8.latency.median_us if best_fp8 and best_fp8.latency else None
     code_rate = work.code_bytes / latency.median_us / 1e3
     n_coordinates = 2 * shape.n_sequences * shape.n_kv_heads * shape.n_tokens * shape.head_dim
     return CaseReport(
@@ -134,6 +141,9 @@ def run_case(
         best_bf16=best.name,
         best_bf16_us=best.latency.median_us,
         speed_up=best.latency.median_us / latency.median_us,
+        best_fp8=None if best_fp8 is None else best_fp8.name,
+        best_fp8_us=fp8_us,
+        speed_up_over_fp8=None if fp8_us is None else fp8_us / latency.median_us,
         reconstruct=reconstruct,
         output_error=output_error,
         log_sum_exp_error=lse_error,
@@ -143,26 +153,34 @@ def run_case(
 @dataclass(frozen=True)
 class MetadataCase:
     """What is read beside codes: bytes of named terms; with_term: the step with a position term of
-    `n_pairs` RoPE pairs, which reads the positions."""
+    `n_pairs` RoPE pairs, which reads the positions.  gaps: the tokens of a page do not follow one
+    another, as those of a policy that drops some."""
 
     tier: str
     shape: Shape
     page_size: int
     n_pairs: int
+    gaps: bool
     n_bytes: dict[str, int]
     latency: Latency
     with_term: Latency
 
 
 def metadata_case(
-    tier: TierFormat, shape: Shape, page_size: int, n_pairs: int, seed: int
+    tier: TierFormat,
+    shape: Shape,
+    page_size: int,
+    n_pairs: int,
+    seed: int,
+    *,
+    gaps: bool = False,
 ) -> MetadataCase:
     """Time one shape and page size, without and with positions (uint16 where they fit)."""
     cache = tiled_cache(
         (tier,), uniform_pages(shape, page_size), page_size, shape.n_kv_heads, shape.head_dim,
         seed=seed,
     )  # fmt: skip
-    cache = with_positions(cache, shape.n_tokens)
+    cache = with_positions(cache, shape.n_tokens, gaps=gaps)
     attention_plan = plan(cache, shape.group_size, check=False)
     query = _query(cache, shape.group_size, seed)
     term = random_term(cache, shape.group_size, n_pairs, seed)
@@ -184,15 +202,18 @@ def metadata_case(
     with_term = measure(
         lambda: ada_decode(query, cache, scale, position_term=term, plan=attention_plan)
     )
-    return MetadataCase(tier.name, shape, page_size, n_pairs, n_bytes, plain, with_term)
+    return MetadataCase(tier.name, shape, page_size, n_pairs, gaps, n_bytes, plain, with_term)
 
 
-def with_positions(cache: PagedCache, n_tokens: int) -> PagedCache:
-    """A synthetic cache of uniform pages whose tokens lie one after the other."""
+def with_positions(cache: PagedCache, n_tokens: int, *, gaps: bool = False) -> PagedCache:
+    """A synthetic cache of uniform pages whose tokens lie one after the other; gaps: every eighth
+    position has no token."""
     entries = torch.arange(cache.page_table.n_entries, device=cache.device)
     rows = torch.arange(cache.page_size, device=cache.device)
     positions = (entries[:, None] * cache.page_size + rows) % n_tokens
-    dtype = torch.uint16 if n_tokens <= 1 << 16 else torch.int32
+    if gaps:
+        positions += positions // 7
+    dtype = torch.uint16 if int(positions.max()) < 1 << 16 else torch.int32
     return replace(cache, positions=positions.to(dtype))
 
 

@@ -10,8 +10,7 @@ Source: ours; flush and graphs after FlashInfer's and Triton's benchmarks.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,15 +41,6 @@ class MemoryRates:
 
     copy_gb_per_s: float
     read_gb_per_s: float
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A bf16 attention of the same shape; latency None where the backend refuses it."""
-
-    name: str
-    latency: Latency | None
-    reason: str = ""
 
 
 def measure(step: Callable[[], object], *, n_samples: int = 50, warm_up: int = 3) -> Latency:
@@ -131,62 +121,6 @@ def _read_kernel(index: int) -> tuple[Any, int]:
     if int(status) != 0:
         raise KernelBuildError(f"cuModuleGetFunction failed: {status!r}")
     return function, 4 * torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def sdpa_baselines(
-    n_sequences: int,
-    n_kv_heads: int,
-    n_tokens: int,
-    group_size: int,
-    head_dim: int,
-    *,
-    n_samples: int = 30,
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Baseline, ...]:
-    """torch's attention on dense keys and values of the same shape, each backend pinned."""
-    from torch.nn.attention import SDPBackend
-
-    shape = (n_sequences, n_kv_heads, n_tokens, head_dim)
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    keys = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
-    values = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
-    query = torch.randn(
-        (n_sequences, n_kv_heads * group_size, 1, head_dim),
-        generator=generator, device="cuda", dtype=dtype,
-    )  # fmt: skip
-    backends = (
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-    )
-    return tuple(_sdpa(backend, query, keys, values, n_samples) for backend in backends)
-
-
-def _sdpa(backend: Any, query: Tensor, keys: Tensor, values: Tensor, n_samples: int) -> Baseline:
-    from torch.nn.attention import sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    def step() -> None:
-        with sdpa_kernel([backend]):
-            scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-    name = f"sdpa {backend.name.removesuffix('_ATTENTION').lower()}"
-    try:
-        with warnings.catch_warnings():
-            # A backend that refuses says so in warnings and in the error below.
-            warnings.simplefilter("ignore", UserWarning)
-            return Baseline(name, measure(step, n_samples=n_samples))
-    except RuntimeError as error:  # torch's way to say that a backend does not take this shape
-        torch.cuda.synchronize()
-        return Baseline(name, None, str(error).splitlines()[0])
-
-
-def best_of(baselines: Sequence[Baseline]) -> Baseline:
-    """The fastest baseline that ran."""
-    ran = [b for b in baselines if b.latency is not None]
-    if not ran:
-        raise RuntimeError("no attention backend of torch ran this shape")
-    return min(ran, key=lambda b: b.latency.median_us if b.latency else float("inf"))
 
 
 def device_provenance() -> dict[str, Any]:

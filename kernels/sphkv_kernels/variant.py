@@ -25,6 +25,8 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 """Shared memory of a block by compute capability (CUDA programming guide)."""
 MAX_POSITION_GROUPS = 32
 POSITION_FRAGMENT_BYTES = 16
+RUN_FEATURE_BYTES = 32
+"""Per lane and group of four RoPE pairs (`cuda/position.cuh`)."""
 SEGMENT_BYTES = 32
 LISTED_SEGMENTS = 64
 """Segments of a block that a kernel of several tiers keeps in shared memory."""
@@ -159,7 +161,9 @@ def _shared_layout(
     shared_query = -(-space.n_bytes // 128) * 128
     position = shared_query + (SHARED_QUERY_BYTES if variant.table_heads else 0)
     segments = position + (
-        variant.position_groups * variant.group_tiles * 32 * POSITION_FRAGMENT_BYTES
+        variant.position_groups
+        * 32
+        * (variant.group_tiles * POSITION_FRAGMENT_BYTES + RUN_FEATURE_BYTES)
     )
     listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
     totals = segments + listed * SEGMENT_BYTES

@@ -117,7 +117,8 @@ class SpeedRow:
     """A decode step of all timed layers at one shape.
 
     n_context: tokens of a sequence; step_us, step_p20_us, step_p80_us: sums over layers;
-    baseline: the best bf16 attention of torch in this run, baseline_us for as many layers.
+    baseline: the best dense bf16 attention of this run, baseline_us for as many layers;
+    fp8_baseline likewise, None where no fp8 attention is installed.
     """
 
     n_context: int
@@ -133,6 +134,9 @@ class SpeedRow:
     baseline: str
     baseline_us: float
     speedup: float
+    fp8_baseline: str | None
+    fp8_us: float | None
+    speedup_over_fp8: float | None
 
 
 @dataclass(frozen=True)

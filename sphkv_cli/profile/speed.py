@@ -1,7 +1,8 @@
 """The time of a decode step over the plan's own pages, beside bf16 attention of the same run.
 
     step        sum over layers of the median latency, cold L2, CUDA graphs (sphkv_kernels.timing)
-    speed-up    step of the best bf16 backend of torch at the same shape / step of the kernel
+    speed-up    step of the best dense bf16 attention at the same shape / step of the kernel; over
+                fp8 too, where an fp8 attention is installed (sphkv_kernels.dense_attention)
     bytes       pages, metadata (the planner's records), positions where a layer is centred before
                 RoPE, query and output: what one step moves
     fraction    bytes / step over the read rate measured in this run
@@ -48,7 +49,8 @@ def measure_speed(
 
     contexts are rounded down to whole repeats of the document.
     """
-    from sphkv_kernels.timing import best_of, device_provenance, memory_rates, sdpa_baselines
+    from sphkv_kernels.dense_attention import dense_baselines, fastest
+    from sphkv_kernels.timing import device_provenance, memory_rates
 
     rates = memory_rates()
     first = layers[0]
@@ -58,10 +60,13 @@ def measure_speed(
         repeats = max(1, context // first.n_context)
         n_tokens = repeats * first.n_context
         for batch in batches:
-            baseline = best_of(
-                sdpa_baselines(batch, n_kv_heads, n_tokens, n_q_heads // n_kv_heads, head_dim)
+            baselines = dense_baselines(
+                batch, n_kv_heads, n_tokens, n_q_heads // n_kv_heads, head_dim
             )
-            assert baseline.latency is not None
+            baseline, fp8 = fastest(baselines, "bf16"), fastest(baselines, "fp8")
+            if baseline is None or baseline.latency is None:
+                raise RuntimeError(f"no dense attention ran {batch} x {n_tokens} tokens")
+            fp8_us = len(layers) * fp8.latency.median_us if fp8 and fp8.latency else None
             steps = [_time_layer(layer, n_q_heads, batch, repeats) for layer in layers]
             step_us = sum(step.median_us for step in steps)
             bytes_read = sum(step.code_bytes + step.metadata_bytes for step in steps)
@@ -83,6 +88,9 @@ def measure_speed(
                     baseline=baseline.name,
                     baseline_us=baseline_us,
                     speedup=baseline_us / step_us,
+                    fp8_baseline=None if fp8 is None else fp8.name,
+                    fp8_us=fp8_us,
+                    speedup_over_fp8=None if fp8_us is None else fp8_us / step_us,
                 )
             )
     provenance: dict[str, Any] = device_provenance()

@@ -1,6 +1,7 @@
 """`sphkv profile --synthetic`: the kernel's speed at any shape, without a capture.
 
-    speed-up      best bf16 latency of this run / kernel latency
+    speed-up      best bf16 latency of this run / kernel latency; over fp8 too, where FlashInfer is
+                  installed
     rebuilt       codes -> dense bf16 in memory, then attention on them: what the kernel avoids
     metadata      plan records, positions and norms: bytes, and the step's time over page sizes
 
@@ -9,7 +10,6 @@ L2, beside the copy and read rate of the same run (`sphkv_kernels.timing`). Ever
 with the float64 reference in the same run.
 """
 
-import importlib.util
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,8 +116,9 @@ def profile_synthetic(
     from sphkv_cli.artifacts.store import check_output
     from sphkv_cli.profile.synthetic_view import tables
     from sphkv_kernels.benchmark import metadata_case, run_case
+    from sphkv_kernels.dense_attention import Baseline, dense_baselines, fp8_sentence
     from sphkv_kernels.tier import PageError
-    from sphkv_kernels.timing import best_of, device_provenance, memory_rates, sdpa_baselines
+    from sphkv_kernels.timing import device_provenance, memory_rates
 
     started = time.perf_counter()
     progress = progress or NullProgress()
@@ -131,19 +132,19 @@ def profile_synthetic(
         )
     cases: list[CaseReport] = []
     metadata: list[MetadataCase] = []
+    baselines: tuple[Baseline, ...] = ()
     shapes = options.shapes()
     progress.start("Timing", len(shapes), "shapes")
     try:
         rates = memory_rates()
         for shape in shapes:
-            baselines = sdpa_baselines(
+            baselines = dense_baselines(
                 shape.n_sequences,
                 shape.n_kv_heads,
                 shape.n_tokens,
                 shape.group_size,
                 shape.head_dim,
             )
-            best_of(baselines)
             for tier in tiers:
                 rebuild = shape == shapes[0] and shape.n_tokens % options.page_size == 0
                 case = run_case(
@@ -174,7 +175,7 @@ def profile_synthetic(
         rates.read_gb_per_s,
         tuple(cases),
         tuple(metadata),
-        _fp8_sentence(),
+        fp8_sentence(baselines),
     )
     ref = save_report(
         output,
@@ -202,12 +203,6 @@ def _tiers(options: SyntheticSpeedOptions) -> list[Any]:
                 "give codes of kernels/LAYOUT.md, such as 4/2/2/2:fp16 or 3/2/2/2:r2",
             )
     return [TierFormat.spherical(code) for code in reversed(codes)]
-
-
-def _fp8_sentence() -> str:
-    if importlib.util.find_spec("flashinfer") is None:
-        return "No fp8 baseline: FlashInfer is not installed here."
-    return "No fp8 baseline: FlashInfer is installed, but this version does not time it."
 
 
 def _check_plot(plot: Path, force: bool) -> None:

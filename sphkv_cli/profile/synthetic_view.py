@@ -22,9 +22,9 @@ def view(report: SyntheticSpeedReport) -> tuple[Block, ...]:
 def tables(content: SyntheticSpeed) -> tuple[Table, Table]:
     """Speed, and metadata."""
     speed = Table(
-        "Decode step, cold L2, median (p20-p80), against the best bf16 of this run",
+        "Decode step, cold L2, median (p20-p80), against the best dense attention of this run",
         ("code", "shape", "bits", "us", "p20", "p80", "GB/s", "of read", "bf16 us", "speed-up",
-         "rebuilt us", "output error"),
+         "fp8 us", "over fp8", "rebuilt us", "output error"),
         [
             (
                 c.tiers[0],
@@ -37,6 +37,8 @@ def tables(content: SyntheticSpeed) -> tuple[Table, Table]:
                 c.fraction_of_read_rate,
                 c.best_bf16_us,
                 c.speed_up,
+                "-" if c.best_fp8_us is None else c.best_fp8_us,
+                "-" if c.speed_up_over_fp8 is None else c.speed_up_over_fp8,
                 "-" if c.reconstruct is None else c.reconstruct.median_us,
                 c.output_error,
             )

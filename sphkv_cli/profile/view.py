@@ -154,6 +154,8 @@ def _speed(speed: SpeedReport) -> Table:
             "best bf16",
             "bf16 us",
             "speed-up",
+            "fp8 us",
+            "over fp8",
         ),
         [
             (
@@ -166,6 +168,8 @@ def _speed(speed: SpeedReport) -> Table:
                 row.baseline,
                 row.baseline_us,
                 row.speedup,
+                "-" if row.fp8_us is None else row.fp8_us,
+                "-" if row.speedup_over_fp8 is None else row.speedup_over_fp8,
             )
             for row in speed.rows
         ],

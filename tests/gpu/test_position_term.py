@@ -64,6 +64,25 @@ def test_term_equals_reference(head_dim: int, n_pairs: int) -> None:
     check(replace(cache, positions=cache.positions.to(torch.uint16)), 4, term)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("n_pairs", "group_size", "page_size"), [(1, 1, 16), (13, 12, 32), (8, 4, 64)]
+)
+@pytest.mark.parametrize("gap", [False, True])
+def test_runs_of_tokens_and_gaps_both_equal_the_reference(
+    head_dim: int, n_pairs: int, group_size: int, page_size: int, gap: bool
+) -> None:
+    cache = ragged_cache(tier_set(head_dim, 3), page_size=page_size, lengths=(1, 31, 64, 100, 517))
+    assert cache.positions is not None
+    steps = cache.positions[:, 1:].to(torch.int32) - cache.positions[:, :-1].to(torch.int32)
+    full = cache.page_table.live_tokens == page_size
+    assert bool((steps[full] == 1).all())  # one tier, nothing dropped: runs
+    if gap:
+        positions = cache.positions.to(torch.int32)
+        cache = replace(cache, positions=positions + positions // 11)
+    check(cache, group_size, random_term(cache, group_size, n_pairs, 10.0))
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("group_size", [1, 12])
 def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int) -> None:

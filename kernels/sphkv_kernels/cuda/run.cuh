@@ -203,9 +203,13 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   u32 positions[TILE_UNITS][2];
   auto load_tile_positions = [&](int tile, const Entries& found) {
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u)
-      load_positions(positions[u], p, found.of[SMALL_PAGES ? u : 0],
-                     16 * ((TILE_UNITS * tile + u) & mask), lane);
+    for (int u = 0; u < TILE_UNITS; u += SMALL_PAGES ? 1 : TILE_UNITS) {
+      const int inside = (TILE_UNITS * tile + u) & mask;
+      const u8* source = place_of_position(p, found.of[SMALL_PAGES ? u : 0], 16 * inside + lane.g);
+#pragma unroll
+      for (int v = u; v < (SMALL_PAGES ? u + 1 : TILE_UNITS); ++v)
+        load_positions(positions[v], source, 16 * (v - u));
+    }
   };
 #endif
 
@@ -261,8 +265,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       }
     }
 #if POSITION_GROUPS
-#pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u) position_terms(scores.term[u], positions[u], lane);
+    position_terms<TILE_UNITS>(scores.term, positions, lane);
 #endif
 #if !LOGITS
 #pragma unroll
@@ -410,14 +413,14 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
   find_alive(alive[0], live, p, row, entry, first_token, lane);
   const float* term = nullptr;
 #if POSITION_GROUPS
-  u32 position[2];
+  u32 position[1][2];
   if (entry >= 0) {
-    load_positions(position, p, entry, first_token, lane);
+    load_positions(position[0], place_of_position(p, entry, first_token + lane.g), 0);
   } else {
-    position[0] = u32(p.tail_positions[row / p.n_kv_heads] + first_token + int(lane.g));
-    position[1] = position[0] + 8;
+    position[0][0] = u32(p.tail_positions[row / p.n_kv_heads] + first_token + int(lane.g));
+    position[0][1] = position[0][0] + 8;
   }
-  position_terms(scores.term[0], position, lane);
+  position_terms<1>(scores.term, position, lane);
   term = scores.term[0][0];
 #endif
 #if LOGITS

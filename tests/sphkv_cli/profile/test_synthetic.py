@@ -28,7 +28,8 @@ def case(n_tokens: int, n_bytes: int) -> CaseReport:
         shape=shape, tiers=("code",), page_size=32, bits_per_coordinate=4.0,
         bytes_read={"codes": n_bytes}, latency=LATENCY, code_gb_per_s=1.0,
         fraction_of_read_rate=0.5, fraction_of_copy_rate=0.6, best_bf16="sdpa cudnn",
-        best_bf16_us=30.0, speed_up=3.0, reconstruct=None, output_error=1e-3,
+        best_bf16_us=30.0, speed_up=3.0, best_fp8="flashinfer fp8", best_fp8_us=25.0,
+        speed_up_over_fp8=2.5, reconstruct=None, output_error=1e-3,
         log_sum_exp_error=1e-4,
     )  # fmt: skip
 
@@ -80,13 +81,14 @@ def test_roofline_points_lie_where_bytes_and_time_put_them() -> None:
 
 def test_view_and_report_hold_every_case() -> None:
     metadata = MetadataCase(
-        "code", Shape(1, 2, 64, 4), 16, 4,
+        "code", Shape(1, 2, 64, 4), 16, 4, False,
         {"codes": 1, "norms": 2, "plan": 3, "positions": 4}, LATENCY, LATENCY,
     )  # fmt: skip
     content = SyntheticSpeed({"gpu": "a GPU"}, 2.0, 3.0, (case(64, 1),), (metadata,), "No fp8.")
     blocks = view(SyntheticSpeedReport("report.json", "digest", content, 1.0))
     assert "1x2x64x4" in repr(blocks)
     assert "No fp8." in repr(blocks)
+    assert "2.5" in repr(blocks)
     assert as_json(content)["cases"][0]["speed_up"] == 3.0
     speed, metadata_table = as_json(tables(content))
     assert speed["rows"][0][:2] == ["code", "1x2x64x4"]
