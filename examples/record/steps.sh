@@ -5,7 +5,8 @@
 # at lengths that it was not fitted on.
 # Folders: artifacts in OUT, by default runs/record/MODEL; reports in RESULTS, by default
 # examples/results/MODEL; BIN is that of the sphkv command. COMMIT names it where there is no git.
-# A step whose artifact is there is not repeated: remove it to make it again.
+# A step whose artifact is there is not repeated: remove it to make it again. STEPS="capture fit ..."
+# makes these alone (a length's are capture-LENGTH and length-LENGTH).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bin=${BIN:-.venv/bin}
@@ -15,6 +16,9 @@ step() {
 	local name=$1 artifact=$2 started=$SECONDS text=$out/$1.txt made_by
 	made_by=$(commit)
 	shift 2
+	if [[ -n ${STEPS:-} && " $STEPS " != *" $name "* ]]; then
+		return
+	fi
 	if [[ -e $artifact ]]; then
 		printf '\n%s: %s is there\n' "$name" "$artifact"
 		return
@@ -143,7 +147,9 @@ record() {
 	step studies "$out/studies/depth/result.json" "$bin/sphkv" study ${others/retention/} \
 		--capture "$out/capture.h5" --codebooks "$out/codebooks.h5" --max-documents 2 \
 		--max-layers 10 --horizon "$horizon" --output "$out/studies"
-	cp -r "$out/studies" "$results/"
+	if [[ -e $out/studies ]]; then
+		cp -r "$out/studies" "$results/"
+	fi
 	cp "$out/record.txt" "$results/record.txt"
 	printf '\nThe results are in %s\n' "$results"
 }
