@@ -1,7 +1,7 @@
 """Decode attention on dense keys and values: what the kernel is compared with.
 
     torch's backends, each pinned, on bf16; where FlashInfer is installed, its paged decode on bf16
-    and on fp8 e4m3, by its CUDA-core and by its tensor-core kernels
+    and on fp8 e4m3, by its CUDA-core kernel and by the tensor cores (its FlashAttention-2 form)
 
 FlashInfer builds its kernels with nvcc when they are first asked for (a minute or more) and keeps
 them in its own cache.  A kernel that refuses a shape, or cannot be built, says why.
@@ -144,7 +144,7 @@ def flashinfer_step(
     n_pages = len(keys) // n_sequences
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=tensor_cores
+        workspace, "NHD", use_tensor_cores=tensor_cores, backend="fa2"
     )
     wrapper.plan(
         n_pages * torch.arange(n_sequences + 1, dtype=torch.int32),
