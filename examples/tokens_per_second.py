@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import transformers
+from kernel_report import commit
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
@@ -117,6 +118,7 @@ def _write(asked: Any, model: Any, cells: list["Cell"]) -> None:
         return
     report = {
         "model": asked.model,
+        "commit": asked.commit or commit(),
         "gpu": "none, smoke run" if asked.smoke else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -137,6 +139,7 @@ def _arguments() -> Any:
     )
     parser.add_argument("--tier", nargs="+", default=["polar-4222-r2"], choices=(*CODES, "int8"))
     parser.add_argument("--output")
+    parser.add_argument("--commit", default="", help="where the checkout has no git history")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     return parser.parse_args()
 
