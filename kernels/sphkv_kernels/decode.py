@@ -92,7 +92,6 @@ class AttentionPlan:
                 small_pages=self.cache.page_size == 16,
                 position_groups=groups,
                 position_bytes=_position_bytes(self.cache) if groups or window else 4,
-                position_runs=not groups or _runs_prevail(self.cache),
                 table_heads=self.table_heads,
             )
             if self.score_form == "auto" and not tables_fit(variant, self.cache.device):
@@ -256,16 +255,6 @@ def _format(cache: PagedCache) -> tuple[object, ...]:
 
 def _position_bytes(cache: PagedCache) -> int:
     return 4 if cache.positions is None else cache.positions.element_size()
-
-
-def _runs_prevail(cache: PagedCache) -> bool:
-    """Whether in most full pages the tokens follow one another."""
-    if cache.positions is None:
-        return True
-    table = cache.page_table
-    pages = cache.positions[table.live_tokens == cache.page_size].to(torch.int32)
-    is_run = (pages[:, 1:] - pages[:, :-1] == 1).all(dim=1)
-    return 2 * int(is_run.sum()) >= is_run.numel()
 
 
 def _term_tensors(term: PositionTerm | None) -> tuple[Tensor | None, Tensor | None]:

@@ -46,9 +46,8 @@ class Variant:
     products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, two
     tiles ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
     only); position_groups: groups of four RoPE pairs of a position term, 0 without one;
-    position_bytes: of one stored position, 4 or 2; position_runs: fast where the tokens of a page
-    follow one another, right anywhere; table_heads: 1 or 2 scores keys of groups of that size by
-    tables made from the query, 0 by fragments.
+    position_bytes: of one stored position, 4 or 2; table_heads: 1 or 2 scores keys of groups of
+    that size by tables made from the query, 0 by fragments.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -65,7 +64,6 @@ class Variant:
     reconstruct: bool = False
     position_groups: int = 0
     position_bytes: int = 4
-    position_runs: bool = True
     table_heads: int = 0
 
     def __post_init__(self) -> None:
@@ -237,7 +235,6 @@ def _preamble(
         "WEIGHT_PARTS": WEIGHT_PARTS,
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
-        "POSITION_RUNS": int(variant.position_runs),
         "TABLE_HEADS": variant.table_heads,
         **offsets,
         "KERNEL_NAME": name,

@@ -10,8 +10,8 @@
 //
 //   cos a = (hi + lo)(A + B) ~ [hi | lo] . [A; A] + hi . B       (lo . B is below 2^-24)
 //
-// Where the tokens of a tile follow one another (a run), t = t_0 + i, the features are those of i, made
-// once a row, and the coefficients are turned to t_0: one cosine and sine a tile instead of one a token.
+// Where the tokens of a tile follow one another, t = t_0 + i, the features are those of i, made once a
+// row, and the coefficients are turned to t_0: one cosine and sine a tile instead of one a token.
 //
 //   a cos f(t_0 + i) + b sin f(t_0 + i) = a' cos f i + b' sin f i,   (a', b') = (a, b) turned by f t_0
 
@@ -108,84 +108,61 @@ static __device__ __forceinline__ void add_term(float (&term)[4], const uint4& x
   mma_16x8x8(term, x.x, x.y, low);
 }
 
+// Terms of tokens g and g + 8 (`position`) of every unit for query heads 2t, 2t + 1.
 template <int UNITS>
-static __device__ __forceinline__ void clear_terms(float (&term)[UNITS][GROUP_TILES][4]) {
+static __device__ __forceinline__ void position_terms(float (&term)[UNITS][GROUP_TILES][4],
+                                                      const u32 (&position)[UNITS][2], const Lane& lane) {
+  const u32 first = __shfl_sync(0xffffffffu, position[0][0], 0);
+  bool follows = true;
 #pragma unroll
-  for (int u = 0; u < UNITS; ++u)
+  for (int u = 0; u < UNITS; ++u) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) follows = follows && position[u][r] == first + 16 * u + 8 * r + lane.g;
 #pragma unroll
     for (int n = 0; n < GROUP_TILES; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) term[u][n][j] = 0.f;
-}
-
-// Terms of tokens at any positions.
-template <int UNITS>
-static __device__ __forceinline__ void terms_of_tokens(float (&term)[UNITS][GROUP_TILES][4],
-                                                       const u32 (&position)[UNITS][2], u32 address) {
-  clear_terms(term);
+  }
+  u32 address = 16 * lane.index;
+  keep(address);
+  if (__all_sync(0xffffffffu, follows)) {
 #pragma unroll POSITION_UNROLL
-  for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
-    uint4 x[UNITS];
+    for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
+      uint4 x[UNITS];
 #pragma unroll
-    for (int n = 0; n < GROUP_TILES; ++n) {
-      const PositionFragment fragment = position_fragment(address, n);
-      const u32 high = pack_half2(fragment.a, fragment.b);
-      const u32 low = rounded_away(fragment.a, fragment.b, high);
+      for (int u = 0; u < UNITS; ++u)
+        x[u] = u == 0 ? position_words<RUN_OPERANDS>(address) : position_words<RUN_OPERANDS + 512>(address);
+      float c, s;
 #pragma unroll
-      for (int u = 0; u < UNITS; ++u) {
-        if (n == 0) {
-          position_features(x[u].x, x[u].z, position[u][0], fragment);
-          position_features(x[u].y, x[u].w, position[u][1], fragment);
+      for (int n = 0; n < GROUP_TILES; ++n) {
+        const PositionFragment fragment = position_fragment(address, n);
+        if (n == 0) turn_of(c, s, first, fragment);
+        const float a = fragment.a * c + fragment.b * s, b = fragment.b * c - fragment.a * s;
+        const u32 high = pack_half2(a, b), low = rounded_away(a, b, high);
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) add_term(term[u][n], x[u], high, low);
+      }
+    }
+  } else {
+#pragma unroll POSITION_UNROLL
+    for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
+      uint4 x[UNITS];
+#pragma unroll
+      for (int n = 0; n < GROUP_TILES; ++n) {
+        const PositionFragment fragment = position_fragment(address, n);
+        const u32 high = pack_half2(fragment.a, fragment.b);
+        const u32 low = rounded_away(fragment.a, fragment.b, high);
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+          if (n == 0) {
+            position_features(x[u].x, x[u].z, position[u][0], fragment);
+            position_features(x[u].y, x[u].w, position[u][1], fragment);
+          }
+          add_term(term[u][n], x[u], high, low);
         }
-        add_term(term[u][n], x[u], high, low);
       }
     }
   }
-}
-
-// Terms of the tokens that follow `first`.
-template <int UNITS>
-static __device__ __forceinline__ void terms_of_run(float (&term)[UNITS][GROUP_TILES][4], u32 first,
-                                                    u32 address) {
-  clear_terms(term);
-#pragma unroll POSITION_UNROLL
-  for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
-    uint4 x[UNITS];
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u)
-      x[u] = u == 0 ? position_words<RUN_OPERANDS>(address) : position_words<RUN_OPERANDS + 512>(address);
-    float c, s;
-#pragma unroll
-    for (int n = 0; n < GROUP_TILES; ++n) {
-      const PositionFragment fragment = position_fragment(address, n);
-      if (n == 0) turn_of(c, s, first, fragment);
-      const float a = fragment.a * c + fragment.b * s, b = fragment.b * c - fragment.a * s;
-      const u32 high = pack_half2(a, b), low = rounded_away(a, b, high);
-#pragma unroll
-      for (int u = 0; u < UNITS; ++u) add_term(term[u][n], x[u], high, low);
-    }
-  }
-}
-
-// Terms of tokens g and g + 8 (`position`) of every unit for query heads 2t, 2t + 1. POSITION_RUNS is
-// what the planner expects: those of a run are made before it is known that there is one, so that no
-// branch keeps their long chain of steps apart from the scores'.
-template <int UNITS>
-static __device__ __forceinline__ void position_terms(float (&term)[UNITS][GROUP_TILES][4],
-                                                      const u32 (&position)[UNITS][2], const Lane& lane) {
-  u32 address = 16 * lane.index;
-  keep(address);
-#if POSITION_RUNS
-  const u32 first = __shfl_sync(0xffffffffu, position[0][0], 0);
-  bool follows = true;
-#pragma unroll
-  for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) follows = follows && position[u][r] == first + 16 * u + 8 * r + lane.g;
-  terms_of_run<UNITS>(term, first, address);
-  if (__all_sync(0xffffffffu, follows)) return;
-#endif
-  terms_of_tokens<UNITS>(term, position, address);
 }
 #endif
 
