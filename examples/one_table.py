@@ -5,7 +5,8 @@
 
 Quality and bytes are those of `sphkv evaluate`.  Speed is the time of one attention step against
 the best bf16 attention of the same run: of codes from a kernel report (head_dim 128, one shape), of
-the plan at a budget from a `sphkv profile` report of a GPU; `-` where nothing was timed.
+a plan from a `sphkv profile` report of a GPU (it times the plan's pages, and a policy of the same
+budget has as many of the same tiers); `-` where nothing was timed.
 """
 
 import argparse
@@ -59,13 +60,13 @@ def kernel_speeds(report: Mapping[str, Any], shape: str) -> dict[str, float]:
     return found
 
 
-def plan_speed(report: Mapping[str, Any]) -> float | None:
-    """Of the plan that a profile timed: the most tokens that it ran."""
+def plan_speed(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row of the plan that a profile timed, at the most tokens that it ran."""
     speed = report["content"]["profile"]["speed"]
     if not speed:
         return None
-    rows = speed["rows"]
-    return float(max(rows, key=lambda row: row["batch"] * row["n_context"])["speedup"])
+    row: Mapping[str, Any] = max(speed["rows"], key=lambda row: row["batch"] * row["n_context"])
+    return row
 
 
 def table(
@@ -76,7 +77,7 @@ def table(
 ) -> list[str]:
     """Markdown lines, the rows of each family together and in order of bytes.
 
-    speeds: by tier; of_plan: of the plan, by budget.
+    speeds: by tier; of_plan: of plan and policy, by budget.
     """
     lines = [
         "| method | bits | MiB | KL | 95 % | KL p99 | perplexity | top-1 | attention step |",
@@ -94,7 +95,7 @@ def _speed(
 ) -> float | None:
     if row["name"] == "dense":
         return 1.0
-    if row["family"] == "plan":
+    if row["family"] in ("plan", "policy"):
         return of_plan.get(row["name"].partition(", ")[2])
     tier = kernel_tier(row["name"])
     return None if tier is None or "ends dense" in row["family"] else speeds.get(tier)
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--family", action="append", help="rows to print, repeatable")
     asked = parser.parse_args()
     evaluation = json.loads(asked.evaluation.read_text())["content"]["evaluation"]
-    speeds, of_plan = {}, {}
+    speeds, of_plan, shapes = {}, {}, set()
     if asked.kernel is not None:
         report = json.loads(asked.kernel.read_text())
         speeds = kernel_speeds(report, asked.shape)
@@ -158,7 +159,10 @@ def main() -> None:
         found = plan_speed(json.loads(Path(path).read_text()))
         if found is None:
             parser.error(f"{path} holds no speed; profile the allocation on a GPU")
-        of_plan[budget] = found
+        of_plan[budget] = float(found["speedup"])
+        shapes.add(f"{found['batch']} x {found['n_context']}")
+    if shapes:
+        print(f"Of plans and policies: {', '.join(sorted(shapes))} tokens of the model.\n")
     families = tuple(asked.family) if asked.family else FAMILIES
     print("\n".join(table(evaluation, families, speeds, of_plan)))
 
