@@ -58,9 +58,9 @@ def dense_baselines(
     for name, step in _sdpa_steps(query, keys, values):
         found.append(_timed(name, "bf16", step, n_samples))
     if has_flashinfer():
-        # The same memory as pages: which token lies where does not change the time.
+        # As pages of other data: which token lies where does not change the time.
         n_pages = -(-n_tokens // FLASHINFER_PAGE_SIZE)
-        del keys, values
+        del step, keys, values  # the step holds them too
         pages = (n_sequences * n_pages, FLASHINFER_PAGE_SIZE, n_kv_heads, head_dim)
         keys, values = gaussian(*pages), gaussian(*pages)
         found += _flashinfer_baselines(query, keys, values, n_tokens, "bf16", n_samples)
