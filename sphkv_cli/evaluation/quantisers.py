@@ -57,9 +57,7 @@ def retention_candidates(
     Raises:
         UsageError: as `uniform_candidates`.
     """
-    methods = options.methods
-    if methods is None and books is None and options.rows not in ("published", "all"):
-        methods = ()
+    methods = options.methods if _has_candidates(options, books) else ()
     found = [
         *_codes(options, books, shape, is_ours=bool(options.codes)),
         *_published(options, methods, frames, shape),
@@ -73,6 +71,27 @@ def retention_candidates(
         )
         for one in found
     ]
+
+
+def _has_candidates(options: EvaluateOptions, books: CodebooksReader | None) -> bool:
+    return (
+        bool(options.methods)
+        or books is not None
+        or (options.methods is None and options.rows in ("published", "all"))
+    )
+
+
+def require_use_of_ends(options: EvaluateOptions, books: CodebooksReader | None) -> None:
+    """Refuse dense ends where no row beside the plans would keep them.
+
+    Raises:
+        UsageError: as said, before anything is loaded.
+    """
+    if (options.window or options.first_tokens) and not _has_candidates(options, books):
+        raise UsageError(
+            "--window and --first-tokens are for codes and methods beside the plans",
+            "pass --codebooks or --method, or leave them out",
+        )
 
 
 def chosen_tiers(

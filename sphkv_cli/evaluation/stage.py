@@ -42,7 +42,7 @@ from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, judge_document
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.protocol import RetentionProtocol
-from sphkv_cli.evaluation.quantisers import retention_candidates
+from sphkv_cli.evaluation.quantisers import require_use_of_ends, retention_candidates
 from sphkv_cli.evaluation.reading import gate_outcomes, read
 from sphkv_cli.evaluation.result import DocumentScore, EvaluationResult, GateOutcome, Row
 from sphkv_cli.evaluation.stepwise import NAME as STEPWISE
@@ -118,6 +118,7 @@ def evaluate(
             )
         else:
             assert allocation is not None
+            require_use_of_ends(options, books)
             require_unchanged(allocation)
             if books is not None:
                 # As the allocation, they may be applied to another capture of the model.
@@ -150,11 +151,6 @@ def evaluate(
                 else:
                     work = retention_work(options, plans, model.shape)
                 others = retention_candidates(options, books, plans.frames, model.shape)
-                if not others and (options.window or options.first_tokens):
-                    raise UsageError(
-                        "--window and --first-tokens are for codes and methods beside the plans",
-                        "pass --codebooks or --method, or leave them out",
-                    )
                 work = beside(work, others)
                 stepped = allocation if options.stepwise else None
                 judged = _judge(options, reader, documents, model, work, progress, stepped)
