@@ -52,7 +52,9 @@ def table(report: dict[str, Any]) -> list[str]:
         bf16 = f"{best['best_bf16_us']:.0f} ({best['best_bf16']})"
         fp8 = f"{best['best_fp8_us']:.0f} ({best['best_fp8']})" if best.get("best_fp8") else "-"
         lines.append(f"| {shape} | {bf16} | {fp8} | " + " | ".join(cells) + " |")
-    excess = ", ".join(f"{row['name']} {round(100 * row['excess']):+d} %" for row in report["mixed"])
+    excess = ", ".join(
+        f"{row['name']} {round(100 * row['excess']):+d} %" for row in report["mixed"]
+    )
     lines += ["", f"Mixed caches against the byte-weighted time of their tiers: {excess}."]
     return lines
 

@@ -26,7 +26,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 MAX_POSITION_GROUPS = 32
 POSITION_FRAGMENT_BYTES = 16
 RUN_FEATURE_BYTES = 32
-"""Per lane and group of four RoPE pairs (`cuda/position.cuh`)."""
+"""Per lane and group of four RoPE pairs (`cuda/position.cuh`); left out where there is no room."""
 SEGMENT_BYTES = 32
 LISTED_SEGMENTS = 64
 """Segments of a block that a kernel of several tiers keeps in shared memory."""
@@ -106,11 +106,12 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         )
     columns = 2 if variant.head_dim == 256 else 1
     fragments = variant.group_tiles * columns * 8 * 32
-    for replicas, wide in _table_choices(variant):
+    for runs, (replicas, wide) in _shared_choices(variant):
         dispatch = TierDispatch(TableSpace(replicas), variant.table_heads, wide)
         for tier in variant.tiers:
             dispatch.add(tier, reconstruct=variant.reconstruct)
-        layout = _shared_layout(variant, dispatch.space, fragments, SHARED_BYTES[capability])
+        limit = SHARED_BYTES[capability]
+        layout = _shared_layout(variant, dispatch.space, fragments, limit, runs=runs)
         if layout is not None:
             break
     else:
@@ -136,6 +137,7 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         "BOOK_ROW": book_row,
         "TABLE_SUMS": int(dispatch.sums),
         "N_BUFFERS": layout.n_buffers,
+        "POSITION_RUNS": int(runs),
     }
     preamble = _preamble(variant, capability, replicas, dispatch.space, offsets, name)
     text = "\n".join([preamble, *texts])
@@ -152,7 +154,7 @@ class _SharedLayout:
 
 
 def _shared_layout(
-    variant: Variant, space: TableSpace, fragments: int, limit: int
+    variant: Variant, space: TableSpace, fragments: int, limit: int, *, runs: bool
 ) -> _SharedLayout | None:
     """Tables, query tables, and buffers for the sums of `n_buffers` warps at a time; None where it
     does not fit, or with so few buffers that other tables do better."""
@@ -163,7 +165,7 @@ def _shared_layout(
     segments = position + (
         variant.position_groups
         * 32
-        * (variant.group_tiles * POSITION_FRAGMENT_BYTES + RUN_FEATURE_BYTES)
+        * (variant.group_tiles * POSITION_FRAGMENT_BYTES + runs * RUN_FEATURE_BYTES)
     )
     listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
     totals = segments + listed * SEGMENT_BYTES
@@ -188,11 +190,16 @@ def _shared_layout(
     return _SharedLayout(offsets, n_buffers, end) if end <= limit else None
 
 
-def _table_choices(variant: Variant) -> tuple[tuple[int, bool], ...]:
-    """(copies of a table row, wide tables) to try, best first."""
-    if variant.table_heads:
-        return ((16, False),)
-    return ((16, True), (16, False), (8, False), (4, False), (2, False))
+def _shared_choices(variant: Variant) -> list[tuple[bool, tuple[int, bool]]]:
+    """(features of runs of tokens, (copies of a table row, wide tables)) to try, best first."""
+    tables = [(16, False)]
+    if not variant.table_heads:
+        tables = [(16, True), (16, False), (8, False), (4, False), (2, False)]
+    return [
+        (runs, one)
+        for runs in ((True, False) if variant.position_groups else (False,))
+        for one in tables
+    ]
 
 
 def _read(source: str) -> str:

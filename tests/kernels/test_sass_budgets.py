@@ -123,3 +123,13 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
     assert loop.local_memory == 0
     source = kernel_source(Variant(tiers, 128, 1, logits=True, window=True), 90)
     assert compile_cubin(source.text, 90, folder=tmp_path)
+
+
+@needs_tools
+def test_features_of_runs_are_left_out_where_they_leave_no_room(tmp_path: Path) -> None:
+    tier = tier_of((4, 2, 2, 2), "fp16")
+    roomy = kernel_source(Variant((tier,), 128, 2, n_warps=8, position_groups=16), 90)
+    assert "#define POSITION_RUNS 1" in roomy.text
+    narrow = kernel_source(Variant((tier,), 128, 2, n_warps=8, position_groups=16), 86)
+    assert "#define POSITION_RUNS 0" in narrow.text
+    assert compile_cubin(narrow.text, 86, folder=tmp_path)

@@ -26,7 +26,8 @@ constexpr int POSITION_UNROLL = 2;
 #if POSITION_GROUPS
 // Of every group of pairs, 512 bytes each: the fragments of the query tiles, then the A operands of
 // the tokens 0 to 15 of a run, then of 16 to 31, (hi g, hi g + 8, lo g, lo g + 8).
-constexpr int RUN_OPERANDS = 512 * GROUP_TILES, POSITION_STRIDE = RUN_OPERANDS + 2 * 512;
+// Without POSITION_RUNS, for which these left no room, every token makes its features.
+constexpr int RUN_OPERANDS = 512 * GROUP_TILES, POSITION_STRIDE = RUN_OPERANDS + POSITION_RUNS * 2 * 512;
 
 static __device__ __forceinline__ uint4* position_place(int group, int offset, int lane) {
   return reinterpret_cast<uint4*>(shared_memory + POSITION_OFFSET + group * POSITION_STRIDE + offset) + lane;
@@ -91,7 +92,7 @@ static __device__ __forceinline__ void store_position_fragments(const Params& p,
     }
     *position_place(group, 512 * n, lane) = make_uint4(
         __float_as_uint(fragment.a), __float_as_uint(fragment.b), fragment.turns, fragment.fine);
-    if (n == 0) {
+    if (POSITION_RUNS && n == 0) {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         uint4 x;
@@ -112,19 +113,21 @@ static __device__ __forceinline__ void add_term(float (&term)[4], const uint4& x
 template <int UNITS>
 static __device__ __forceinline__ void position_terms(float (&term)[UNITS][GROUP_TILES][4],
                                                       const u32 (&position)[UNITS][2], const Lane& lane) {
-  const u32 first = __shfl_sync(0xffffffffu, position[0][0], 0);
-  bool follows = true;
 #pragma unroll
-  for (int u = 0; u < UNITS; ++u) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) follows = follows && position[u][r] == first + 16 * u + 8 * r + lane.g;
+  for (int u = 0; u < UNITS; ++u)
 #pragma unroll
     for (int n = 0; n < GROUP_TILES; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) term[u][n][j] = 0.f;
-  }
   u32 address = 16 * lane.index;
   keep(address);
+#if POSITION_RUNS
+  const u32 first = __shfl_sync(0xffffffffu, position[0][0], 0);
+  bool follows = true;
+#pragma unroll
+  for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) follows = follows && position[u][r] == first + 16 * u + 8 * r + lane.g;
   if (__all_sync(0xffffffffu, follows)) {
 #pragma unroll POSITION_UNROLL
     for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
@@ -143,7 +146,9 @@ static __device__ __forceinline__ void position_terms(float (&term)[UNITS][GROUP
         for (int u = 0; u < UNITS; ++u) add_term(term[u][n], x[u], high, low);
       }
     }
-  } else {
+  } else
+#endif
+  {
 #pragma unroll POSITION_UNROLL
     for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
       uint4 x[UNITS];
