@@ -205,14 +205,17 @@ def line(report: CaseReport) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it."""
+    """The checkout's commit, marked where tracked files differ from it; ends the program where
+    there is no history."""
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip() if result.returncode == 0 else ""
 
     name = git("rev-parse", "HEAD")
-    return name + ("-modified" if name and git("status", "--porcelain", "-uno") else "")
+    if not name:
+        raise SystemExit("no git history here: name the commit with --commit")
+    return name + ("-modified" if git("status", "--porcelain", "-uno") else "")
 
 
 def main() -> None:
@@ -220,6 +223,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", default="", help="where the checkout has no git history")
     arguments = parser.parse_args()
+    of_commit = arguments.commit or commit()
     started = time.time()
     rates = memory_rates()
     print(rates, flush=True)
@@ -234,7 +238,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     report = {
         "provenance": {
-            **device_provenance(), "commit": arguments.commit or commit(), "seed": SEED,
+            **device_provenance(), "commit": of_commit, "seed": SEED,
             "command": "python examples/kernel_report.py",
             "fp8_baseline": fp8_sentence(baselines[SHAPES[0].name]),
         },

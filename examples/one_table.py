@@ -5,8 +5,8 @@
 
 Quality and bytes are those of `sphkv evaluate`.  Speed is the time of one attention step against
 the best bf16 attention of the same run: of codes from a kernel report (head_dim 128, one shape), of
-a plan from a `sphkv profile` report of a GPU (it times the plan's pages, and a policy of the same
-budget has as many of the same tiers); `-` where nothing was timed.
+a plan from a `sphkv profile` report of a GPU; a policy of the same budget, whose pages take as many
+bytes of a similar mix of tiers, shows the plan's; `-` where nothing was timed.
 """
 
 import argparse

@@ -92,6 +92,8 @@ def main() -> None:
         asked.batch, asked.context, asked.steps = [1, 2], [48, 100], 4
     elif not torch.cuda.is_available():
         raise SystemExit("no CUDA device: only --smoke runs here")
+    if asked.output and not asked.commit:
+        asked.commit = commit()
     device = torch.device("cpu" if asked.smoke else "cuda")
     model = _model("tiny" if asked.smoke else asked.model, device)
     names = list(EAGER)
@@ -118,7 +120,7 @@ def _write(asked: Any, model: Any, cells: list["Cell"]) -> None:
         return
     report = {
         "model": asked.model,
-        "commit": asked.commit or commit(),
+        "commit": asked.commit,
         "gpu": "none, smoke run" if asked.smoke else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -11,14 +11,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bin=${BIN:-.venv/bin}
 
+# wanted NAME: whether STEPS leaves it in.
+wanted() {
+	[[ -z ${STEPS:-} || " $STEPS " == *" $1 "* ]]
+}
+
 # step NAME ARTIFACT COMMAND...: run, keep what it prints beside the record, note command and time.
 step() {
 	local name=$1 artifact=$2 started=$SECONDS text=$out/$1.txt made_by
 	made_by=$(commit)
 	shift 2
-	if [[ -n ${STEPS:-} && " $STEPS " != *" $name "* ]]; then
-		return
-	fi
+	known+=" $name"
+	wanted "$name" || return 0
 	if [[ -e $artifact ]]; then
 		printf '\n%s: %s is there\n' "$name" "$artifact"
 		return
@@ -34,6 +38,7 @@ step() {
 
 # report NAME: copy what the step of that name found to the results.
 report() {
+	wanted "$1" || return 0
 	for suffix in json png txt; do
 		if [[ -e $out/$1.$suffix ]]; then
 			cp "$out/$1.$suffix" "$results/"
@@ -42,7 +47,10 @@ report() {
 }
 
 commit() {
-	printf '%s' "${COMMIT:-$(git rev-parse --short HEAD)$(git diff --quiet HEAD || printf ' with changes')}"
+	# What the record itself writes is no change of the code.
+	local changed
+	changed=$(git diff --quiet HEAD -- . ':!examples/results' || printf ' with changes')
+	printf '%s' "${COMMIT:-$(git rev-parse --short HEAD)$changed}"
 }
 
 provenance() {
@@ -59,6 +67,7 @@ beginning() {
 }
 
 record() {
+	known=""
 	out=${OUT:-runs/record/$model}
 	results=${RESULTS:-examples/results/$model}
 	mkdir -p "$out" "$results"
@@ -147,9 +156,12 @@ record() {
 	step studies "$out/studies/depth/result.json" "$bin/sphkv" study ${others/retention/} \
 		--capture "$out/capture.h5" --codebooks "$out/codebooks.h5" --max-documents 2 \
 		--max-layers 10 --horizon "$horizon" --output "$out/studies"
-	if [[ -e $out/studies ]]; then
+	if wanted studies; then
 		cp -r "$out/studies" "$results/"
 	fi
+	for name in ${STEPS:-}; do
+		[[ " $known " == *" $name "* ]] || { printf 'STEPS: there is no step %s\n' "$name" >&2; exit 2; }
+	done
 	cp "$out/record.txt" "$results/record.txt"
 	printf '\nThe results are in %s\n' "$results"
 }

@@ -62,10 +62,15 @@ def dense_baselines(
         n_pages = -(-n_tokens // FLASHINFER_PAGE_SIZE)
         del step, keys, values  # the step holds them too
         pages = (n_sequences * n_pages, FLASHINFER_PAGE_SIZE, n_kv_heads, head_dim)
-        keys, values = gaussian(*pages), gaussian(*pages)
-        found += _flashinfer_baselines(query, keys, values, n_tokens, "bf16", n_samples)
-        keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
-        found += _flashinfer_baselines(query, keys, values, n_tokens, "fp8", n_samples)
+        try:
+            keys, values = gaussian(*pages), gaussian(*pages)
+            found += _flashinfer_baselines(query, keys, values, n_tokens, "bf16", n_samples)
+            keys = keys.to(torch.float8_e4m3fn)
+            values = values.to(torch.float8_e4m3fn)
+            found += _flashinfer_baselines(query, keys, values, n_tokens, "fp8", n_samples)
+        except torch.OutOfMemoryError:
+            reason = "FlashInfer's pages do not fit into this GPU's memory"
+            found.append(Baseline("flashinfer fp8", "fp8", None, reason))
     return tuple(found)
 
 
@@ -173,6 +178,8 @@ def _flashinfer_baselines(
         name = f"flashinfer {kv_format}{', tensor cores' if tensor_cores else ''}"
         try:
             step = flashinfer_step(query, keys, values, n_tokens, tensor_cores=tensor_cores)
+        except torch.OutOfMemoryError:
+            raise
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             found.append(Baseline(name, kv_format, None, reason))

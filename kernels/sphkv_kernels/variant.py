@@ -191,15 +191,13 @@ def _shared_layout(
 
 
 def _shared_choices(variant: Variant) -> list[tuple[bool, tuple[int, bool]]]:
-    """(features of runs of tokens, (copies of a table row, wide tables)) to try, best first."""
+    """(features of runs of tokens, (copies of a table row, wide tables)) to try, best first: the
+    features never take the place of better tables, which gain more."""
     tables = [(16, False)]
     if not variant.table_heads:
         tables = [(16, True), (16, False), (8, False), (4, False), (2, False)]
-    return [
-        (runs, one)
-        for runs in ((True, False) if variant.position_groups else (False,))
-        for one in tables
-    ]
+    features = (True, False) if variant.position_groups else (False,)
+    return [(runs, one) for one in tables for runs in features]
 
 
 def _read(source: str) -> str:

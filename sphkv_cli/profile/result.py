@@ -118,7 +118,7 @@ class SpeedRow:
 
     n_context: tokens of a sequence; step_us, step_p20_us, step_p80_us: sums over layers;
     baseline: the best dense bf16 attention of this run, baseline_us for as many layers;
-    fp8_baseline likewise, None where no fp8 attention is installed.
+    fp8_baseline likewise, None where no fp8 attention ran.
     """
 
     n_context: int
@@ -141,12 +141,14 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Ceilings of the run, a row per shape, and the device as the driver describes it."""
+    """Ceilings of the run, a row per shape, the device as the driver describes it, and a sentence
+    on the fp8 baseline."""
 
     copy_gb_per_s: float
     read_gb_per_s: float
     rows: tuple[SpeedRow, ...]
     device: Mapping[str, Any]
+    fp8: str
 
     @property
     def smallest_speedup(self) -> float:

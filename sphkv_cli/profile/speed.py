@@ -49,13 +49,14 @@ def measure_speed(
 
     contexts are rounded down to whole repeats of the document.
     """
-    from sphkv_kernels.dense_attention import dense_baselines, fastest
+    from sphkv_kernels.dense_attention import Baseline, dense_baselines, fastest, fp8_sentence
     from sphkv_kernels.timing import device_provenance, memory_rates
 
     rates = memory_rates()
     first = layers[0]
     n_kv_heads, head_dim = first.cache.n_kv_heads, first.cache.head_dim
     rows = []
+    every_baseline: list[Baseline] = []
     for context in contexts:
         repeats = max(1, context // first.n_context)
         n_tokens = repeats * first.n_context
@@ -63,6 +64,7 @@ def measure_speed(
             baselines = dense_baselines(
                 batch, n_kv_heads, n_tokens, n_q_heads // n_kv_heads, head_dim
             )
+            every_baseline += baselines
             baseline, fp8 = fastest(baselines, "bf16"), fastest(baselines, "fp8")
             if baseline is None or baseline.latency is None:
                 raise RuntimeError(f"no dense attention ran {batch} x {n_tokens} tokens")
@@ -94,7 +96,13 @@ def measure_speed(
                 )
             )
     provenance: dict[str, Any] = device_provenance()
-    return SpeedReport(rates.copy_gb_per_s, rates.read_gb_per_s, tuple(rows), provenance)
+    return SpeedReport(
+        rates.copy_gb_per_s,
+        rates.read_gb_per_s,
+        tuple(rows),
+        provenance,
+        fp8_sentence(every_baseline),
+    )
 
 
 @dataclass(frozen=True)

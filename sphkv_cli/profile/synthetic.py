@@ -132,7 +132,7 @@ def profile_synthetic(
         )
     cases: list[CaseReport] = []
     metadata: list[MetadataCase] = []
-    baselines: tuple[Baseline, ...] = ()
+    every_baseline: list[Baseline] = []
     shapes = options.shapes()
     progress.start("Timing", len(shapes), "shapes")
     try:
@@ -145,6 +145,7 @@ def profile_synthetic(
                 shape.group_size,
                 shape.head_dim,
             )
+            every_baseline += baselines
             for tier in tiers:
                 rebuild = shape == shapes[0] and shape.n_tokens % options.page_size == 0
                 case = run_case(
@@ -175,7 +176,7 @@ def profile_synthetic(
         rates.read_gb_per_s,
         tuple(cases),
         tuple(metadata),
-        fp8_sentence(baselines),
+        fp8_sentence(every_baseline),
     )
     ref = save_report(
         output,

@@ -25,7 +25,7 @@ def view(report: ProfileReport) -> tuple[Block, ...]:
     if any(c.kernel is not None or c.recursion is not None for c in content.candidates):
         blocks.append(_computation(content.candidates))
     if content.speed is not None:
-        blocks.append(_speed(content.speed))
+        blocks += [_speed(content.speed), Line(content.speed.fp8)]
     if content.gates:
         blocks.append(_gates(report))
     blocks += [Line(sentence) for sentence in content.reading]

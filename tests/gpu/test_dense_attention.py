@@ -49,4 +49,4 @@ def test_flashinfer_attends_to_all_tokens(dtype: torch.dtype, tensor_cores: bool
     logits = torch.einsum("bhd,bhtd->bht", query.double(), tokens(keys)) * 128**-0.5
     expected = torch.einsum("bht,bhtd->bhd", logits.softmax(-1), tokens(values))
     error = (result.double() - expected).norm() / expected.norm()
-    assert float(error) < 1e-2
+    assert float(error) < 1e-2  # the result is bf16: 2^-9 relative, and fp8 keys are exact in bf16

@@ -92,8 +92,12 @@ def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int) -> Non
     check(cache, group_size, random_term(cache, group_size, 6, 10.0))
 
 
-def test_far_positions_are_as_exact_as_near_ones() -> None:
+@pytest.mark.parametrize("gap", [False, True])
+def test_far_positions_are_as_exact_as_near_ones(gap: bool) -> None:
     cache = moved(ragged_cache(tier_set(128, 3)), 1_000_000)
+    if gap:
+        assert cache.positions is not None
+        cache = replace(cache, positions=cache.positions + cache.positions % 7)
     term = random_term(cache, 4, 4, 1.0)
     # A coefficient of 1000 on pair 0 and a key of almost nothing: an error of phase would show.
     coefficients = term.coefficients * 0

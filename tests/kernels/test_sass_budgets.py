@@ -6,10 +6,12 @@ with a few per cent of room: a change that costs more shows here before it shows
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+import sphkv_kernels.variant as variant_module
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.build import compile_cubin
 from sphkv_kernels.tier import TierFormat
@@ -133,3 +135,22 @@ def test_features_of_runs_are_left_out_where_they_leave_no_room(tmp_path: Path) 
     narrow = kernel_source(Variant((tier,), 128, 2, n_warps=8, position_groups=16), 86)
     assert "#define POSITION_RUNS 0" in narrow.text
     assert compile_cubin(narrow.text, 86, folder=tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("group_tiles", [1, 2])
+def test_features_of_runs_never_take_the_place_of_tables(group_tiles: int, capability: int) -> None:
+    def copies(groups: int, features: int) -> str | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(variant_module, "RUN_FEATURE_BYTES", features)
+            variant = Variant((tier,), 128, group_tiles, n_warps=8, position_groups=groups)
+            text = kernel_source(variant, capability).text
+        found = re.search(r"#define REPLICAS (\d+)\n[^#]*", text)
+        rows = re.search(r"#define N_TABLE_ROWS (\d+)", text)
+        assert found and rows
+        return f"{found[1]} copies of {rows[1]} rows"
+
+    for code in (((4, 2, 2, 2), "lloyd_max:2"), ((4, 2, 2, 2), "fp16")):
+        tier = tier_of(*code)
+        for groups in (1, 4, 16):
+            assert copies(groups, 32) == copies(groups, 0)

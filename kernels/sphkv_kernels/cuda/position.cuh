@@ -113,6 +113,7 @@ static __device__ __forceinline__ void add_term(float (&term)[4], const uint4& x
 template <int UNITS>
 static __device__ __forceinline__ void position_terms(float (&term)[UNITS][GROUP_TILES][4],
                                                       const u32 (&position)[UNITS][2], const Lane& lane) {
+  static_assert(UNITS <= 2, "features of runs are those of two units");
 #pragma unroll
   for (int u = 0; u < UNITS; ++u)
 #pragma unroll
