@@ -16,12 +16,17 @@ wanted() {
 	[[ -z ${STEPS:-} || " $STEPS " == *" $1 "* ]]
 }
 
+# is_known NAME: end here unless there is such a step.
+is_known() {
+	[[ " $known " == *" $1 "* ]] || { printf 'there is no step %s; there is %s\n' "$1" "$known" >&2; exit 2; }
+}
+
 # step NAME ARTIFACT COMMAND...: run, keep what it prints beside the record, note command and time.
 step() {
 	local name=$1 artifact=$2 started=$SECONDS text=$out/$1.txt made_by
 	made_by=$(commit)
 	shift 2
-	known+=" $name"
+	is_known "$name"
 	wanted "$name" || return 0
 	if [[ -e $artifact ]]; then
 		printf '\n%s: %s is there\n' "$name" "$artifact"
@@ -48,9 +53,8 @@ report() {
 
 commit() {
 	# What the record itself writes is no change of the code.
-	local changed
-	changed=$(git diff --quiet HEAD -- . ':!examples/results' || printf ' with changes')
-	printf '%s' "${COMMIT:-$(git rev-parse --short HEAD)$changed}"
+	local same=(git diff --quiet HEAD -- . ':!examples/results')
+	printf '%s' "${COMMIT:-$(git rev-parse --short HEAD)$("${same[@]}" || printf ' with changes')}"
 }
 
 provenance() {
@@ -67,7 +71,10 @@ beginning() {
 }
 
 record() {
-	known=""
+	local name length
+	known="capture fit design allocate table needle copy-back uniform controls studies"
+	for length in ${long_contexts:-}; do known+=" capture-$length length-$length"; done
+	for name in ${STEPS:-}; do is_known "$name"; done
 	out=${OUT:-runs/record/$model}
 	results=${RESULTS:-examples/results/$model}
 	mkdir -p "$out" "$results"
@@ -159,9 +166,6 @@ record() {
 	if wanted studies; then
 		cp -r "$out/studies" "$results/"
 	fi
-	for name in ${STEPS:-}; do
-		[[ " $known " == *" $name "* ]] || { printf 'STEPS: there is no step %s\n' "$name" >&2; exit 2; }
-	done
 	cp "$out/record.txt" "$results/record.txt"
 	printf '\nThe results are in %s\n' "$results"
 }

@@ -36,6 +36,11 @@ class Baseline:
     latency: Latency | None
     reason: str = ""
 
+    @property
+    def median_us(self) -> float:
+        """Of a baseline that ran; infinite of another."""
+        return float("inf") if self.latency is None else self.latency.median_us
+
 
 def dense_baselines(
     n_sequences: int,
@@ -77,7 +82,7 @@ def dense_baselines(
 def fastest(baselines: Sequence[Baseline], kv_format: KVFormat) -> Baseline | None:
     """The fastest baseline of a format that ran; None where none did."""
     ran = [b for b in baselines if b.kv_format == kv_format and b.latency is not None]
-    return min(ran, key=lambda b: b.latency.median_us if b.latency else float("inf"), default=None)
+    return min(ran, key=lambda b: b.median_us, default=None)
 
 
 def fp8_sentence(baselines: Sequence[Baseline]) -> str:
@@ -178,8 +183,6 @@ def _flashinfer_baselines(
         name = f"flashinfer {kv_format}{', tensor cores' if tensor_cores else ''}"
         try:
             step = flashinfer_step(query, keys, values, n_tokens, tensor_cores=tensor_cores)
-        except torch.OutOfMemoryError:
-            raise
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             found.append(Baseline(name, kv_format, None, reason))

@@ -106,11 +106,11 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         )
     columns = 2 if variant.head_dim == 256 else 1
     fragments = variant.group_tiles * columns * 8 * 32
+    limit = SHARED_BYTES[capability]
     for runs, (replicas, wide) in _shared_choices(variant):
         dispatch = TierDispatch(TableSpace(replicas), variant.table_heads, wide)
         for tier in variant.tiers:
             dispatch.add(tier, reconstruct=variant.reconstruct)
-        limit = SHARED_BYTES[capability]
         layout = _shared_layout(variant, dispatch.space, fragments, limit, runs=runs)
         if layout is not None:
             break

@@ -66,15 +66,15 @@ def measure_speed(
             )
             every_baseline += baselines
             baseline, fp8 = fastest(baselines, "bf16"), fastest(baselines, "fp8")
-            if baseline is None or baseline.latency is None:
+            if baseline is None:
                 raise RuntimeError(f"no dense attention ran {batch} x {n_tokens} tokens")
-            fp8_us = len(layers) * fp8.latency.median_us if fp8 and fp8.latency else None
+            fp8_us = None if fp8 is None else len(layers) * fp8.median_us
             steps = [_time_layer(layer, n_q_heads, batch, repeats) for layer in layers]
             step_us = sum(step.median_us for step in steps)
             bytes_read = sum(step.code_bytes + step.metadata_bytes for step in steps)
             bytes_read += len(steps) * _vector_bytes(batch, n_q_heads, head_dim)
             gb_per_s = 1e-3 * bytes_read / step_us
-            baseline_us = len(layers) * baseline.latency.median_us
+            baseline_us = len(layers) * baseline.median_us
             rows.append(
                 SpeedRow(
                     n_context=n_tokens,
