@@ -185,7 +185,6 @@ def metadata_case(
     query = _query(cache, shape.group_size, seed)
     term = random_term(cache, shape.group_size, n_pairs, seed)
     scale = shape.head_dim**-0.5
-    assert cache.positions is not None
     n_vectors = 2 * cache.page_table.n_entries * page_size
     has_norm = [
         isinstance(region, SphericalCode) and region.radius_coding.norm_bits > 0
@@ -196,7 +195,7 @@ def metadata_case(
         "codes": attention_plan.work.code_bytes - norms,
         "norms": norms,
         "plan": attention_plan.work.n_bytes,
-        "positions": cache.positions.numel() * cache.positions.element_size(),
+        "positions": attention_plan.position_bytes,
     }
     plain = measure(lambda: ada_decode(query, cache, scale, plan=attention_plan))
     with_term = measure(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel, tables_fit
-from sphkv_kernels.plan import DecodePlan, make_plan
+from sphkv_kernels.plan import DecodePlan, first_positions, make_plan
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import DecodeResult, LogitResult
 from sphkv_kernels.score_form import ScoreForm, table_heads
@@ -37,10 +37,10 @@ _LOG2_E = math.log2(math.e)
 class AttentionPlan:
     """What decode steps over one cache share: the cut of the work, kernels and scratch memory.
 
-    Made by `plan`. It stays valid while the page table and the tiers stay as they are: contents of
-    the pool and the tail (tail_tokens included) may change between steps. Steps that share a plan
-    must not run at the same time (they share scratch memory). table_heads: heads of the query
-    tables that score the keys, 0 where fragments do (`score_form`).
+    Made by `plan`. It stays valid while the page table, the tiers and the positions stay as they
+    are: contents of the pool and the tail (tail_tokens included) may change between steps. Steps
+    that share a plan must not run at the same time (they share scratch memory). table_heads: heads
+    of the query tables that score the keys, 0 where fragments do (`score_form`).
     """
 
     cache: PagedCache
@@ -53,7 +53,15 @@ class AttentionPlan:
     partial_state: Tensor
     arrivals: Tensor
     handle: int
-    kernels: dict[tuple[bool, bool, bool, int], LoadedKernel] = field(default_factory=dict)
+    kernels: dict[tuple[bool, bool, bool, int, bool], LoadedKernel] = field(default_factory=dict)
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that tell a position term where the tokens are: of every page's first token where
+        the others follow it, else of all tokens."""
+        read = self.work.first_positions
+        read = self.cache.positions if read is None else read
+        return 0 if read is None else read.numel() * read.element_size()
 
     def for_twin(self, cache: PagedCache) -> AttentionPlan:
         """The plan of another cache with the very same page table (another layer, laid out alike).
@@ -67,7 +75,8 @@ class AttentionPlan:
         mine, other = _format(self.cache), _format(cache)
         if mine != other:
             raise PageError(f"a twin's pages are {other}, the plan is for {mine}")
-        twin = replace(self, cache=cache, handle=next(_handles))
+        work = replace(self.work, first_positions=first_positions(cache, self.work.entries))
+        twin = replace(self, cache=cache, work=work, handle=next(_handles))
         _plans[twin.handle] = twin
         return twin
 
@@ -78,7 +87,8 @@ class AttentionPlan:
         groups = -(-n_position_pairs // 4)
         # Few distinct kernels: groups rounded up to a power of two (a group of zeros adds zero).
         groups = 1 << (groups - 1).bit_length() if groups else 0
-        mode = (logits, window, softcap, groups)
+        runs = groups > 0 and self.work.first_positions is not None
+        mode = (logits, window, softcap, groups, runs)
         if mode not in self.kernels:
             tiers = tuple(self.cache.tiers[index] for index in self.work.used_tiers)
             variant = Variant(
@@ -91,6 +101,7 @@ class AttentionPlan:
                 n_warps=self.n_warps,
                 small_pages=self.cache.page_size == 16,
                 position_groups=groups,
+                position_runs=runs,
                 position_bytes=_position_bytes(self.cache) if groups or window else 4,
                 table_heads=self.table_heads,
             )
@@ -295,6 +306,7 @@ def launch_params(
     params.pool = _address(cache.pool)
     params.records = _address(work.records)
     params.entries = _address(work.entries)
+    params.first_positions = _address(work.first_positions)
     params.heads = _address(work.heads)
     params.segments = _address(work.segments)
     params.tables = _address(kernel.tables)

@@ -44,15 +44,18 @@ class DecodePlan:
     """Work of every block, on the cache's device.
 
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
-    (n_pages) int32: the page-table entry of each record; heads (n_blocks, 12) int32: the first
-    segment of every block and the range of its others in segments (n, 8) int32; n_parts: partial
-    results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers
-    that occur, which segments number from 0 (a kernel is built for these alone); tier_costs: cost
-    of all pages of each of them; n_starts: how many times a block begins a row.
+    (n_pages) int32: the page-table entry of each record; first_positions (n_pages) int32: the
+    position of its first token, None unless the tokens of every page follow one another; heads
+    (n_blocks, 12) int32: the first segment of every block and the range of its others in segments
+    (n, 8) int32; n_parts: partial results of rows cut into several; code_bytes: bytes of all pages;
+    used_tiers: the cache's tiers that occur, which segments number from 0 (a kernel is built for
+    these alone); tier_costs: cost of all pages of each of them; n_starts: how many times a block
+    begins a row.
     """
 
     records: Tensor
     entries: Tensor
+    first_positions: Tensor | None
     heads: Tensor
     segments: Tensor
     n_blocks: int
@@ -105,9 +108,11 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     def on_device(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(cache.device)
 
+    entries = on_device(order.astype(np.int32))
     return DecodePlan(
         records=on_device(records.view(np.int32)),
-        entries=on_device(order.astype(np.int32)),
+        entries=entries,
+        first_positions=first_positions(cache, entries),
         heads=on_device(heads),
         segments=on_device(others),
         n_blocks=n_blocks,
@@ -118,6 +123,23 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
         tier_costs=tuple(int(costs[tiers[order] == tier].sum()) for tier in used),
         n_starts=int((segments[:, 4] & FIRST != 0).sum()),
     )
+
+
+def first_positions(cache: PagedCache, entries: Tensor) -> Tensor | None:
+    """``(n) int32`` position of the first token of every page named by `entries`; None if the
+    tokens of one of them do not follow one another, or the cache has no positions."""
+    if cache.positions is None:
+        return None
+    stored = cache.positions
+    if stored.dtype == torch.uint16:  # CUDA itself does not index it; differences wrap alike
+        stored = stored.view(torch.int16)
+    rows = stored[entries]
+    live = cache.page_table.live_tokens[entries]
+    dead = torch.arange(1, cache.page_size, device=cache.device) >= live[:, None]
+    if not bool(((rows.diff(dim=1) == 1) | dead).all()):
+        return None
+    first = rows[:, 0].to(torch.int32)
+    return first & 0xFFFF if stored.dtype == torch.int16 else first.contiguous()
 
 
 def _assign_blocks(rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int) -> Ints:

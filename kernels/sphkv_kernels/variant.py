@@ -24,9 +24,8 @@ SUPPORTED_HEAD_DIMS = (64, 128, 256)
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory of a block by compute capability (CUDA programming guide)."""
 MAX_POSITION_GROUPS = 32
-POSITION_FRAGMENT_BYTES = 16
-RUN_FEATURE_BYTES = 32
-"""Per lane and group of four RoPE pairs (`cuda/position.cuh`); left out where there is no room."""
+COEFFICIENT_BYTES, FREQUENCY_BYTES, RUN_FEATURE_BYTES = 256, 32, 1024
+"""Of a group of four RoPE pairs (`cuda/position.cuh`): per query tile, once, and for runs."""
 SEGMENT_BYTES = 32
 LISTED_SEGMENTS = 64
 """Segments of a block that a kernel of several tiers keeps in shared memory."""
@@ -45,9 +44,10 @@ class Variant:
     tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the
     products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, two
     tiles ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
-    only); position_groups: groups of four RoPE pairs of a position term, 0 without one;
-    position_bytes: of one stored position, 4 or 2; table_heads: 1 or 2 scores keys of groups of
-    that size by tables made from the query, 0 by fragments.
+    only); position_groups: groups of four RoPE pairs of a position term, 0 without one, a power of
+    two; position_runs: the tokens of every page follow one another; position_bytes: of one stored
+    position, 4 or 2; table_heads: 1 or 2 scores keys of groups of that size by tables made from the
+    query, 0 by fragments.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -63,6 +63,7 @@ class Variant:
     prefetch: bool = True
     reconstruct: bool = False
     position_groups: int = 0
+    position_runs: bool = False
     position_bytes: int = 4
     table_heads: int = 0
 
@@ -162,11 +163,8 @@ def _shared_layout(
     sides = [space.reserve(256), space.reserve(256)] if variant.table_heads else [0, 0]
     shared_query = -(-space.n_bytes // 128) * 128
     position = shared_query + (SHARED_QUERY_BYTES if variant.table_heads else 0)
-    segments = position + (
-        variant.position_groups
-        * 32
-        * (variant.group_tiles * POSITION_FRAGMENT_BYTES + runs * RUN_FEATURE_BYTES)
-    )
+    of_group = variant.group_tiles * COEFFICIENT_BYTES + FREQUENCY_BYTES + runs * RUN_FEATURE_BYTES
+    segments = position + variant.position_groups * of_group
     listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
     totals = segments + listed * SEGMENT_BYTES
     if variant.logits or variant.reconstruct:  # no sums to add up
@@ -192,11 +190,12 @@ def _shared_layout(
 
 def _shared_choices(variant: Variant) -> list[tuple[bool, tuple[int, bool]]]:
     """(features of runs of tokens, (copies of a table row, wide tables)) to try, best first: the
-    features never take the place of better tables, which gain more."""
+    features never take the place of better tables, which gain more. Without them every token makes
+    its own, as where pages have gaps."""
     tables = [(16, False)]
     if not variant.table_heads:
         tables = [(16, True), (16, False), (8, False), (4, False), (2, False)]
-    features = (True, False) if variant.position_groups else (False,)
+    features = (True, False) if variant.position_groups and variant.position_runs else (False,)
     return [(runs, one) for one in tables for runs in features]
 
 

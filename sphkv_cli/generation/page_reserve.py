@@ -104,7 +104,8 @@ class PageReserve:
 
         Args:
             pages: (n_chosen, n_kv_heads, n, page bytes) uint8, full pages of the chosen sequences.
-            sequences: the chosen; first: of their slots; positions: (n_chosen, n page_size).
+            sequences: the chosen; first: of their slots; positions: (n_chosen, n page_size), each
+            page's following one another.
         """
         n, size = pages.shape[2], self.pages.page_size
         for i, s in _runs(sequences):
@@ -121,6 +122,8 @@ class PageReserve:
                 rows = positions[span[0]].to(torch.int32).view(len(s), 1, n, size)
                 rows = rows.expand(-1, self.pages.n_kv_heads, -1, -1).reshape(-1, size)
                 _put(self.pages.positions, entries, rows)
+                if self.plan is not None and self.plan.work.first_positions is not None:
+                    self.plan.work.first_positions.index_copy_(0, records, rows[:, 0])
 
 
 def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
@@ -135,7 +138,8 @@ def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
     )
     positions = None
     if pages.positions is not None:
-        positions = pages.positions.new_zeros((n_rows * n_slots, pages.page_size))
+        following = torch.arange(pages.page_size, device=device)  # as those of a sealed page will
+        positions = following.to(pages.positions.dtype).expand(n_rows * n_slots, -1).contiguous()
     pool = torch.zeros(n_rows * n_slots * page_bytes, dtype=torch.uint8, device=device)
     return replace(pages, pool=pool, page_table=table, positions=positions)
 

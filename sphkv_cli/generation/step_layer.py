@@ -186,6 +186,8 @@ class StepLayer:
         if plan is not None:
             work = plan.work
             tensors += [work.records, work.entries, work.heads, work.segments]
+            if work.first_positions is not None:
+                tensors.append(work.first_positions)
             tensors += [plan.partial_output, plan.partial_state, plan.arrivals]
             tensors.append(plan.cache.page_table.live_tokens)
         tensors += [self.tail, pages.pool]

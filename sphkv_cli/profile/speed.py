@@ -140,14 +140,12 @@ def _time_layer(layer: LayerPages, n_q_heads: int, batch: int, repeats: int) -> 
         )
 
     latency = measure(step)
-    positions = cache.positions
     return _LayerStep(
         latency.median_us,
         latency.p20_us,
         latency.p80_us,
         steps.work.code_bytes,
-        steps.work.n_bytes
-        + (0 if positions is None else positions.numel() * positions.element_size()),
+        steps.work.n_bytes + steps.position_bytes,
     )
 
 

@@ -65,6 +65,22 @@ def test_every_page_is_read_once_by_its_row_and_tier(
     assert seen.tolist() == counts
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
+def test_a_page_of_tokens_that_follow_one_another_is_known_by_its_first(dtype: torch.dtype) -> None:
+    cache = empty_pages([[2, 1], [1, 0]])
+    positions = 16 * torch.tensor([[0], [4094], [7], [3]]) + torch.arange(16)
+    live = torch.tensor([16, 16, 1, 5], dtype=torch.int16)
+    cache = replace(cache, page_table=replace(cache.page_table, live_tokens=live))
+    positions[2, 1:] = 0xFFFF  # dead rows hold anything
+    positions[3, 5:] = 9
+    found = make_plan(replace(cache, positions=positions.to(dtype)), 3).first_positions
+    assert found is not None and found.dtype == torch.int32
+    assert found.tolist() == [0, 65504, 112, 48]
+    positions[3, 4] += 1
+    assert make_plan(replace(cache, positions=positions.to(dtype)), 3).first_positions is None
+    assert make_plan(cache, 3).first_positions is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows, st.integers(1, 20))
 def test_parts_of_a_row_are_numbered_and_one_takes_the_tail(

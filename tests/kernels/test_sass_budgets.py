@@ -100,17 +100,17 @@ def test_other_shapes_build_without_spills_in_the_loop(
 
 
 @needs_tools
-@pytest.mark.parametrize("groups", [1, 2])
-def test_position_term_keeps_its_budget(groups: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("groups", "runs", "more"), [(1, True, 40), (2, True, 70), (2, False, 155)]
+)
+def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_path: Path) -> None:
     tier = tier_of((3, 2, 2, 2), "lloyd_max:2")
-    loop, registers = built(
-        tmp_path, Variant((tier,), 128, 1, position_groups=groups, position_bytes=2), 90
-    )
+    variant = Variant((tier,), 128, 1, position_groups=groups, position_runs=runs, position_bytes=2)
+    loop, registers = built(tmp_path, variant, 90)
     assert loop.local_memory == 0
     assert registers <= 168
-    # Both ways of making the features, of which a tile takes one.
-    assert loop.instructions["HMMA"] == 48 + 8 * groups
-    assert loop.total <= 710 + 100 * groups
+    assert loop.instructions["HMMA"] == 48 + (4 if groups == 1 else 6)
+    assert loop.total <= 685 + more
 
 
 @needs_tools
@@ -130,9 +130,10 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
 @needs_tools
 def test_features_of_runs_are_left_out_where_they_leave_no_room(tmp_path: Path) -> None:
     tier = tier_of((4, 2, 2, 2), "fp16")
-    roomy = kernel_source(Variant((tier,), 128, 2, n_warps=8, position_groups=16), 90)
+    variant = Variant((tier,), 128, 2, n_warps=8, position_groups=32, position_runs=True)
+    roomy = kernel_source(variant, 90)
     assert "#define POSITION_RUNS 1" in roomy.text
-    narrow = kernel_source(Variant((tier,), 128, 2, n_warps=8, position_groups=16), 86)
+    narrow = kernel_source(variant, 86)
     assert "#define POSITION_RUNS 0" in narrow.text
     assert compile_cubin(narrow.text, 86, folder=tmp_path)
 
@@ -143,7 +144,9 @@ def test_features_of_runs_never_take_the_place_of_tables(group_tiles: int, capab
     def copies(groups: int, features: int) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(variant_module, "RUN_FEATURE_BYTES", features)
-            variant = Variant((tier,), 128, group_tiles, n_warps=8, position_groups=groups)
+            variant = Variant(
+                (tier,), 128, group_tiles, n_warps=8, position_groups=groups, position_runs=True
+            )
             text = kernel_source(variant, capability).text
         found = re.search(r"#define REPLICAS (\d+)", text)
         rows = re.search(r"#define N_TABLE_ROWS (\d+)", text)
@@ -153,4 +156,4 @@ def test_features_of_runs_never_take_the_place_of_tables(group_tiles: int, capab
     for code in (((4, 2, 2, 2), "lloyd_max:2"), ((4, 2, 2, 2), "fp16")):
         tier = tier_of(*code)
         for groups in (1, 4, 16):
-            assert copies(groups, 32) == copies(groups, 0)
+            assert copies(groups, variant_module.RUN_FEATURE_BYTES) == copies(groups, 0)

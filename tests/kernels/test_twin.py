@@ -1,7 +1,6 @@
 """A plan lends its kernels to the cache of another layer only where they read it alike."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
 from sphkv_kernels.decode import AttentionPlan
+from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import PageError, TierFormat
 
 
@@ -28,15 +28,25 @@ def code(bits: tuple[int, ...]) -> TierFormat:
 
 
 def plan_of(cache: PagedCache) -> AttentionPlan:
-    work: Any = None
     nothing = torch.empty(0)
-    return AttentionPlan(cache, 4, work, 12, "fragments", 0, nothing, nothing, nothing, -1)
+    return AttentionPlan(
+        cache, 4, make_plan(cache, 2), 12, "fragments", 0, nothing, nothing, nothing, -1
+    )
 
 
 def test_layers_of_one_format_share_a_plan() -> None:
     mine, other = cache_of(code((4, 2, 2, 2))), cache_of(code((4, 2, 2, 2)))
     twin = plan_of(mine).for_twin(other)
     assert twin.cache is other and twin.handle != -1
+
+
+def test_a_twin_has_its_own_positions() -> None:
+    mine = cache_of(code((4, 2, 2, 2)), with_positions=True)
+    assert mine.positions is not None
+    later, gaps = mine.positions + 7, mine.positions * 2
+    first = plan_of(mine).for_twin(replace(mine, positions=later)).work.first_positions
+    assert first is not None and first.tolist() == [7, 23, 7, 23]
+    assert plan_of(mine).for_twin(replace(mine, positions=gaps)).work.first_positions is None
 
 
 @pytest.mark.parametrize("change", ["code", "positions", "page_size"])

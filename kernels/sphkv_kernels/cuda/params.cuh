@@ -4,6 +4,7 @@ struct Params {
   const u8* pool;
   const uint2* records;     // per page: (byte offset / 16, live tokens)
   const int* entries;       // per page: its entry in the page table (logits, positions)
+  const int* first_positions;  // per page: the position of its first token (runs of tokens), or null
   const int* heads;         // per block HEAD_INTS: its first segment, then the range of the others
   const int* segments;      // SEGMENT_INTS per further segment
   const uint2* tables;      // compact table rows, one after the other

@@ -10,31 +10,24 @@
 //
 //   cos a = (hi + lo)(A + B) ~ [hi | lo] . [A; A] + hi . B       (lo . B is below 2^-24)
 //
-// Where the tokens of a tile follow one another, t = t_0 + i, the features are those of i, made once a
-// row, and the coefficients are turned to t_0: one cosine and sine a tile instead of one a token.
+// POSITION_RUNS: the tokens of every page follow one another, t = t_0 + i. The features are those of
+// i, made once a row, and the coefficients are turned to t_0, a tile ahead of their use: one cosine and
+// sine a tile instead of one a token.
 //
 //   a cos f(t_0 + i) + b sin f(t_0 + i) = a' cos f i + b' sin f i,   (a', b') = (a, b) turned by f t_0
 
-struct PositionFragment {
-  float a, b;       // of head g, in the units of the scaled scores
-  u32 turns, fine;  // f / 2 pi as a 64-bit fraction
-};
-
-// Two groups side by side hide each other's steps; more would take registers from the loop.
-constexpr int POSITION_UNROLL = 2;
-
 #if POSITION_GROUPS
-// Of every group of pairs, 512 bytes each: the fragments of the query tiles, then the A operands of
-// the tokens 0 to 15 of a run, then of 16 to 31, (hi g, hi g + 8, lo g, lo g + 8).
-// Without POSITION_RUNS, for which these left no room, every token makes its features.
-constexpr int RUN_OPERANDS = 512 * GROUP_TILES, POSITION_STRIDE = RUN_OPERANDS + POSITION_RUNS * 2 * 512;
+// Groups go two at a time, a step: they hide each other's chains of dependent instructions.
+constexpr int DUO = POSITION_GROUPS < 2 ? 1 : 2, POSITION_STEPS = POSITION_GROUPS / DUO;
+static_assert(POSITION_STEPS * DUO == POSITION_GROUPS, "groups come in powers of two");
 
-static __device__ __forceinline__ uint4* position_place(int group, int offset, int lane) {
-  return reinterpret_cast<uint4*>(shared_memory + POSITION_OFFSET + group * POSITION_STRIDE + offset) + lane;
-}
+// A step in shared memory: the coefficients of every query tile, 8 bytes a lane and group (in runs a and
+// b, else both as fp16, then what was rounded away); f / 2 pi of the four pairs, a 64-bit fraction a
+// group; in runs the A operands of tokens 0 to 15, then of 16 to 31, (hi g, hi g + 8, lo g, lo g + 8).
+constexpr int FREQUENCIES = 256 * DUO * GROUP_TILES, OPERANDS = FREQUENCIES + 32 * DUO;
+constexpr int POSITION_STRIDE = OPERANDS + POSITION_RUNS * 2 * 512 * DUO;
 
-// What lies at `address` after POSITION_OFFSET; the caller keeps the address, so that what is read of
-// one row is not taken for the next.
+// What lies at `address` (lane_address) after POSITION_OFFSET.
 template <int OFFSET>
 static __device__ __forceinline__ uint4 position_words(u32 address) {
   uint4 v;
@@ -44,132 +37,190 @@ static __device__ __forceinline__ uint4 position_words(u32 address) {
   return v;
 }
 
-static __device__ __forceinline__ PositionFragment position_fragment(u32 address, int n) {
-  const uint4 v = n == 0 ? position_words<0>(address) : position_words<512>(address);
-  return {__uint_as_float(v.x), __uint_as_float(v.y), v.z, v.w};
+// Two words of every group of a step.
+struct StepWords { uint2 of[DUO]; };
+template <int OFFSET>
+static __device__ __forceinline__ StepWords step_words(u32 address) {
+  StepWords words;
+  if constexpr (DUO == 2) {
+    const uint4 v = position_words<OFFSET>(address);
+    words.of[0] = make_uint2(v.x, v.y);
+    words.of[1] = make_uint2(v.z, v.w);
+  } else {
+    asm("ld.shared.v2.u32 {%0,%1}, [%2+%3];"
+        : "=r"(words.of[0].x), "=r"(words.of[0].y)
+        : "r"(address), "n"(SHARED_BASE + POSITION_OFFSET + OFFSET));
+  }
+  return words;
+}
+
+// A lane's own words within a step, anew for every use: loads from a
+// known address are moved out of the loop, where they take registers, and past the next row's stores.
+static __device__ __forceinline__ u32 lane_address(u32 n_bytes, u32 place, int step) {
+  u32 address = n_bytes * place + step * POSITION_STRIDE;
+  keep(address);
+  return address;
 }
 
 static __device__ __forceinline__ u32 rounded_away(float x, float y, u32 packed) {
   return pack_half2(x - half_to_float(packed), y - high_half_to_float(packed));
 }
 
-static __device__ __forceinline__ void turn_of(float& c, float& s, u32 position,
-                                               const PositionFragment& fragment) {
-  const u32 phase = position * fragment.turns + __umulhi(position, fragment.fine);
+// frequency: (high, low) words of the fraction.
+static __device__ __forceinline__ void turn_of(float& c, float& s, u32 position, uint2 frequency) {
+  const u32 phase = position * frequency.x + __umulhi(position, frequency.y);
   const float angle = float(int(phase)) * 1.4629180792671596e-9f;  // 2 pi / 2^32
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(c) : "f"(angle));
   asm("sin.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(angle));
 }
 
 // (cos, sin) of one token: `high` is fp16, `low` what it rounded away.
-static __device__ __forceinline__ void position_features(u32& high, u32& low, u32 position,
-                                                         const PositionFragment& fragment) {
+static __device__ __forceinline__ void position_features(u32& high, u32& low, u32 position, uint2 frequency) {
   float c, s;
-  turn_of(c, s, position, fragment);
+  turn_of(c, s, position, frequency);
   high = pack_half2(c, s);
   low = rounded_away(c, s, high);
 }
 
-// The fragments of a row into shared memory; the caller synchronises the block.
+// What the term needs of a row, into shared memory; the caller synchronises the block.
 static __device__ __forceinline__ void store_position_fragments(const Params& p, int row) {
   const float factor = SOFTCAP || LOGITS ? 1.f : p.scale_log2;
   for (int i = threadIdx.x; i < POSITION_GROUPS * GROUP_TILES * 32; i += N_THREADS) {
     const int lane = i % 32, n = (i / 32) % GROUP_TILES, group = i / (32 * GROUP_TILES);
     const int pair = 4 * group + lane % 4, head = 8 * n + lane / 4;
-    PositionFragment fragment = {0.f, 0.f, 0, 0};
+    float a = 0.f, b = 0.f;
+    uint2 frequency = make_uint2(0, 0);
     if (pair < p.n_position_pairs) {
       const double turns = double(p.position_frequencies[(row % p.n_kv_heads) * p.n_position_pairs + pair])
                            * 0.15915494309189533577;
       const u64 fraction = u64((turns - floor(turns)) * 18446744073709551616.0);
-      fragment.turns = u32(fraction >> 32);
-      fragment.fine = u32(fraction);
+      frequency = make_uint2(u32(fraction >> 32), u32(fraction));
       if (head < p.group_size) {
         const float* source = p.position_coefficients
                               + (u64(row) * p.group_size + head) * 2 * p.n_position_pairs + pair;
-        fragment.a = source[0] * factor;
-        fragment.b = source[p.n_position_pairs] * factor;
+        a = source[0] * factor;
+        b = source[p.n_position_pairs] * factor;
       }
     }
-    *position_place(group, 512 * n, lane) = make_uint4(
-        __float_as_uint(fragment.a), __float_as_uint(fragment.b), fragment.turns, fragment.fine);
+    u8* step = shared_memory + POSITION_OFFSET + group / DUO * POSITION_STRIDE;
+    const int place = group % DUO;
+    const u32 high = pack_half2(a, b);
+    reinterpret_cast<uint2*>(step + 256 * DUO * n)[DUO * lane + place] =
+        POSITION_RUNS ? make_uint2(__float_as_uint(a), __float_as_uint(b))
+                      : make_uint2(high, rounded_away(a, b, high));
+    if (n == 0 && lane < 4) reinterpret_cast<uint2*>(step + FREQUENCIES)[DUO * lane + place] = frequency;
     if (POSITION_RUNS && n == 0) {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         uint4 x;
-        position_features(x.x, x.z, 16 * u + lane / 4, fragment);
-        position_features(x.y, x.w, 16 * u + lane / 4 + 8, fragment);
-        *position_place(group, RUN_OPERANDS + 512 * u, lane) = x;
+        position_features(x.x, x.z, 16 * u + lane / 4, frequency);
+        position_features(x.y, x.w, 16 * u + lane / 4 + 8, frequency);
+        reinterpret_cast<uint4*>(step + OPERANDS + 512 * (2 * place + u))[lane] = x;
       }
     }
   }
 }
 
-static __device__ __forceinline__ void add_term(float (&term)[4], const uint4& x, u32 high, u32 low) {
-  mma_16x8x16(term, x.x, x.y, x.z, x.w, high, high);
-  mma_16x8x8(term, x.x, x.y, low);
+// B operands of a step.
+struct StepCoefficients { u32 high[GROUP_TILES][DUO], low[GROUP_TILES][DUO]; };
+
+// term += features of tokens g, g + 8 times coefficients, for heads 2t, 2t + 1.
+static __device__ __forceinline__ void add_terms(float (&term)[GROUP_TILES][4], const uint4 (&x)[DUO],
+                                                 const StepCoefficients& by) {
+#pragma unroll
+  for (int n = 0; n < GROUP_TILES; ++n) {
+#pragma unroll
+    for (int i = 0; i < DUO; ++i) mma_16x8x16(term[n], x[i].x, x[i].y, x[i].z, x[i].w, by.high[n][i], by.high[n][i]);
+    if constexpr (DUO == 2) mma_16x8x16(term[n], x[0].x, x[0].y, x[1].x, x[1].y, by.low[n][0], by.low[n][1]);
+    else mma_16x8x8(term[n], x[0].x, x[0].y, by.low[n][0]);
+  }
 }
 
-// Terms of tokens g and g + 8 (`position`) of every unit for query heads 2t, 2t + 1.
 template <int UNITS>
-static __device__ __forceinline__ void position_terms(float (&term)[UNITS][GROUP_TILES][4],
-                                                      const u32 (&position)[UNITS][2], const Lane& lane) {
-  static_assert(UNITS <= 2, "features of runs are those of two units");
+static __device__ __forceinline__ void clear_terms(float (&term)[UNITS][GROUP_TILES][4]) {
 #pragma unroll
-  for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-    for (int n = 0; n < GROUP_TILES; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) term[u][n][j] = 0.f;
-  u32 address = 16 * lane.index;
-  keep(address);
+  for (int u = 0; u < UNITS; ++u) clear_scores(term[u]);
+}
+
 #if POSITION_RUNS
-  const u32 first = __shfl_sync(0xffffffffu, position[0][0], 0);
-  bool follows = true;
+// The coefficients of a step turned to position `first`.
+static __device__ __forceinline__ StepCoefficients turned_to(u32 first, const Lane& lane, int step) {
+  StepCoefficients turned;
+  const StepWords frequencies = step_words<FREQUENCIES>(lane_address(8 * DUO, lane.t, step));
+  float c[DUO], s[DUO];
 #pragma unroll
-  for (int u = 0; u < UNITS; ++u)
+  for (int i = 0; i < DUO; ++i) turn_of(c[i], s[i], first, frequencies.of[i]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) follows = follows && position[u][r] == first + 16 * u + 8 * r + lane.g;
-  if (__all_sync(0xffffffffu, follows)) {
-#pragma unroll POSITION_UNROLL
-    for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
-      uint4 x[UNITS];
+  for (int n = 0; n < GROUP_TILES; ++n) {
+    const u32 address = lane_address(8 * DUO, lane.index, step);
+    const StepWords words = n == 0 ? step_words<0>(address) : step_words<256 * DUO>(address);
 #pragma unroll
-      for (int u = 0; u < UNITS; ++u)
-        x[u] = u == 0 ? position_words<RUN_OPERANDS>(address) : position_words<RUN_OPERANDS + 512>(address);
-      float c, s;
-#pragma unroll
-      for (int n = 0; n < GROUP_TILES; ++n) {
-        const PositionFragment fragment = position_fragment(address, n);
-        if (n == 0) turn_of(c, s, first, fragment);
-        const float a = fragment.a * c + fragment.b * s, b = fragment.b * c - fragment.a * s;
-        const u32 high = pack_half2(a, b), low = rounded_away(a, b, high);
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u) add_term(term[u][n], x[u], high, low);
-      }
+    for (int i = 0; i < DUO; ++i) {
+      const float a = __uint_as_float(words.of[i].x), b = __uint_as_float(words.of[i].y);
+      const float turned_a = a * c[i] + b * s[i], turned_b = b * c[i] - a * s[i];
+      turned.high[n][i] = pack_half2(turned_a, turned_b);
+      turned.low[n][i] = rounded_away(turned_a, turned_b, turned.high[n][i]);
     }
-  } else
-#endif
-  {
-#pragma unroll POSITION_UNROLL
-    for (int group = 0; group < POSITION_GROUPS; ++group, address += POSITION_STRIDE) {
-      uint4 x[UNITS];
+  }
+  return turned;
+}
+
+// Terms of the tokens after `first`, the coefficients of the first step turned already. Units that do
+// not follow one another (small pages) have a first token each, and are turned to here.
+template <int UNITS>
+static __device__ __forceinline__ void run_terms(float (&term)[UNITS][GROUP_TILES][4], const u32 (&first)[UNITS],
+                                                 const StepCoefficients& ahead, const Lane& lane) {
+  static_assert(UNITS <= 2, "features of runs are those of two units");
+  clear_terms<UNITS>(term);
+#pragma unroll 1
+  for (int step = 0; step < POSITION_STEPS; ++step) {
+    StepCoefficients turned = ahead;
+    if (POSITION_STEPS > 1 && step > 0) turned = turned_to(first[0], lane, step);
+    const u32 address = lane_address(16, lane.index, step);
 #pragma unroll
-      for (int n = 0; n < GROUP_TILES; ++n) {
-        const PositionFragment fragment = position_fragment(address, n);
-        const u32 high = pack_half2(fragment.a, fragment.b);
-        const u32 low = rounded_away(fragment.a, fragment.b, high);
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-          if (n == 0) {
-            position_features(x[u].x, x[u].z, position[u][0], fragment);
-            position_features(x[u].y, x[u].w, position[u][1], fragment);
-          }
-          add_term(term[u][n], x[u], high, low);
-        }
-      }
+    for (int u = 0; u < UNITS; ++u) {
+      const bool follows = !SMALL_PAGES && u == 1;
+      if (SMALL_PAGES && u == 1) turned = turned_to(first[u], lane, step);
+      uint4 x[DUO];
+      x[0] = follows ? position_words<OPERANDS + 512>(address) : position_words<OPERANDS>(address);
+      if (DUO == 2) x[DUO - 1] = follows ? position_words<OPERANDS + 512 * 3>(address) : position_words<OPERANDS + 512 * 2>(address);
+      add_terms(term[u], x, turned);
     }
   }
 }
+#else
+// Terms of tokens g and g + 8 (`position`) of every unit.
+template <int UNITS>
+static __device__ __forceinline__ void gap_terms(float (&term)[UNITS][GROUP_TILES][4],
+                                                 const u32 (&position)[UNITS][2], const Lane& lane) {
+  clear_terms<UNITS>(term);
+#pragma unroll 1
+  for (int step = 0; step < POSITION_STEPS; ++step) {
+    const StepWords frequencies = step_words<FREQUENCIES>(lane_address(8 * DUO, lane.t, step));
+    StepCoefficients by;
+#pragma unroll
+    for (int n = 0; n < GROUP_TILES; ++n) {
+      const u32 address = lane_address(8 * DUO, lane.index, step);
+      const StepWords words = n == 0 ? step_words<0>(address) : step_words<256 * DUO>(address);
+#pragma unroll
+      for (int i = 0; i < DUO; ++i) {
+        by.high[n][i] = words.of[i].x;
+        by.low[n][i] = words.of[i].y;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      uint4 x[DUO];
+#pragma unroll
+      for (int i = 0; i < DUO; ++i) {
+        position_features(x[i].x, x[i].z, position[u][0], frequencies.of[i]);
+        position_features(x[i].y, x[i].w, position[u][1], frequencies.of[i]);
+      }
+      add_terms(term[u], x, by);
+    }
+  }
+}
+#endif
 #endif
 
 #if POSITION_GROUPS || WINDOW

@@ -188,20 +188,30 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   };
 #endif
 
-  // Positions arrive with the keys; their page's entry, which says where they are, with its record.
+  // Where positions are, of every page, comes with the next records: in runs the first one itself.
   struct Entries { int of[TILE_PAGES]; };
   auto entries_of = [&](int tile) {
     Entries found;
 #if POSITION_GROUPS
 #pragma unroll
     for (int u = 0; u < TILE_PAGES; ++u)
-      found.of[u] = __ldg(p.entries + segment.first_page + (unit_of(tile, u) >> shift));
+      found.of[u] = __ldg((POSITION_RUNS ? p.first_positions : p.entries) + segment.first_page
+                          + (unit_of(tile, u) >> shift));
 #endif
     return found;
   };
 #if POSITION_GROUPS
-  u32 positions[TILE_UNITS][2];
-  auto load_tile_positions = [&](int tile, const Entries& found) {
+#if POSITION_RUNS
+  u32 first[TILE_UNITS];
+  StepCoefficients turned;
+  auto find_positions = [&](int tile, const Entries& found) {
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u)
+      first[u] = u32(found.of[SMALL_PAGES ? u : 0]) + 16 * ((TILE_UNITS * tile + u) & mask);
+  };
+#else
+  u32 positions[TILE_UNITS][2];  // they arrive with the keys
+  auto find_positions = [&](int tile, const Entries& found) {
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; u += SMALL_PAGES ? 1 : TILE_UNITS) {
       const int inside = (TILE_UNITS * tile + u) & mask;
@@ -212,6 +222,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     }
   };
 #endif
+#endif
 
   int tile = int(warp);
   if (tile >= n_tiles) return;
@@ -221,13 +232,16 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #endif
   Place place = place_of(tile, records_of(tile));
 #if POSITION_GROUPS
-  load_tile_positions(tile, entries_of(tile));
+  find_positions(tile, entries_of(tile));
 #endif
   typename K::Raw key[TILE_UNITS];
   load_keys(key, place);
   int next = tile + N_WARPS;
   Records ahead = records_of(min(next, n_tiles - 1));
   Entries entries_ahead = entries_of(min(next, n_tiles - 1));
+#if POSITION_RUNS
+  turned = turned_to(first[0], lane, 0);
+#endif
 
   while (true) {
     const bool more = next < n_tiles;
@@ -237,7 +251,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       load_keys(key, place);
       ahead = records_of(min(next + N_WARPS, n_tiles - 1));
 #if POSITION_GROUPS
-      load_tile_positions(next, entries_ahead);
+      find_positions(next, entries_ahead);
       entries_ahead = entries_of(min(next + N_WARPS, n_tiles - 1));
 #endif
     };
@@ -264,8 +278,10 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
         scores.key_factor[u][0] = scores.key_factor[u][1] = 1.f;
       }
     }
-#if POSITION_GROUPS
-    position_terms<TILE_UNITS>(scores.term, positions, lane);
+#if POSITION_RUNS
+    run_terms<TILE_UNITS>(scores.term, first, turned, lane);
+#elif POSITION_GROUPS
+    gap_terms<TILE_UNITS>(scores.term, positions, lane);
 #endif
 #if !LOGITS
 #pragma unroll
@@ -321,6 +337,9 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     V::decode(odd, value[0], 1, lane, value_radii);
     weigh<TILE_UNITS, V::NORM>(state, scores, lane);
     load_next();
+#if POSITION_RUNS
+    turned = turned_to(first[0], lane, 0);  // among the values, whose work hides it
+#endif
     constexpr int STEPS = LANE_BLOCKS / 2;
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u)
@@ -342,6 +361,9 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       }
 #else
     load_next();
+#if POSITION_RUNS
+    turned = turned_to(first[0], lane, 0);
+#endif
 #endif
     if (!more) break;
 #if PREFETCH
@@ -386,11 +408,12 @@ struct Int8Row {
   }
 };
 
-// One unit of row-major tokens at `key`, `value`.
+// One unit of row-major tokens at `key`, `value`; first_position: of a run of tokens and of the tail.
 template <class F>
 static __device__ __forceinline__ void run_rows(State& state, const u8* key, const u8* value, int live,
-                                                int row, int entry, int first_token, const Params& p,
-                                                const Lane& lane, float* logit_rows, int logit_stride,
+                                                int row, int entry, int first_token,
+                                                u32 first_position, const Params& p, const Lane& lane,
+                                                float* logit_rows, int logit_stride,
                                                 int logit_limit,
                                                 const float (&offset)[GROUP_TILES][2]) {
   Tile<1> scores;
@@ -413,14 +436,14 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
   find_alive(alive[0], live, p, row, entry, first_token, lane);
   const float* term = nullptr;
 #if POSITION_GROUPS
-  u32 position[1][2];
-  if (entry >= 0) {
-    load_positions(position[0], place_of_position(p, entry, first_token + lane.g), 0);
-  } else {
-    position[0][0] = u32(p.tail_positions[row / p.n_kv_heads] + first_token + int(lane.g));
-    position[0][1] = position[0][0] + 8;
-  }
-  position_terms<1>(scores.term, position, lane);
+#if POSITION_RUNS
+  const u32 first[1] = {first_position};
+  run_terms<1>(scores.term, first, turned_to(first_position, lane, 0), lane);
+#else
+  u32 position[1][2] = {{first_position + lane.g, first_position + lane.g + 8}};
+  if (entry >= 0) load_positions(position[0], place_of_position(p, entry, first_token + lane.g), 0);
+  gap_terms<1>(scores.term, position, lane);
+#endif
   term = scores.term[0][0];
 #endif
 #if LOGITS
@@ -474,10 +497,11 @@ static __device__ __forceinline__ void run_row_pages(State& state, const Segment
     const int live = int(record.y) - 16 * inside;
     if (live <= 0 && !LOGITS) continue;
     const u8* key = p.pool + u64(record.x) * 16 + inside * F::UNIT_BYTES;
-    const int entry = WINDOW || LOGITS || POSITION_GROUPS ? p.entries[page] : 0, page_size = 16 << shift;
+    const int entry = WINDOW || LOGITS || (POSITION_GROUPS && !POSITION_RUNS) ? p.entries[page] : 0, page_size = 16 << shift;
     float* rows = LOGITS ? p.logits + u64(entry) * p.group_size * page_size + 16 * inside : nullptr;
-    run_rows<F>(state, key, key + (F::UNIT_BYTES << shift), live, segment.row, entry, 16 * inside, p,
-                lane, rows, page_size, 16, offset);
+    const u32 first_position = POSITION_RUNS ? u32(p.first_positions[page]) + 16 * inside : 0;
+    run_rows<F>(state, key, key + (F::UNIT_BYTES << shift), live, segment.row, entry, 16 * inside,
+                first_position, p, lane, rows, page_size, 16, offset);
   }
 }
 
@@ -494,8 +518,11 @@ static __device__ __forceinline__ void run_tail(State& state, const Segment& seg
     const u64 first = u64(segment.row) * p.tail_capacity + 16 * unit;
     float* rows = LOGITS ? p.tail_logits + u64(segment.row) * p.group_size * p.tail_capacity + 16 * unit
                          : nullptr;
+    const u32 first_position =
+        POSITION_GROUPS ? u32(p.tail_positions[segment.row / p.n_kv_heads]) + 16 * unit : 0;
     run_rows<DenseRow>(state, p.tail_keys + first * DenseRow::ROW_BYTES,
                        p.tail_values + first * DenseRow::ROW_BYTES, n_tokens - 16 * unit, segment.row,
-                       -1, 16 * unit, p, lane, rows, p.tail_capacity, p.tail_capacity - 16 * unit, offset);
+                       -1, 16 * unit, first_position, p, lane, rows, p.tail_capacity,
+                       p.tail_capacity - 16 * unit, offset);
   }
 }
