@@ -27,7 +27,9 @@ from sphkv_kernels.page_cost import page_costs
 from sphkv_kernels.tier import PageError
 
 FIRST, LAST, TAIL = 1, 2, 4
-SEGMENT_INTS, HEAD_INTS = 8, 12
+FIELDS, FIRST_PAGES = 8, 24
+SEGMENT_INTS, HEAD_INTS = FIELDS + FIRST_PAGES, FIELDS + 4 + FIRST_PAGES
+"""Of `Segment` in params.cuh, and pages whose places come with it (two tiles of 12 warps)."""
 PART_BYTES = 150_000
 """What a block could read while it starts and ends one part (6 to 7 us at 23 GB/s, measured)."""
 SEGMENT_BYTES = 50_000
@@ -46,9 +48,9 @@ class DecodePlan:
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
     (n_pages) int32: the page-table entry of each record; first_positions (n_pages) int32: the
     position of its first token, None unless the tokens of every page follow one another; heads
-    (n_blocks, 12) int32: the first segment of every block and the range of its others in segments
-    (n, 8) int32; n_parts: partial results of rows cut into several; code_bytes: bytes of all pages;
-    used_tiers: the cache's tiers that occur, which segments number from 0 (a kernel is built for
+    (n_blocks, HEAD_INTS) int32: the first segment of every block and the range of its others in
+    segments (n, SEGMENT_INTS) int32, each with the places of its first pages; n_parts: partial
+    results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers that occur, which segments number from 0 (a kernel is built for
     these alone); tier_costs: cost of all pages of each of them; n_starts: how many times a block
     begins a row.
     """
@@ -100,7 +102,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     segments, block_starts, n_parts = _cut(
         rows[order], np.searchsorted(used, tiers[order]), costs, n_rows, n_blocks
     )
-    heads, others = _split_heads(segments, block_starts)
+    heads, others = _split_heads(segments, _first_pages(segments, offsets), block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
     if not records.shape[0]:
         records = np.zeros((1, 2), dtype=np.uint32)  # never read; a null pointer would be
@@ -271,8 +273,17 @@ def _cut(
     return segments, block_starts, int(stored.sum())
 
 
+def _first_pages(segments: Ints, offsets: Ints) -> npt.NDArray[np.int32]:
+    """``(n_segments, FIRST_PAGES)``: byte offset / 16 of the first pages of every segment, the last
+    one repeated: what a block can ask for before it has read a record."""
+    first, count = segments[:, 2], segments[:, 3]
+    inside = np.minimum(np.arange(FIRST_PAGES), np.maximum(count, 1)[:, None] - 1)
+    places = np.append(offsets, 0)[np.where(count, first, offsets.size)[:, None] + inside]
+    return places.astype(np.uint32).view(np.int32)
+
+
 def _split_heads(
-    segments: Ints, block_starts: Ints
+    segments: Ints, first_pages: npt.NDArray[np.int32], block_starts: Ints
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Every block's first segment where the block finds it without a detour, and the others.
 
@@ -282,14 +293,15 @@ def _split_heads(
     busy = block_starts[1:] > block_starts[:-1]
     heads = np.zeros((n_blocks, HEAD_INTS), dtype=np.int32)
     heads[:, 1] = -1
-    heads[busy, :SEGMENT_INTS] = segments[block_starts[:-1][busy]]
+    heads[busy, :FIELDS] = segments[block_starts[:-1][busy]]
+    heads[busy, FIELDS + 4 :] = first_pages[block_starts[:-1][busy]]
     is_head = np.zeros(segments.shape[0], dtype=bool)
     is_head[block_starts[:-1][busy]] = True
-    others = segments[~is_head].astype(np.int32)
+    others = np.concatenate([segments.astype(np.int32), first_pages], axis=1)[~is_head]
     before = np.cumsum(~is_head) - ~is_head  # others before each segment
     padded = np.append(before, others.shape[0])
-    heads[:, SEGMENT_INTS] = padded[block_starts[:-1]]
-    heads[:, SEGMENT_INTS + 1] = padded[block_starts[1:]]
+    heads[:, FIELDS] = padded[block_starts[:-1]]
+    heads[:, FIELDS + 1] = padded[block_starts[1:]]
     if not others.shape[0]:
         others = np.zeros((1, SEGMENT_INTS), dtype=np.int32)  # never read; null would be
     return heads, others

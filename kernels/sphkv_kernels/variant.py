@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.plan import SEGMENT_INTS
 from sphkv_kernels.table_space import TableSpace
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.tier_dispatch import TABLE_HEAD_DIMS, TierDispatch
@@ -26,7 +27,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 MAX_POSITION_GROUPS = 32
 COEFFICIENT_BYTES, FREQUENCY_BYTES, RUN_FEATURE_BYTES = 256, 32, 1024
 """Of a group of four RoPE pairs (`cuda/position.cuh`): per query tile, once, and for runs."""
-SEGMENT_BYTES = 32
+SEGMENT_BYTES = 4 * SEGMENT_INTS
 LISTED_SEGMENTS = 64
 """Segments of a block that a kernel of several tiers keeps in shared memory."""
 WEIGHT_PARTS = 64

@@ -15,7 +15,7 @@ from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.page_cost import page_costs
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import page_bytes
-from sphkv_kernels.plan import FIRST, LAST, TAIL, DecodePlan, make_plan
+from sphkv_kernels.plan import FIELDS, FIRST, FIRST_PAGES, LAST, TAIL, DecodePlan, make_plan
 from sphkv_kernels.tier import PageError, TierFormat
 
 
@@ -37,12 +37,25 @@ def empty_pages(counts: list[list[int]], page_size: int = 16) -> PagedCache:
 
 
 def segments_of(plan: DecodePlan) -> list[list[list[int]]]:
-    """Per block its segments, in order."""
-    others = plan.segments.tolist()
+    """Per block its segments, in order, without the places of their pages."""
+    others = plan.segments[:, :FIELDS].tolist()
     return [
-        [head[:8], *others[head[8] : head[9]]] if head[4] else others[head[8] : head[9]]
+        [head[:FIELDS], *others[slice(*head[FIELDS : FIELDS + 2])]]
+        if head[4]
+        else others[slice(*head[FIELDS : FIELDS + 2])]
         for head in plan.heads.tolist()
     ]
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3, 8])
+def test_a_segment_says_where_its_first_pages_lie(n_blocks: int) -> None:
+    plan = make_plan(empty_pages([[3, 40], [0, 0], [1, 90]]), n_blocks)
+    records = plan.records[:, 0].tolist()
+    heads = torch.cat([plan.heads[:, :FIELDS], plan.heads[:, FIELDS + 4 :]], dim=1)
+    for segment in [*heads.tolist(), *plan.segments.tolist()]:
+        first, n_pages = segment[2], segment[3]
+        places = records[first : first + n_pages][:FIRST_PAGES] or [0]
+        assert segment[FIELDS:] == places + places[-1:] * (FIRST_PAGES - len(places))
 
 
 rows = st.lists(st.lists(st.integers(0, 40), min_size=2, max_size=2), min_size=1, max_size=9)

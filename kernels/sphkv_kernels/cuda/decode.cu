@@ -127,9 +127,10 @@ static __device__ __forceinline__ void merge_parts(const Params& p, const Segmen
 #pragma unroll 1
   for (int first = 0; first < segment.n_parts; first += WEIGHT_PARTS) {
     const int count = min(WEIGHT_PARTS, segment.n_parts - first);
-    for (int i = threadIdx.x; i < count * HEADS; i += N_THREADS)
-      states[i] = {load_l2_4(global_states + (first * HEADS + i) * 2),
-                   load_l2_4(global_states + (first * HEADS + i) * 2 + 1)};
+    for (int i = threadIdx.x; i < count * HEADS; i += N_THREADS) {
+      const float2 state = load_l2_8(global_states + (first * HEADS + i) * 2);
+      states[i] = {state.x, state.y};
+    }
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < OWNED; ++k) {
@@ -213,14 +214,32 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
 }
 #endif
 
+// Into L2, before anything waits for it: what this warp reads of its first tile of a segment, and its
+// record. `pages`: where the segment's first pages lie. Not more: what is asked for first comes first.
+static __device__ __forceinline__ void prefetch_first_tile(const Params& p, int first_page, int n_pages,
+                                                           const u32* pages, u32 warp, const Lane& lane) {
+  const int unit = TILE_UNITS * int(warp), page = unit >> p.page_units_log2, known = min(n_pages, FIRST_PAGES);
+  if (page >= known) return;
+  // A tile of pages of 16 tokens has two; tiles that share a page take 4 KB of it each.
+  const u32 place = pages[SMALL_PAGES ? min(page + int(lane.index) / 16, known - 1) : page];
+  const u32 inside = unit & ((1 << p.page_units_log2) - 1);
+  const u32 line = SMALL_PAGES ? lane.index % 16 : lane.index + 32 * inside / TILE_UNITS;
+  prefetch_line(p.pool + u64(place) * 16 + line * 128);
+  if (lane.index == 0) prefetch_line(reinterpret_cast<const u8*>(p.records + first_page + page));
+#if POSITION_GROUPS
+  const int* where = POSITION_RUNS ? p.first_positions : p.entries;
+  if (lane.index == 1) prefetch_line(reinterpret_cast<const u8*>(where + first_page + page));
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __grid_constant__ Params p) {
   u32 base;
   asm("mov.u32 %0, shared_memory;" : "=r"(base));
   if (base != SHARED_BASE) __trap();
   const u32 warp = threadIdx.x / 32;
   const Lane lane = lane_of_thread();
-  // Tables, the block's first segment, its query and the lines that each warp reads first are under
-  // way together: what waits here is a third of a short decode.
+  // Tables, the block's first segment, its query and what each warp reads first are under way together:
+  // what waits here is a third of a short decode.
   const TableRows rows = load_tables(p);
 #if TABLE_HEADS
   const BookRows book = load_book(p);
@@ -228,17 +247,13 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   const int4* head = reinterpret_cast<const int4*>(p.heads + blockIdx.x * HEAD_INTS);
   const int4 a = __ldg(head), b = __ldg(head + 1), rest = __ldg(head + 2);
   Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  const int first_unit = int(warp) * TILE_UNITS;
-  const bool has_pages = first_unit < segment.n_pages << p.page_units_log2;
-  uint2 record = make_uint2(0, 0);
-  if (has_pages) record = __ldg(p.records + segment.first_page + (first_unit >> p.page_units_log2));
+  prefetch_first_tile(p, segment.first_page, segment.n_pages, reinterpret_cast<const u32*>(head + 3), warp, lane);
   Query query;
   load_query(query, p, segment.row, lane);
   store_tables(rows);
 #if TABLE_HEADS
   store_book(book);
 #endif
-  if (has_pages) prefetch_line(p.pool + u64(record.x) * 16 + lane.index * 128);
   State state;
   float offset[GROUP_TILES][2];
   reset(state);
@@ -254,8 +269,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
 #endif
 #if LISTED_SEGMENTS
   // Many segments follow in a mixed cache: each would begin with a detour to memory.
+  constexpr int SEGMENT_WORDS = SEGMENT_INTS / 4;
   int4* listed = reinterpret_cast<int4*>(shared_memory + SEGMENTS_OFFSET);
-  for (int i = threadIdx.x; i < 2 * min(rest.y - rest.x, LISTED_SEGMENTS); i += N_THREADS)
+  for (int i = threadIdx.x; i < SEGMENT_WORDS * min(rest.y - rest.x, LISTED_SEGMENTS); i += N_THREADS)
     listed[i] = __ldg(reinterpret_cast<const int4*>(p.segments + rest.x * SEGMENT_INTS) + i);
   int turn = 0;  // which warp takes a segment's first tile: the one after the last of the segment before
 #endif
@@ -264,14 +280,16 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
 #pragma unroll 1
   while (true) {
 #if LISTED_SEGMENTS
-    // The next segment's records come to L2 while this one is worked on.
-    if (lane.index == 0 && next < rest.y && next - rest.x < LISTED_SEGMENTS) {
-      const int4 then = listed[2 * (next - rest.x)];
-      if (int(warp) < then.w) prefetch_line(reinterpret_cast<const u8*>(p.records + then.z + warp));
+    const int n_tiles = ((segment.n_pages << p.page_units_log2) + TILE_UNITS - 1) / TILE_UNITS;
+    const int then_turn = segment.flags & LAST ? 0 : (turn + n_tiles) % N_WARPS;
+    // The next segment begins to come while this one is worked on.
+    if (next < rest.y && next - rest.x < LISTED_SEGMENTS) {
+      const int4* then = listed + SEGMENT_WORDS * (next - rest.x);
+      prefetch_first_tile(p, then->z, then->w, reinterpret_cast<const u32*>(then + 2),
+                          (warp + N_WARPS - then_turn) % N_WARPS, lane);
     }
     run_tier(state, segment, p, lane, (warp + N_WARPS - turn) % N_WARPS, offset);
-    const int n_tiles = ((segment.n_pages << p.page_units_log2) + TILE_UNITS - 1) / TILE_UNITS;
-    turn = segment.flags & LAST ? 0 : (turn + n_tiles) % N_WARPS;
+    turn = then_turn;
 #else
     run_tier(state, segment, p, lane, warp, offset);
 #endif
@@ -283,8 +301,8 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
     const int4* words = reinterpret_cast<const int4*>(p.segments + next * SEGMENT_INTS);
 #if LISTED_SEGMENTS
     const int place = next - rest.x;
-    const int4 c = place < LISTED_SEGMENTS ? listed[2 * place] : __ldg(words);
-    const int4 e = place < LISTED_SEGMENTS ? listed[2 * place + 1] : __ldg(words + 1);
+    const int4 c = place < LISTED_SEGMENTS ? listed[SEGMENT_WORDS * place] : __ldg(words);
+    const int4 e = place < LISTED_SEGMENTS ? listed[SEGMENT_WORDS * place + 1] : __ldg(words + 1);
 #else
     const int4 c = __ldg(words), e = __ldg(words + 1);
 #endif

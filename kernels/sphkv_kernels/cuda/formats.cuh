@@ -154,6 +154,7 @@ struct PairHalf {
       codes.load(from.plane[0] + offset);
       upper.load(from.plane[0] + offset + Plane<4>::BYTES);
     }
+    __device__ __forceinline__ void load_norms(const From&, u64) {}
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); upper.clear(slot); }
   };
   static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,
@@ -187,8 +188,8 @@ struct PairSwap {
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);
       upper.load(from.plane[1] + offset);
-      norms.load(from.plane[2] + offset);
     }
+    __device__ __forceinline__ void load_norms(const From& from, u64 offset) { norms.load(from.plane[2] + offset); }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); upper.clear(slot); }
   };
   static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,
@@ -252,8 +253,8 @@ struct PairNine {
       codes.load(from.plane[0] + offset);
       low.load(from.plane[1] + offset);
       high.load(from.plane[2] + offset);
-      norms.load(from.plane[3] + offset);
     }
+    __device__ __forceinline__ void load_norms(const From& from, u64 offset) { norms.load(from.plane[3] + offset); }
     __device__ __forceinline__ void clear(int slot) {
       codes.clear(slot); low.clear(slot); high.clear(slot);
     }
@@ -308,8 +309,8 @@ struct Single {
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       low.load(from.plane[0] + offset);
       high.load(from.plane[0] + offset + Plane<4>::BYTES);
-      norms.load(from.plane[1] + offset);
     }
+    __device__ __forceinline__ void load_norms(const From& from, u64 offset) { norms.load(from.plane[1] + offset); }
     __device__ __forceinline__ void clear(int slot) { low.clear(slot); high.clear(slot); }
   };
   static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,
@@ -361,8 +362,8 @@ struct Quad {
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);
       upper.load(from.plane[1] + offset);
-      norms.load(from.plane[2] + offset);
     }
+    __device__ __forceinline__ void load_norms(const From& from, u64 offset) { norms.load(from.plane[2] + offset); }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); upper.clear(slot); }
   };
   static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,
@@ -389,8 +390,8 @@ struct QuadSpread {
     }
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);
-      norms.load(from.plane[1] + offset);
     }
+    __device__ __forceinline__ void load_norms(const From& from, u64 offset) { norms.load(from.plane[1] + offset); }
     __device__ __forceinline__ void clear(int slot) { codes.clear(slot); }
   };
   static __device__ __forceinline__ void decode(u32 (&f)[8], const Raw& raw, int slot,

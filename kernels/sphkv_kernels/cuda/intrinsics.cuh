@@ -128,31 +128,35 @@ static __device__ __forceinline__ void mma_16x8x8(float (&c)[4], u32 a0, u32 a1,
       : "r"(a0), "r"(a1), "r"(b0));
 }
 
-// Streamed once: not kept in L1.
+// Streamed once: not kept in L1. Not through the read-only path, whose loads know no order.
 static __device__ __forceinline__ uint4 load_stream16(const u8* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 
 static __device__ __forceinline__ uint2 load_stream8(const u8* p) {
   uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
 static __device__ __forceinline__ u32 load_stream4(const u8* p) {
   u32 v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 
 static __device__ __forceinline__ u32 load_stream2(const u8* p) {
   u16 v;
-  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
 }
+
+// Loads before it are issued before anything after it: left alone, the assembler issues them when registers
+// are free, which is late.
+static __device__ __forceinline__ void loads_first() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 
 static __device__ __forceinline__ void prefetch_line(const u8* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -166,8 +170,8 @@ static __device__ __forceinline__ float4 load_l2_16(const float4* p) {
   return v;
 }
 
-static __device__ __forceinline__ float load_l2_4(const float* p) {
-  float v;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+static __device__ __forceinline__ float2 load_l2_8(const float* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }

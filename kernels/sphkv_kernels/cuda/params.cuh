@@ -5,8 +5,8 @@ struct Params {
   const uint2* records;     // per page: (byte offset / 16, live tokens)
   const int* entries;       // per page: its entry in the page table (logits, positions)
   const int* first_positions;  // per page: the position of its first token (runs of tokens), or null
-  const int* heads;         // per block HEAD_INTS: its first segment, then the range of the others
-  const int* segments;      // SEGMENT_INTS per further segment
+  const int* heads;         // per block HEAD_INTS: its first segment, the range of the others, pages
+  const int* segments;      // SEGMENT_INTS per further segment: the segment, pages
   const uint2* tables;      // compact table rows, one after the other
   const void* query;        // (n_sequences, n_q_heads, head_dim)
   const float* offset;      // (n_sequences, n_q_heads) or null: added to every logit
@@ -38,7 +38,8 @@ struct Params {
 };
 
 // One segment: pages of one tier of one (sequence, KV head), worked on by one block.
-constexpr int SEGMENT_INTS = 8, HEAD_INTS = 12;
+// With both goes where the first FIRST_PAGES pages lie (byte offset / 16), the last one repeated.
+constexpr int FIRST_PAGES = 24, SEGMENT_INTS = 8 + FIRST_PAGES, HEAD_INTS = 12 + FIRST_PAGES;
 struct Segment {
   int row;          // sequence * n_kv_heads + kv_head
   int tier;

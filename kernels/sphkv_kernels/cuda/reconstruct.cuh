@@ -18,6 +18,7 @@ static __device__ __forceinline__ void write_unit(const u8* unit, u16* rows, int
                                                   uint2 radii) {
   typename F::Raw raw;
   raw.load(F::Raw::sources(unit, lane), 0);
+  raw.load_norms(F::Raw::sources(unit, lane), 0);
 #pragma unroll
   for (int slot = 0; slot < LANE_BLOCKS; ++slot) {
     int token = lane.g + 8 * (slot % 2), block = 4 * (slot / 2) + lane.t;

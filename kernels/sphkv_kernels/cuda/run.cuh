@@ -163,18 +163,28 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   ValueFrom value_from;
   if constexpr (SAME<typename K::Raw, typename V::Raw>) value_from = key_from;
   else value_from = V::Raw::sources(p.pool, lane).kept();
-  auto load_keys = [&](typename K::Raw (&key)[TILE_UNITS], const Place& place) {
-#pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u)
-      key[u].load(key_from, u64(place.key[SMALL_PAGES ? u : 0]) * 16 + (SMALL_PAGES ? 0 : u * K::UNIT_BYTES));
+  auto key_place = [](const Place& place, int u) {
+    return u64(place.key[SMALL_PAGES ? u : 0]) * 16 + (SMALL_PAGES ? 0 : u * K::UNIT_BYTES);
   };
-  auto load_values = [&](typename V::Raw (&value)[TILE_UNITS], const Place& place) {
+  auto value_place = [](const Place& place, int u) {
+    return u64(place.value[SMALL_PAGES ? u : 0]) * 16 + (SMALL_PAGES ? 0 : u * V::UNIT_BYTES);
+  };
+  typename K::Raw key[TILE_UNITS];
+  typename V::Raw value[TILE_UNITS];
+  // With the keys come the norms of the values: asked for with the values, they were given a scoreboard
+  // that lookups of keys wait for.
+  auto load_keys = [&](const Place& place) {
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; ++u)
-      value[u].load(value_from, u64(place.value[SMALL_PAGES ? u : 0]) * 16 + (SMALL_PAGES ? 0 : u * V::UNIT_BYTES));
+    for (int u = 0; u < TILE_UNITS; ++u) {
+      key[u].load(key_from, key_place(place, u));
+      key[u].load_norms(key_from, key_place(place, u));
+#if !LOGITS
+      value[u].load_norms(value_from, value_place(place, u));
+#endif
+    }
   };
 #if PREFETCH
-  // Into L2 long before the loads: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
+  // Into L2 as soon as this tile's keys are there: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
   const u32 line = lane.index & 7, second = (lane.index >> 3) & 1;
   const bool of_key = lane.index < 16;
   const bool prefetches = int(line) * 128 < (of_key ? K::UNIT_BYTES : V::UNIT_BYTES) && second < TILE_UNITS;
@@ -234,8 +244,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #if POSITION_GROUPS
   find_positions(tile, entries_of(tile));
 #endif
-  typename K::Raw key[TILE_UNITS];
-  load_keys(key, place);
+  load_keys(place);
   int next = tile + N_WARPS;
   Records ahead = records_of(min(next, n_tiles - 1));
   Entries entries_ahead = entries_of(min(next, n_tiles - 1));
@@ -245,10 +254,13 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 
   while (true) {
     const bool more = next < n_tiles;
+#if PREFETCH
+    if (more) prefetch(next, ahead);
+#endif
     auto load_next = [&] {
       if (!more) return;
       place = place_of(next, ahead);
-      load_keys(key, place);
+      load_keys(place);
       ahead = records_of(min(next + N_WARPS, n_tiles - 1));
 #if POSITION_GROUPS
       find_positions(next, entries_ahead);
@@ -259,8 +271,9 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     // The values of this tile arrive while its keys are decoded; the keys of the next tile, asked for
     // once the first values are in use, while the other values are. Never both at a time: the
     // assembler gives all loads of the loop one scoreboard, so waiting for one is waiting for all.
-    typename V::Raw value[TILE_UNITS];
-    load_values(value, place);
+#pragma unroll
+    for (int u = 0; u < TILE_UNITS; ++u) value[u].load(value_from, value_place(place, u));
+    loads_first();
 #endif
     Tile<TILE_UNITS> scores;
 #pragma unroll
@@ -366,9 +379,6 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #endif
 #endif
     if (!more) break;
-#if PREFETCH
-    if (next + N_WARPS < n_tiles) prefetch(next + N_WARPS, ahead);
-#endif
     tile = next;
     next += N_WARPS;
   }
