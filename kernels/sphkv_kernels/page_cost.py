@@ -1,16 +1,22 @@
 """How long a page keeps a block busy, in bytes at the read rate: what the planner cuts into shares.
 
-    cost = max(MEMORY_FACTOR bytes, BYTES_PER_INSTRUCTION loop instructions)     a spherical tier
-    cost = ROW_FACTOR bytes                                                      int8 and dense
+    cost = BYTES_PER_INSTRUCTION loop instructions     a spherical tier
+    cost = ROW_FACTOR bytes                            int8 and dense
+    cost >= MEMORY_FACTOR bytes                        where memory binds all pages together
 
-A code of few bits is bound by its instructions, not by its bytes: measured on one H100, a tile of
-32 tokens takes 0.22 ns times the instructions of its loop (`decode_cost`) in a block of 12 warps
-(0.216 for 4/3/3/3 r3 and 3/1/1/1, 0.222 for 3/2/2/2, 0.24 for 4/2/2/2 r2), while a block reads
-23.4 kB/us. Equal bytes left the slowest block of a cache of four tiers 25 % behind the mean.
+A block reads 23.4 kB/us where memory binds. A code of few bits is bound by its instructions, not by
+its bytes, and beside such pages one of many bytes has memory enough and is bound by its
+instructions too. Measured by clock stamps of every block on one H100, mixed caches of 3/2/2/2 r2,
+4/2/2/2 r2, 4/2/2/2 fp16 and int8: a page of 32 tokens takes 0.137, 0.172, 0.145 and 0.366 us. With
+the costs of each tier alone, the slowest block was 9 to 12 % behind the mean.
 Source: ours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
 
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
@@ -18,27 +24,32 @@ from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode_cost import LOOP_INSTRUCTIONS, LOOP_TOKENS
 from sphkv_kernels.tier import RegionFormat
 
-BYTES_PER_INSTRUCTION = 5.2
+BYTES_PER_INSTRUCTION = 4.65
 MEMORY_FACTOR = 1.09
-"""4/2/2/2 fp16, bound by memory, reaches 92 % of the read rate."""
-ROW_FACTOR = 1.25
-"""int8 reaches 80 %."""
+"""4/2/2/2 fp16 alone, bound by memory, reaches 92 % of the read rate."""
+ROW_FACTOR = 1.04
 COMPACT_LOOP: dict[int, int] = {64: 686, 128: 879, 256: 1555}
 """Instructions of 4/2/2/2 r2 where other codes' tables leave no room for its wide ones."""
 
 
-def page_costs(cache: PagedCache) -> tuple[int, ...]:
-    """Cost of one page of every tier of the cache, in bytes at the read rate."""
-    shares_tables = sum(tier.kind == "spherical" for tier in cache.tiers) > 1
-    costs = []
-    for tier, n_bytes in zip(cache.tiers, cache.tier_page_bytes(), strict=True):
-        loops = [_loop(region, shares_tables) for region in (tier.key_format, tier.value_format)]
+def page_costs(cache: PagedCache, n_pages: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    """Cost of one page of every tier of the cache, which holds n_pages of each, and whether memory
+    binds."""
+    used = [
+        tier.kind == "spherical" and n > 0 for tier, n in zip(cache.tiers, n_pages, strict=True)
+    ]
+    sizes, costs = cache.tier_page_bytes(), []
+    for tier, n_bytes in zip(cache.tiers, sizes, strict=True):
+        loops = [_loop(region, sum(used) > 1) for region in (tier.key_format, tier.value_format)]
         if None in loops:
             costs.append(ROW_FACTOR * n_bytes)
         else:
             instructions = sum(loop or 0 for loop in loops) / 2 * cache.page_size / LOOP_TOKENS
-            costs.append(max(MEMORY_FACTOR * n_bytes, BYTES_PER_INSTRUCTION * instructions))
-    return tuple(round(cost) for cost in costs)
+            costs.append(BYTES_PER_INSTRUCTION * instructions)
+    memory_binds = bool(np.dot(n_pages, sizes) > np.dot(n_pages, costs))
+    if memory_binds:
+        costs = [max(c, MEMORY_FACTOR * n_bytes) for c, n_bytes in zip(costs, sizes, strict=True)]
+    return tuple(round(cost) for cost in costs), memory_binds
 
 
 def _loop(region: RegionFormat, shares_tables: bool) -> int | None:

@@ -1,16 +1,12 @@
-"""Cutting a cache's pages into equal shares of time, one per block of a persistent grid.
+"""Work of every block of a persistent grid: which pages of which rows, and where it finds them.
 
-    share = total cost / n_blocks;   a segment = pages of one tier of one (sequence, KV head)
-
-The cost of a page is its time in a block (`page_cost`), in bytes at the read rate.
+    a part = pages of one (sequence, KV head) in one block;   a segment = those of one tier
 
 Pages of a (sequence, KV head), a row, are sorted by tier, laid end to end with all the others, and
-cut every `share`, at page boundaries, or at the ends of rows where that makes the slowest
-block faster (it saves a block a second start and merge). A row cut into several parts is merged
-inside the launch by the block that arrives last. The plan depends on the page table and the grid
-only: it is made once and serves every decode step until pages are added (the tail grows without a
-new plan).
-Source: ours; the equal cut after FlashInfer's planner (arXiv 2501.01005).
+cut (`page_cut`). A row cut into several parts is merged inside the launch by the block that arrives
+last. The plan depends on the page table and the grid only: it is made once and serves every decode
+step until pages are added (the tail grows without a new plan).
+Source: ours.
 """
 
 from __future__ import annotations
@@ -24,19 +20,13 @@ from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.page_cost import page_costs
+from sphkv_kernels.page_cut import WORTH_SPLITTING, WORTH_SPLITTING_BY_MEMORY, assign_blocks
 from sphkv_kernels.tier import PageError
 
 FIRST, LAST, TAIL = 1, 2, 4
 FIELDS, FIRST_PAGES = 8, 24
 SEGMENT_INTS, HEAD_INTS = FIELDS + FIRST_PAGES, FIELDS + 4 + FIRST_PAGES
 """Of `Segment` in params.cuh, and pages whose places come with it (two tiles of 12 warps)."""
-PART_BYTES = 150_000
-"""What a block could read while it starts and ends one part (6 to 7 us at 23 GB/s, measured)."""
-SEGMENT_BYTES = 50_000
-"""Likewise for one more tier: its first loads have nothing to hide behind."""
-WORTH_SPLITTING = 0.9
-"""A cut across rows must promise this much: where memory is the limit, idle blocks cost nothing
-(measured: 128 aligned blocks 189 us, 132 unaligned ones 201 us, at 4 x 8 x 131072 x 8)."""
 MAX_OFFSET = 16 * (1 << 32)
 Ints = npt.NDArray[np.int64]
 
@@ -50,9 +40,9 @@ class DecodePlan:
     position of its first token, None unless the tokens of every page follow one another; heads
     (n_blocks, HEAD_INTS) int32: the first segment of every block and the range of its others in
     segments (n, SEGMENT_INTS) int32, each with the places of its first pages; n_parts: partial
-    results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers that occur, which segments number from 0 (a kernel is built for
-    these alone); tier_costs: cost of all pages of each of them; n_starts: how many times a block
-    begins a row.
+    results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers
+    that occur, which segments number from 0 (a kernel is built for these alone); tier_costs: cost
+    of all pages of each of them; n_starts: how many times a block begins a row.
     """
 
     records: Tensor
@@ -98,9 +88,12 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     offsets = table.offsets.cpu().numpy()[order] // 16
     used = np.unique(tiers[kept])
     page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
-    costs = np.asarray(page_costs(cache), dtype=np.int64)[tiers[order]]
+    n_pages = np.bincount(tiers[order], minlength=len(cache.tiers))
+    cost_of_tier, memory_binds = page_costs(cache, n_pages.tolist())
+    costs = np.asarray(cost_of_tier, dtype=np.int64)[tiers[order]]
+    worth = WORTH_SPLITTING_BY_MEMORY if memory_binds else WORTH_SPLITTING
     segments, block_starts, n_parts = _cut(
-        rows[order], np.searchsorted(used, tiers[order]), costs, n_rows, n_blocks
+        rows[order], np.searchsorted(used, tiers[order]), costs, n_rows, n_blocks, worth
     )
     heads, others = _split_heads(segments, _first_pages(segments, offsets), block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
@@ -144,86 +137,15 @@ def first_positions(cache: PagedCache, entries: Tensor) -> Tensor | None:
     return first & 0xFFFF if stored.dtype == torch.int16 else first.contiguous()
 
 
-def _assign_blocks(rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int) -> Ints:
-    """(n_pages): the block of every page, non-decreasing.
-
-    The best of two cuts by the time of the slowest block, where a part of a row costs as much as
-    PART_BYTES and a segment as SEGMENT_BYTES: equal shares whatever row they belong to, and shares
-    that never mix rows (or, with more rows than blocks, never split one).
-    """
-    if not rows.size:
-        return np.zeros(0, dtype=np.int64)
-    new_row = np.r_[True, np.diff(rows) != 0]
-    new_tier = new_row | np.r_[True, np.diff(tiers) != 0]
-    cost = page_cost + PART_BYTES * new_row + SEGMENT_BYTES * new_tier
-    # A page belongs to the block in whose share its middle lies.
-    middle = np.cumsum(cost) - page_cost / 2
-    equal = (middle * n_blocks / int(cost.sum())).astype(np.int64)
-    if n_rows <= n_blocks:  # every part costs the same beside its bytes
-        row_cost = np.zeros(n_rows)
-        np.add.at(row_cost, rows, page_cost)
-        parts = _parts_of_rows(row_cost, n_blocks)
-        before = np.cumsum(row_cost) - row_cost
-        inside = np.cumsum(page_cost) - page_cost / 2 - before[rows]
-        share = (inside * parts[rows] / row_cost[rows]).astype(np.int64)
-        aligned = (np.cumsum(parts) - parts)[rows] + share
-    else:
-        row_cost = np.zeros(n_rows)
-        np.add.at(row_cost, rows, cost)
-        aligned = _pack_rows(row_cost, n_blocks)[rows]
-    costs = [_slowest(block, rows, tiers, page_cost) for block in (aligned, equal)]
-    return equal if costs[1] < WORTH_SPLITTING * costs[0] else aligned
-
-
-def _slowest(block: Ints, rows: Ints, tiers: Ints, page_cost: Ints) -> float:
-    """Bytes of the slowest block, its parts and segments included."""
-    new_part = np.r_[True, (np.diff(block) != 0) | (np.diff(rows) != 0)]
-    new_segment = new_part | np.r_[True, np.diff(tiers) != 0]
-    cost = page_cost + PART_BYTES * new_part + SEGMENT_BYTES * new_segment
-    return float(np.bincount(block, weights=cost).max())
-
-
-def _parts_of_rows(row_cost: npt.NDArray[np.float64], n_blocks: int) -> Ints:
-    """Parts per row, n_blocks in all at most, such that the largest part is as small as can be."""
-    low, high = float(row_cost.sum()) / n_blocks, float(row_cost.max())
-    for _ in range(50):
-        share = (low + high) / 2
-        if np.maximum(np.ceil(row_cost / share), 1).sum() <= n_blocks:
-            high = share
-        else:
-            low = share
-    return np.maximum(np.ceil(row_cost / high), 1).astype(np.int64)
-
-
-def _pack_rows(row_cost: npt.NDArray[np.float64], n_blocks: int) -> Ints:
-    """Block of every row, rows in order and whole, the fullest block as small as can be."""
-    ends = np.cumsum(row_cost)
-
-    def starts_of(share: float) -> list[int]:
-        starts = [0]
-        while starts[-1] < row_cost.size and len(starts) <= n_blocks:
-            done = ends[starts[-1] - 1] if starts[-1] else 0.0
-            starts.append(max(int(np.searchsorted(ends, done + share, "right")), starts[-1] + 1))
-        return starts
-
-    low, high = float(ends[-1]) / n_blocks, float(ends[-1])
-    for _ in range(40):
-        share = (low + high) / 2
-        starts = starts_of(share)
-        low, high = (low, share) if starts[-1] >= row_cost.size else (share, high)
-    starts = starts_of(high)
-    return np.searchsorted(np.array(starts[1:]), np.arange(row_cost.size), "right")
-
-
 def _cut(
-    rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int
+    rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int, worth: float
 ) -> tuple[Ints, Ints, int]:
     """``(segments (n, 8), block_starts (n_blocks + 1), n_parts)`` of pages sorted by (row, tier).
 
     Rows without a page still get a segment: its tail, or an empty result, has to be written.
     """
     n_pages = rows.size
-    block = _assign_blocks(rows, tiers, page_cost, n_rows, n_blocks)
+    block = assign_blocks(rows, tiers, page_cost, n_rows, n_blocks, worth)
     key = np.stack([block, rows, tiers]) if n_pages else np.zeros((3, 0), dtype=np.int64)
     starts = (
         np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])
@@ -279,7 +201,8 @@ def _first_pages(segments: Ints, offsets: Ints) -> npt.NDArray[np.int32]:
     first, count = segments[:, 2], segments[:, 3]
     inside = np.minimum(np.arange(FIRST_PAGES), np.maximum(count, 1)[:, None] - 1)
     places = np.append(offsets, 0)[np.where(count, first, offsets.size)[:, None] + inside]
-    return places.astype(np.uint32).view(np.int32)
+    as_stored: npt.NDArray[np.int32] = places.astype(np.uint32).view(np.int32)
+    return as_stored
 
 
 def _split_heads(

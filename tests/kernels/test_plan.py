@@ -162,7 +162,8 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
     )
     pool = torch.zeros(int(sizes.sum()), dtype=torch.uint8)
     cache = PagedCache(tiers, 32, 1, 1, 128, pool, table)
-    costs = page_costs(cache)
+    costs, memory_binds = page_costs(cache, counts)
+    assert not memory_binds and page_costs(cache, [600, 0, 0])[1]
     # A code of half the bytes is not half the time: its instructions bind it.
     assert costs[1] / costs[0] > 1.3 * page_bytes(tiers[1], 128, 32) / page_bytes(tiers[0], 128, 32)
     per_block = [
