@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-PART_COST = 200_000
-"""What a block could read while it starts and ends one part (8.6 us at 23.4 kB/us, measured)."""
-SEGMENT_COST = 25_000
-"""Likewise for one more tier (1.1 us): its first loads have nothing to hide behind."""
+PART_COST = 225_000
+"""What a block could read while it starts and ends one part more (9.6 us at 23.4 kB/us, measured
+as in `page_cost`)."""
+SEGMENT_COST = 23_000
+"""Likewise for one more tier (1.0 us): its first loads have nothing to hide behind."""
 WORTH_SPLITTING, WORTH_SPLITTING_BY_MEMORY = 0.98, 0.9
 """A cut across rows must promise this much. Where memory is the limit, idle blocks cost nothing
 (measured: 128 aligned blocks 189 us, 132 unaligned ones 201 us, at 4 x 8 x 131072 x 8)."""
