@@ -56,6 +56,8 @@ SHAPES = (
     Shape(8, 32, 8192, 1),
 )
 TWICE = Shape(4, 8, 262144, 8)
+PAIRS = ((4, False), (8, False), (16, False), (32, False), (4, True), (8, True), (16, True))
+"""RoPE pairs of a position term, and whether the tokens of a page leave gaps."""
 EVERY_SHAPE = ("4222-fp16", "4333-minifloat", "4222-r2", "3222-r2")
 
 
@@ -143,7 +145,7 @@ def position_cases() -> list[dict[str, Any]]:
     rows = []
     for shape in (SHAPES[0], SHAPES[1], SHAPES[3]):
         for name in EVERY_SHAPE:
-            for n_pairs, gaps in ((4, False), (8, False), (16, False), (4, True), (8, True)):
+            for n_pairs, gaps in PAIRS:
                 case = metadata_case(tier(name), shape, 32, n_pairs, SEED, gaps=gaps)
                 excess = case.with_term.median_us / case.latency.median_us - 1
                 rows.append({**asdict(case), "excess": excess})

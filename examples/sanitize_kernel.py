@@ -26,10 +26,11 @@ def main() -> None:
     tiers = (*map(TierFormat.spherical, codes), TierFormat.int8(), TierFormat.dense())
     generator = torch.Generator().manual_seed(42)
     pages = torch.randint(-1, 4, (3, 2, 11), generator=generator)
-    cache = with_positions(tiled_cache(tiers, pages, 32, 2, 128, n_distinct=8), 352)
-    term = random_term(cache, 4, 6, seed=42)
+    plain = tiled_cache(tiers, pages, 32, 2, 128, n_distinct=8)
+    term = random_term(plain, 4, 6, seed=42)
     query = torch.randn(3, 8, 128, generator=generator).cuda()
-    for n_blocks in (3, 40):
+    for n_blocks, gaps in ((3, False), (40, True)):
+        cache = with_positions(plain, 352, gaps=gaps)
         attention_plan = plan(cache, 4, n_blocks=n_blocks)
         for _ in range(2):
             result = ada_decode(query, cache, 0.09, plan=attention_plan)
