@@ -30,11 +30,10 @@ LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
 }
 """By scheme and head_dim, NVRTC 13 for sm_90."""
 
-POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
+POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.054, 8: 0.088, 16: 0.276, 32: 0.547}
 """By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit
-radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, before runs of tokens were told apart.
-Today's kernel: 0.12 and 0.23 for 4 and 8 pairs where tokens leave gaps, 0.09, 0.16 and 0.38 for 4,
-8 and 16 where they follow one another: the cost of many pairs is overrated for a uniform code."""
+radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, tokens of a page following one another, as
+those of an allocation do. With gaps it would be 0.124, 0.186 and 0.498 for 4, 8 and 16 pairs."""
 
 
 def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:
