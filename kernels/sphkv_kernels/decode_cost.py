@@ -30,10 +30,11 @@ LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
 }
 """By scheme and head_dim, NVRTC 13 for sm_90."""
 
-POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.054, 8: 0.088, 16: 0.276, 32: 0.547}
+POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
 """By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit
-radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, tokens of a page following one another, as
-those of an allocation do. With gaps it would be 0.124, 0.186 and 0.498 for 4, 8 and 16 pairs."""
+radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, an earlier kernel. Today's kernel takes
+0.12, 0.19 and 0.50 for 4, 8 and 16 pairs where the tokens of a page leave gaps, as those of an
+allocation do, and 0.05, 0.09, 0.28 and 0.55 for 4 to 32 where they follow one another."""
 
 
 def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:

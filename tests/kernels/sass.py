@@ -11,15 +11,38 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """scoreboard: the one that says when its result is there, or None; waits_for: a bit for each.
+
+    Where the control bits of Volta and later lie: Jia et al. (arXiv 1804.06826), and they have not
+    moved since.
+    """
+
+    text: str
+    scoreboard: int | None
+    waits_for: int
+
+    @staticmethod
+    def of(text: str, low: int, high: int) -> Instruction:
+        """From the disassembly and the two words of the encoding."""
+        word = high << 64 | low
+        scoreboard = word >> 110 & 7
+        return Instruction(text, None if scoreboard == 7 else scoreboard, word >> 116 & 63)
+
+
+@dataclass(frozen=True)
 class LoopStatistics:
     """The innermost loop that holds matrix products and table lookups.
 
     instructions: opcode -> count over the whole loop, rare branches (partial pages, a raised
-    softmax level) included; local_memory: loads and stores of spilled registers in it.
+    softmax level) included; local_memory: loads and stores of spilled registers in it;
+    load_distance: the fewest instructions between a load from global memory and the first that
+    waits for the load's scoreboard, be it for that load or for another that was given the same.
     """
 
     instructions: Counter[str]
     local_memory: int
+    load_distance: int
 
     @property
     def total(self) -> int:
@@ -33,10 +56,11 @@ def disassembler(name: str) -> Path | None:
 
 
 def disassemble(cubin: Path) -> list[str]:
-    """Lines of SASS."""
+    """Lines of SASS, each followed by the rest of its encoding."""
     tool = disassembler("nvdisasm")
     assert tool is not None
-    result = subprocess.run([str(tool), "-c", str(cubin)], capture_output=True, text=True)
+    command = [str(tool), "-c", "-hex", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -52,24 +76,46 @@ def registers_of(cubin: Path) -> int:
 
 def decode_loop(lines: list[str]) -> LoopStatistics:
     """The shortest backward branch over at least 24 HMMA and 20 eight-byte lookups."""
-    labels: dict[str, int] = {}
-    code: list[str] = []
-    for line in lines:
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(code)
-        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if instruction:
-            code.append(instruction[1])
-    best: list[str] | None = None
-    for index, text in enumerate(code):
-        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
+    code, labels = _parse(lines)
+    best: list[Instruction] | None = None
+    for index, instruction in enumerate(code):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction.text)
         if not target or labels.get(target[1], index) >= index:
             continue
         body = code[labels[target[1]] : index + 1]
-        is_decode = sum("HMMA" in x for x in body) >= 24 and sum("LDS.64" in x for x in body) >= 20
+        texts = [x.text for x in body]
+        is_decode = (
+            sum("HMMA" in x for x in texts) >= 24 and sum("LDS.64" in x for x in texts) >= 20
+        )
         if is_decode and (best is None or len(body) < len(best)):
             best = body
     assert best is not None, "no decode loop found"
-    names = Counter(re.sub(r"^@!?U?P\d+\s+", "", x).split()[0].split(".")[0] for x in best)
-    return LoopStatistics(names, names["LDL"] + names["STL"])
+    names = Counter(re.sub(r"^@!?U?P\d+\s+", "", x.text).split()[0].split(".")[0] for x in best)
+    return LoopStatistics(names, names["LDL"] + names["STL"], _load_distance(best))
+
+
+def _parse(lines: list[str]) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions, and which one a label stands before."""
+    labels: dict[str, int] = {}
+    code: list[Instruction] = []
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(code)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);\s*/\* 0x([0-9a-f]{16}) \*/", line)
+        if found:
+            high = re.search(r"/\* 0x([0-9a-f]{16}) \*/", after)
+            assert high is not None, after
+            code.append(Instruction.of(found[1], int(found[2], 16), int(high[1], 16)))
+    return code, labels
+
+
+def _load_distance(loop: list[Instruction]) -> int:
+    least = len(loop)
+    for index, load in enumerate(loop):
+        if "LDG" not in load.text or load.scoreboard is None:
+            continue
+        for distance in range(1, least):
+            if loop[(index + distance) % len(loop)].waits_for >> load.scoreboard & 1:
+                least = distance
+    return least

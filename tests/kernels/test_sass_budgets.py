@@ -58,6 +58,8 @@ def test_decode_loop_keeps_its_budget(
     assert loop.instructions["HMUL2"] == products
     assert loop.instructions["HMMA"] == 48
     assert loop.total <= total
+    # A load is waited for a third of a tile later at the soonest: in L2 it is there by then.
+    assert loop.load_distance >= 150
 
 
 # (bits, radius), heads of the tables: half2 products and fused products, matrix products, all.
@@ -110,6 +112,7 @@ def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_
     assert loop.local_memory == 0
     assert registers <= 168
     assert loop.instructions["HMMA"] == 48 + (4 if groups == 1 else 6)
+    assert loop.load_distance >= 150
     assert loop.total <= 685 + more
 
 
