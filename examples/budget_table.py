@@ -19,12 +19,13 @@ JOINT = ("policy", "plan", "oracle", "joint")
 def lines_of(evaluation: Mapping[str, Any]) -> list[str]:
     """A line per budget, in order."""
     rows = {row["name"]: row for row in evaluation["rows"]}
-    names = [name for name in rows if name.startswith("policy, ")]
-    return [_line(evaluation["model"], name.partition(", ")[2], rows) for name in names]
+    # Rows of one budget alone do not name it.
+    suffixes = [name.removeprefix("policy") for name in rows if name.split(", ")[0] == "policy"]
+    return [_line(evaluation["model"], suffix, rows) for suffix in suffixes]
 
 
-def _line(model: str, budget: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    policy, plan = rows[f"policy, {budget}"], rows[f"plan, {budget}"]
+def _line(model: str, suffix: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    policy, plan = rows[f"policy{suffix}"], rows[f"plan{suffix}"]
     most = policy["coded_laid_out_rate"] * (1 + 1e-3)
     others = [
         row
@@ -33,7 +34,7 @@ def _line(model: str, budget: str, rows: Mapping[str, Mapping[str, Any]]) -> str
     ]
     kl, low, high = (policy["kl_geometric"][key] for key in ("mean", "low", "high"))
     cells = [
-        budget,
+        suffix.removeprefix(", ") or f"{policy['coded_laid_out_rate']:.3g}b",
         model,
         f"**{_kl(kl)}**" + ("" if low is None else f" [{_kl(low)}, {_kl(high)}]"),
         f"{policy['perplexity_ratio']['mean']:.3f}x",
@@ -43,7 +44,7 @@ def _line(model: str, budget: str, rows: Mapping[str, Mapping[str, Any]]) -> str
     if others:
         best = min(others, key=lambda row: float(row["kl_geometric"]["mean"]))
         of_best = best["kl_geometric"]["mean"]
-        name = best["name"].removesuffix(f", {budget}")
+        name = best["name"].removesuffix(suffix)
         cells.append(f"{_kl(of_best)} ({name}): {of_best / kl:.0f}x")
     else:
         cells.append("none fits")
