@@ -32,7 +32,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class LoopStatistics:
-    """The innermost loop that holds matrix products and table lookups.
+    """An innermost loop that holds matrix products and table lookups.
 
     instructions: opcode -> count over the whole loop, rare branches (partial pages, a raised
     softmax level) included; local_memory: loads and stores of spilled registers in it;
@@ -75,23 +75,35 @@ def registers_of(cubin: Path) -> int:
 
 
 def decode_loop(lines: list[str]) -> LoopStatistics:
-    """The shortest backward branch over at least 24 HMMA and 20 eight-byte lookups."""
+    """The shortest of `decode_loops`."""
+    return min(decode_loops(lines), key=lambda loop: loop.total)
+
+
+def decode_loops(lines: list[str]) -> list[LoopStatistics]:
+    """One for every code that the kernel decodes: the innermost loops over at least 24 HMMA and 20
+    eight-byte lookups."""
     code, labels = _parse(lines)
-    best: list[Instruction] | None = None
-    for index, instruction in enumerate(code):
+    spans: list[tuple[int, int]] = []
+    for end, instruction in enumerate(code):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction.text)
-        if not target or labels.get(target[1], index) >= index:
-            continue
-        body = code[labels[target[1]] : index + 1]
-        texts = [x.text for x in body]
+        start = labels.get(target[1], end) if target else end
+        texts = [x.text for x in code[start : end + 1]]
         is_decode = (
             sum("HMMA" in x for x in texts) >= 24 and sum("LDS.64" in x for x in texts) >= 20
         )
-        if is_decode and (best is None or len(body) < len(best)):
-            best = body
-    assert best is not None, "no decode loop found"
-    names = Counter(re.sub(r"^@!?U?P\d+\s+", "", x.text).split()[0].split(".")[0] for x in best)
-    return LoopStatistics(names, names["LDL"] + names["STL"], _load_distance(best))
+        if start < end and is_decode:
+            spans.append((start, end + 1))
+    inner: list[tuple[int, int]] = []  # an outer loop overlaps one of them
+    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        if all(end <= a or b <= start for a, b in inner):
+            inner.append((start, end))
+    assert inner, "no decode loop found"
+    return [_statistics(code[start:end]) for start, end in inner]
+
+
+def _statistics(loop: list[Instruction]) -> LoopStatistics:
+    names = Counter(re.sub(r"^@!?U?P\d+\s+", "", x.text).split()[0].split(".")[0] for x in loop)
+    return LoopStatistics(names, names["LDL"] + names["STL"], _load_distance(loop))
 
 
 def _parse(lines: list[str]) -> tuple[list[Instruction], dict[str, int]]:
@@ -111,11 +123,11 @@ def _parse(lines: list[str]) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _load_distance(loop: list[Instruction]) -> int:
-    least = len(loop)
+    distances = []
     for index, load in enumerate(loop):
         if "LDG" not in load.text or load.scoreboard is None:
             continue
-        for distance in range(1, least):
-            if loop[(index + distance) % len(loop)].waits_for >> load.scoreboard & 1:
-                least = distance
-    return least
+        after = (loop[index:] + loop[:index])[1:]
+        waits = [x.waits_for >> load.scoreboard & 1 for x in after]
+        distances.append(waits.index(1) + 1)  # a load that nothing waits for is an error
+    return min(distances)

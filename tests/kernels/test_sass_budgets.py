@@ -16,7 +16,14 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.build import compile_cubin
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.variant import Variant, kernel_source
-from tests.kernels.sass import LoopStatistics, decode_loop, disassemble, disassembler, registers_of
+from tests.kernels.sass import (
+    LoopStatistics,
+    decode_loop,
+    decode_loops,
+    disassemble,
+    disassembler,
+    registers_of,
+)
 
 needs_tools = pytest.mark.skipif(
     disassembler("nvdisasm") is None or disassembler("cuobjdump") is None,
@@ -58,7 +65,7 @@ def test_decode_loop_keeps_its_budget(
     assert loop.instructions["HMUL2"] == products
     assert loop.instructions["HMMA"] == 48
     assert loop.total <= total
-    # A load is waited for a third of a tile later at the soonest: in L2 it is there by then.
+    # A load is waited for a quarter of a tile later at the soonest: in L2 it is there by then.
     assert loop.load_distance >= 150
 
 
@@ -85,6 +92,7 @@ def test_scores_by_table_keep_their_budget(
     assert loop.instructions["HMUL2"] + loop.instructions["HFMA2"] == products
     assert loop.instructions["HMMA"] == matrix_products
     assert loop.total <= total
+    assert loop.load_distance >= 150
 
 
 @needs_tools
@@ -124,8 +132,14 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
         tier_of((4, 2, 2, 2), "lloyd_max:2"),
         tier_of((3, 2, 2, 2), "lloyd_max:2"),
     )
-    loop, _ = built(tmp_path, Variant(tiers, 128, 1), 90)
-    assert loop.local_memory == 0
+    source = kernel_source(Variant(tiers, 128, 1), 90)
+    cubin = tmp_path / "mixed.cubin"
+    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
+    loops = decode_loops(disassemble(cubin))
+    assert len(loops) == 2
+    for loop in loops:
+        assert loop.local_memory == 0
+        assert loop.load_distance >= 150
     source = kernel_source(Variant(tiers, 128, 1, logits=True, window=True), 90)
     assert compile_cubin(source.text, 90, folder=tmp_path)
 

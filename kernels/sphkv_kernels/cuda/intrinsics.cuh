@@ -162,6 +162,11 @@ static __device__ __forceinline__ void prefetch_line(const u8* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+// No branch: loads are not moved across one, nor the wait for an address before it.
+static __device__ __forceinline__ void prefetch_line_if(const u8* p, bool wanted) {
+  asm volatile("{.reg .pred w; setp.ne.u32 w, %1, 0; @w prefetch.global.L2 [%0];}" ::"l"(p), "r"(u32(wanted)));
+}
+
 // Written by other blocks of this launch: must come from L2.
 static __device__ __forceinline__ float4 load_l2_16(const float4* p) {
   float4 v;

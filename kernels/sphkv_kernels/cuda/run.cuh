@@ -191,10 +191,10 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   const u32 step = (of_key ? K::UNIT_BYTES : V::UNIT_BYTES) / 16;
   const u8* prefetched = p.pool + line * 128 + u64(of_key ? 0 : value_region) * 16 + (SMALL_PAGES ? 0 : second * step * 16);
   keep(prefetched);
-  auto prefetch = [&](int tile, const Records& found) {
+  auto prefetch = [&](int tile, const Records& found, bool wanted) {
     const u32 inside = SMALL_PAGES ? 0 : TILE_UNITS * tile & mask;
     const u32 page = SMALL_PAGES && second ? found.of[TILE_PAGES - 1].x : found.of[0].x;
-    if (prefetches) prefetch_line(prefetched + u64(page + inside * step) * 16);
+    prefetch_line_if(prefetched + u64(page + inside * step) * 16, wanted && prefetches);
   };
 #endif
 
@@ -255,7 +255,9 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   while (true) {
     const bool more = next < n_tiles;
 #if PREFETCH
-    if (more) prefetch(next, ahead);
+    // Waits for the record, which came with the keys: before the values are asked for, so that nothing
+    // that waits for either waits for them.
+    prefetch(next, ahead, more);
 #endif
     auto load_next = [&] {
       if (!more) return;
