@@ -58,7 +58,8 @@ class AttentionPlan:
     @property
     def position_bytes(self) -> int:
         """Bytes that tell a position term where the tokens are: of every page's first token where
-        the others follow it, else of all tokens."""
+        the others follow it (and the kernel has room for the features of runs), else of all
+        tokens."""
         read = self.work.first_positions
         read = self.cache.positions if read is None else read
         return 0 if read is None else read.numel() * read.element_size()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphkv_kernels.block_words import native_layout_of
-from sphkv_kernels.plan import SEGMENT_INTS
+from sphkv_kernels.plan import FIRST_PAGES, SEGMENT_INTS
 from sphkv_kernels.table_space import TableSpace
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.tier_dispatch import TABLE_HEAD_DIMS, TierDispatch
@@ -28,8 +28,9 @@ MAX_POSITION_GROUPS = 32
 COEFFICIENT_BYTES, FREQUENCY_BYTES, RUN_FEATURE_BYTES = 256, 32, 1024
 """Of a group of four RoPE pairs (`cuda/position.cuh`): per query tile, once, and for runs."""
 SEGMENT_BYTES = 4 * SEGMENT_INTS
-LISTED_SEGMENTS = 64
-"""Segments of a block that a kernel of several tiers keeps in shared memory."""
+LISTED_SEGMENTS = (64, 16)
+"""Segments of a block that a kernel of several tiers keeps in shared memory; the fewer where the
+more would leave no room for better tables."""
 WEIGHT_PARTS = 64
 SHARED_QUERY_BYTES = 4 * 1024 + 32
 """Fragments of one query tile at head_dim 128, the heads' scales, and the book."""
@@ -43,8 +44,8 @@ class Variant:
     tiers: in the order of the cache's tier indices; group_tiles: 1 for groups up to 8, 2 for 16;
     logits: writes logits instead of attention; window, softcap: support them; n_warps: per block;
     tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the
-    products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, two
-    tiles ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
+    products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, a
+    tile ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
     only); position_groups: groups of four RoPE pairs of a position term, 0 without one, a power of
     two; position_runs: the tokens of every page follow one another; position_bytes: of one stored
     position, 4 or 2; table_heads: 1 or 2 scores keys of groups of that size by tables made from the
@@ -73,6 +74,8 @@ class Variant:
             raise PageError(f"head_dim {self.head_dim}: the CUDA kernel has {SUPPORTED_HEAD_DIMS}")
         if self.group_tiles not in (1, 2):
             raise PageError("the CUDA kernel serves groups of 1 to 16 query heads per KV head")
+        if self.position_groups & (self.position_groups - 1):
+            raise PageError(f"position_groups {self.position_groups}: a power of two, or 0")
         if not 0 <= self.position_groups <= MAX_POSITION_GROUPS:
             raise PageError(
                 f"a position term of {4 * self.position_groups} RoPE pairs: the CUDA kernel serves "
@@ -109,11 +112,11 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     columns = 2 if variant.head_dim == 256 else 1
     fragments = variant.group_tiles * columns * 8 * 32
     limit = SHARED_BYTES[capability]
-    for runs, (replicas, wide) in _shared_choices(variant):
+    for runs, listed, (replicas, wide) in _shared_choices(variant):
         dispatch = TierDispatch(TableSpace(replicas), variant.table_heads, wide)
         for tier in variant.tiers:
             dispatch.add(tier, reconstruct=variant.reconstruct)
-        layout = _shared_layout(variant, dispatch.space, fragments, limit, runs=runs)
+        layout = _shared_layout(variant, dispatch.space, fragments, limit, listed, runs=runs)
         if layout is not None:
             break
     else:
@@ -156,7 +159,7 @@ class _SharedLayout:
 
 
 def _shared_layout(
-    variant: Variant, space: TableSpace, fragments: int, limit: int, *, runs: bool
+    variant: Variant, space: TableSpace, fragments: int, limit: int, listed: int, *, runs: bool
 ) -> _SharedLayout | None:
     """Tables, query tables, and buffers for the sums of `n_buffers` warps at a time; None where it
     does not fit, or with so few buffers that other tables do better."""
@@ -166,7 +169,6 @@ def _shared_layout(
     position = shared_query + (SHARED_QUERY_BYTES if variant.table_heads else 0)
     of_group = variant.group_tiles * COEFFICIENT_BYTES + FREQUENCY_BYTES + runs * RUN_FEATURE_BYTES
     segments = position + variant.position_groups * of_group
-    listed = LISTED_SEGMENTS if len(variant.tiers) > 1 else 0
     totals = segments + listed * SEGMENT_BYTES
     if variant.logits or variant.reconstruct:  # no sums to add up
         scratch, n_buffers, end = totals, 1, totals
@@ -189,15 +191,17 @@ def _shared_layout(
     return _SharedLayout(offsets, n_buffers, end) if end <= limit else None
 
 
-def _shared_choices(variant: Variant) -> list[tuple[bool, tuple[int, bool]]]:
-    """(features of runs of tokens, (copies of a table row, wide tables)) to try, best first: the
-    features never take the place of better tables, which gain more. Without them every token makes
-    its own, as where pages have gaps."""
+def _shared_choices(variant: Variant) -> list[tuple[bool, int, tuple[int, bool]]]:
+    """(features of runs of tokens, segments listed, (copies of a table row, wide tables)) to try,
+    best first: nothing takes the place of better tables, which gain more. Without the features
+    every token makes its own, as where pages have gaps; segments beyond the list are read from
+    memory."""
     tables = [(16, False)]
     if not variant.table_heads:
         tables = [(16, True), (16, False), (8, False), (4, False), (2, False)]
     features = (True, False) if variant.position_groups and variant.position_runs else (False,)
-    return [(runs, one) for one in tables for runs in features]
+    lists = LISTED_SEGMENTS if len(variant.tiers) > 1 else (0,)
+    return [(runs, listed, one) for one in tables for runs in features for listed in lists]
 
 
 def _read(source: str) -> str:
@@ -235,6 +239,7 @@ def _preamble(
         "SCORE_CHAINS": variant.score_chains,
         "SMALL_PAGES": int(variant.small_pages),
         "PREFETCH": int(variant.prefetch),
+        "FIRST_PAGES": FIRST_PAGES,
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": space.n_rows,
         "WEIGHT_PARTS": WEIGHT_PARTS,

@@ -53,8 +53,11 @@ class PagePlan:
         """Bytes of its tensors, if there are any yet."""
         if "made" not in self.__dict__:
             return 0
-        scratch = (self.made.partial_output, self.made.partial_state, self.made.arrivals)
-        return self.made.work.n_bytes + sum(t.untyped_storage().nbytes() for t in scratch)
+        made = self.made
+        tensors = [made.partial_output, made.partial_state, made.arrivals, made.work.entries]
+        if made.work.first_positions is not None:
+            tensors.append(made.work.first_positions)
+        return made.work.n_bytes + sum(t.untyped_storage().nbytes() for t in tensors)
 
 
 @dataclass(frozen=True, eq=False)

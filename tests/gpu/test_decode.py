@@ -48,7 +48,7 @@ def test_a_block_of_more_segments_than_it_lists_reads_them_all() -> None:
     query = random_query(cache, 3, seed=2)
     on_gpu = cache.to("cuda")
     alone = plan(on_gpu, 3, n_blocks=1)
-    assert alone.work.segments.shape[0] > LISTED_SEGMENTS
+    assert alone.work.segments.shape[0] > max(LISTED_SEGMENTS)
     check_decode(cache, query, attention_plan=alone)
 
 

@@ -32,11 +32,28 @@ def moved(cache: PagedCache, first: int) -> PagedCache:
     return replace(cache, positions=cache.positions.to(torch.int32) + first)
 
 
-def check(cache: PagedCache, group_size: int, term: PositionTerm, **options: object) -> None:
+def in_runs(cache: PagedCache) -> PagedCache:
+    """The same cache with positions that follow one another on every page."""
+    assert cache.positions is not None
+    rows = torch.arange(cache.page_size, dtype=torch.int32)
+    first = cache.positions[:, :1].to(torch.int32)
+    return replace(cache, positions=(first + rows).to(cache.positions.dtype))
+
+
+def check(
+    cache: PagedCache,
+    group_size: int,
+    term: PositionTerm,
+    *,
+    runs: bool | None = None,
+    **options: object,
+) -> None:
+    """runs: which of the two kernels must serve the cache, where that is the point."""
     query = random_query(cache, group_size, seed=3)
     scale = cache.head_dim**-0.5
     on_gpu = cache.to("cuda")
     steps = plan(on_gpu, group_size)
+    assert runs is None or runs == (steps.work.first_positions is not None)
     there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     want = ada_decode_reference(query, cache, scale, position_term=term, **options)  # type: ignore[arg-type]
     got = ada_decode(
@@ -66,7 +83,7 @@ def test_term_equals_reference(head_dim: int, n_pairs: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
-    ("n_pairs", "group_size", "page_size"), [(1, 1, 16), (13, 12, 32), (8, 4, 64)]
+    ("n_pairs", "group_size", "page_size"), [(1, 1, 16), (13, 4, 16), (13, 12, 32), (8, 4, 64)]
 )
 @pytest.mark.parametrize("gap", [False, True])
 def test_runs_of_tokens_and_gaps_both_equal_the_reference(
@@ -80,16 +97,19 @@ def test_runs_of_tokens_and_gaps_both_equal_the_reference(
     if gap:
         positions = cache.positions.to(torch.int32)
         cache = replace(cache, positions=positions + positions // 11)
-    check(cache, group_size, random_term(cache, group_size, n_pairs, 10.0))
+    check(cache, group_size, random_term(cache, group_size, n_pairs, 10.0), runs=not gap)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("group_size", [1, 12])
-def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int) -> None:
+@pytest.mark.parametrize("runs", [False, True])
+def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int, runs: bool) -> None:
     tiers = tier_set(128, 0, 1, 5, 8)
     cache = ragged_cache(tiers, page_size=page_size, drop_fraction=0.2)
+    if runs:
+        cache = in_runs(cache)
     cache = with_tail(cache, (0, 1, 15, 16, 17, 40, 33), capacity=41, seed=5)
-    check(cache, group_size, random_term(cache, group_size, 6, 10.0))
+    check(cache, group_size, random_term(cache, group_size, 6, 10.0), runs=runs)
 
 
 @pytest.mark.parametrize("gap", [False, True])
@@ -107,19 +127,25 @@ def test_far_positions_are_as_exact_as_near_ones(gap: bool) -> None:
     check(cache, 4, PositionTerm(coefficients, frequencies))
 
 
-def test_term_works_with_softcap_window_and_offset() -> None:
+@pytest.mark.parametrize("runs", [False, True])
+def test_term_works_with_softcap_window_and_offset(runs: bool) -> None:
     cache = ragged_cache(tier_set(128, 2, 3, 0), lengths=(40, 300, 301))
+    if runs:
+        cache = in_runs(cache)
     cache = with_tail(cache, (3, 20, 0), capacity=32, seed=7)
     term = random_term(cache, 4, 4, 3.0)
     now = torch.tensor([320, 310, 305], dtype=torch.int32)
     offset = torch.linspace(-5, 5, 3 * 8).view(3, 8)
-    check(cache, 4, term, logit_softcap=20.0, logit_offset=offset)
-    check(cache, 4, term, window=100, query_positions=now)
-    check(moved(cache, 70000), 4, term)
+    check(cache, 4, term, runs=runs, logit_softcap=20.0, logit_offset=offset)
+    check(cache, 4, term, runs=runs, window=100, query_positions=now)
+    check(moved(cache, 70000), 4, term, runs=runs)
 
 
-def test_many_rows_of_one_block_have_their_own_terms() -> None:
+@pytest.mark.parametrize("runs", [False, True])
+def test_many_rows_of_one_block_have_their_own_terms(runs: bool) -> None:
     cache = ragged_cache(tier_set(128, 3, 1), lengths=(70, 5, 300))
+    if runs:
+        cache = in_runs(cache)
     query, term = random_query(cache, 4, seed=1), random_term(cache, 4, 4, 5.0)
     want = ada_decode_reference(query, cache, 0.09, position_term=term)
     on_gpu = cache.to("cuda")

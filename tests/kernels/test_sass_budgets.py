@@ -155,22 +155,47 @@ def test_features_of_runs_are_left_out_where_they_leave_no_room(tmp_path: Path) 
     assert compile_cubin(narrow.text, 86, folder=tmp_path)
 
 
+def table_copies(variant: Variant, capability: int) -> str:
+    """How many copies of how many rows of tables a kernel has room for."""
+    text = kernel_source(variant, capability).text
+    found = re.search(r"#define REPLICAS (\d+)", text)
+    rows = re.search(r"#define N_TABLE_ROWS (\d+)", text)
+    assert found and rows
+    return f"{found[1]} copies of {rows[1]} rows"
+
+
 @pytest.mark.parametrize("capability", [80, 86, 90])
 @pytest.mark.parametrize("group_tiles", [1, 2])
 def test_features_of_runs_never_take_the_place_of_tables(group_tiles: int, capability: int) -> None:
-    def copies(groups: int, features: int) -> str | None:
+    def copies(groups: int, features: int) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(variant_module, "RUN_FEATURE_BYTES", features)
             variant = Variant(
                 (tier,), 128, group_tiles, n_warps=8, position_groups=groups, position_runs=True
             )
-            text = kernel_source(variant, capability).text
-        found = re.search(r"#define REPLICAS (\d+)", text)
-        rows = re.search(r"#define N_TABLE_ROWS (\d+)", text)
-        assert found and rows
-        return f"{found[1]} copies of {rows[1]} rows"
+            return table_copies(variant, capability)
 
     for code in (((4, 2, 2, 2), "lloyd_max:2"), ((4, 2, 2, 2), "fp16")):
         tier = tier_of(*code)
         for groups in (1, 4, 16):
             assert copies(groups, variant_module.RUN_FEATURE_BYTES) == copies(groups, 0)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_list_of_segments_never_takes_the_place_of_tables(
+    head_dim: int, capability: int
+) -> None:
+    codes = {
+        "a": ((3, 2, 2, 2), "lloyd_max:2"),
+        "b": ((4, 2, 2, 2), "lloyd_max:2"),
+        "c": ((4, 3, 3, 3), "lloyd_max:3"),
+        "d": ((5, 3, 3, 3), "lloyd_max:3"),
+    }
+    for names in ("ab", "ac", "abc", "cd"):
+        tiers = (*(tier_of(*codes[name], head_dim) for name in names), TierFormat.int8())
+        variant = Variant(tiers, head_dim, 1, n_warps=8 if head_dim == 256 else 12)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(variant_module, "LISTED_SEGMENTS", (0,))
+            without = table_copies(variant, capability)
+        assert table_copies(variant, capability) == without

@@ -38,8 +38,6 @@ struct Params {
 };
 
 // One segment: pages of one tier of one (sequence, KV head), worked on by one block.
-// With both goes where the first FIRST_PAGES pages lie (byte offset / 16), the last one repeated.
-constexpr int FIRST_PAGES = 24, SEGMENT_INTS = 8 + FIRST_PAGES, HEAD_INTS = 12 + FIRST_PAGES;
 struct Segment {
   int row;          // sequence * n_kv_heads + kv_head
   int tier;
@@ -50,4 +48,6 @@ struct Segment {
   int n_parts;      // parts of the row
   int part_base;    // first part of the row among all partial results
 };
+// With both goes where the first FIRST_PAGES pages lie (byte offset / 16), the last one repeated.
+constexpr int SEGMENT_INTS = sizeof(Segment) / 4 + FIRST_PAGES, HEAD_INTS = SEGMENT_INTS + 4;
 constexpr int FIRST = 1, LAST = 2, TAIL = 4;

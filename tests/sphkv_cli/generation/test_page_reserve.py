@@ -1,0 +1,54 @@
+"""Slots that a seal revives are read as the plan would have read them from the start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sphkv_cli.generation import page_reserve
+from sphkv_cli.generation.page_reserve import PageReserve
+from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.decode import AttentionPlan
+from sphkv_kernels.plan import first_positions, make_plan
+from sphkv_kernels.tier import TierFormat
+
+N_HEADS, PAGE = 2, 16
+
+
+def planned(cache: PagedCache, group_size: int, *, check: bool) -> AttentionPlan:
+    """The plan of a cache without the kernel, which the CPU has not."""
+    nothing = torch.empty(0)
+    work = make_plan(cache, 3, check=check)
+    return AttentionPlan(cache, group_size, work, 12, "fragment", 0, nothing, nothing, nothing, -1)
+
+
+def cache_of(n_tokens: int, step: int, dtype: torch.dtype) -> PagedCache:
+    """One sequence of int8 pages, its tokens `step` positions apart."""
+    keys, values = torch.zeros((2, n_tokens, N_HEADS, 64))
+    numbers = (torch.arange(n_tokens) // PAGE)[:, None].expand(-1, N_HEADS)
+    positions = step * torch.arange(n_tokens)
+    tokens = SequenceTokens(keys, values, torch.zeros_like(numbers), numbers, positions)
+    return build_cache((TierFormat.int8(),), PAGE, [tokens], position_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
+@pytest.mark.parametrize("step", [1, 3])
+def test_revived_slots_have_their_first_positions(
+    step: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_reserve, "plan", planned)
+    cache = cache_of(40, step, dtype)
+    reserve = PageReserve.of(cache, 0, 8, 4, None)
+    assert reserve.plan is not None
+    work = reserve.plan.work
+    assert (work.first_positions is None) == (step != 1)  # dead slots count as runs
+    n_bytes = cache.tier_page_bytes()[0]
+    pages = torch.ones((1, N_HEADS, 2, n_bytes), dtype=torch.uint8)
+    reserve.fill(pages, [0], 3, 40 + torch.arange(2 * PAGE)[None])
+    assert reserve.records is not None
+    assert work.records[reserve.records[0, :, 3:5], 1].tolist() == [[PAGE, PAGE]] * N_HEADS
+    if work.first_positions is not None:
+        found = work.first_positions[reserve.records[0, :, 3:5]]
+        assert found.tolist() == [[40, 40 + PAGE]] * N_HEADS
+        again = first_positions(reserve.pages, work.entries)
+        assert again is not None and torch.equal(again, work.first_positions)
