@@ -49,21 +49,23 @@ def assign_blocks(
         aligned = (np.cumsum(parts) - parts)[rows] + share
     else:
         np.add.at(row_cost, rows, cost)
-        aligned = _pack(row_cost, np.zeros_like(row_cost), n_blocks)[rows]
+        packed = _pack(row_cost, np.zeros_like(row_cost), n_blocks, float(row_cost.sum()))
+        assert packed is not None  # one block has room for all
+        aligned = packed[rows]
     limit = worth * _slowest(aligned, rows, tiers, page_cost)
     if int(cost.sum()) >= limit * n_blocks:  # no cut is that much better
         return aligned
-    anywhere = _pack(cost, PART_COST * ~new_row + SEGMENT_COST * ~new_tier, n_blocks)
-    return anywhere if _slowest(anywhere, rows, tiers, page_cost) < limit else aligned
+    anywhere = _pack(cost, PART_COST * ~new_row + SEGMENT_COST * ~new_tier, n_blocks, limit)
+    return aligned if anywhere is None else anywhere
 
 
-def _pack(cost: Ints, start_cost: Ints, n_blocks: int) -> Ints:
-    """Block of every item, items in order, the fullest block as small as can be (to .1 %); an item
-    that begins a block costs start_cost more."""
+def _pack(cost: Ints, start_cost: Ints, n_blocks: int, limit: float) -> Ints | None:
+    """Block of every item, items in order, the fullest block as small as can be (to .5 %) and below
+    `limit`, or None; an item that begins a block costs start_cost more."""
     ends = np.cumsum(cost)
     before = ends - cost + 0.0 - start_cost
 
-    def starts_of(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    def starts_of(shares: npt.NDArray[np.float64]) -> Ints:
         """(n_blocks + 1, n_shares): where blocks that take no more than a share begin."""
         starts = np.zeros((n_blocks + 1, shares.size), dtype=np.int64)
         for block in range(n_blocks):
@@ -73,14 +75,15 @@ def _pack(cost: Ints, start_cost: Ints, n_blocks: int) -> Ints:
             starts[block + 1] = np.where(first < cost.size, np.maximum(fill, first + 1), first)
         return starts
 
-    low, high = float(ends[-1]) / n_blocks, float(ends[-1] + start_cost.max())
-    while high > 1.001 * low:
-        shares = np.geomspace(low, high, 32)
-        fits = np.flatnonzero(starts_of(shares)[-1] >= cost.size)
-        low, high = shares[max(fits[0] - 1, 0)], shares[fits[0]]
-        if fits[0] == 0:
-            break
+    low, high = max(float(ends[-1]) / n_blocks, float((cost + start_cost).max())), limit
     starts = starts_of(np.array([high]))[:, 0]
+    if high < low or starts[-1] < cost.size:
+        return None
+    while high > 1.005 * low:
+        shares = np.geomspace(low, high, 64)
+        found = starts_of(shares)
+        best = int(np.flatnonzero(found[-1] >= cost.size)[0])
+        starts, low, high = found[:, best], shares[max(best - 1, 0)], shares[best]
     return np.searchsorted(starts[1:], np.arange(cost.size), "right").astype(np.int64)
 
 
