@@ -153,8 +153,9 @@ def run_case(
 @dataclass(frozen=True)
 class MetadataCase:
     """What is read beside codes: bytes of named terms; with_term: the step with a position term of
-    `n_pairs` RoPE pairs, which reads the positions.  gaps: the tokens of a page do not follow one
-    another, as those of a policy that drops some."""
+    `n_pairs` RoPE pairs, which reads the position of every page's first token.  gaps: the tokens of
+    a page do not follow one another, as those of a policy that drops some, and all positions are
+    read."""
 
     tier: str
     shape: Shape

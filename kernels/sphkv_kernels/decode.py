@@ -56,6 +56,16 @@ class AttentionPlan:
     kernels: dict[tuple[bool, bool, bool, int, bool], LoadedKernel] = field(default_factory=dict)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the plan holds beside its cache."""
+        work = self.work
+        found = (
+            work.records, work.entries, work.heads, work.segments, work.first_positions,
+            self.partial_output, self.partial_state, self.arrivals,
+        )  # fmt: skip
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    @property
     def position_bytes(self) -> int:
         """Bytes that tell a position term where the tokens are: of every page's first token where
         the others follow it (and the kernel has room for the features of runs), else of all
@@ -65,7 +75,8 @@ class AttentionPlan:
         return 0 if read is None else read.numel() * read.element_size()
 
     def for_twin(self, cache: PagedCache) -> AttentionPlan:
-        """The plan of another cache with the very same page table (another layer, laid out alike).
+        """The plan of another cache with the very same page table (another layer, laid out alike;
+        its tokens may have other positions).
 
         Both share the cut of the work, the kernels and scratch memory, so their steps must not
         overlap.

@@ -35,12 +35,12 @@ COMPACT_LOOP: dict[int, int] = {64: 686, 128: 879, 256: 1555}
 def page_costs(cache: PagedCache, n_pages: Sequence[int]) -> tuple[tuple[int, ...], bool]:
     """Cost of one page of every tier of the cache, which holds n_pages of each, and whether memory
     binds."""
-    used = [
-        tier.kind == "spherical" and n > 0 for tier, n in zip(cache.tiers, n_pages, strict=True)
-    ]
+    n_codes = sum(
+        t.kind == "spherical" and n > 0 for t, n in zip(cache.tiers, n_pages, strict=True)
+    )
     sizes, costs = cache.tier_page_bytes(), []
     for tier, n_bytes in zip(cache.tiers, sizes, strict=True):
-        loops = [_loop(region, sum(used) > 1) for region in (tier.key_format, tier.value_format)]
+        loops = [_loop(region, n_codes > 1) for region in (tier.key_format, tier.value_format)]
         if None in loops:
             costs.append(ROW_FACTOR * n_bytes)
         else:

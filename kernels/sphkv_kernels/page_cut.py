@@ -30,8 +30,8 @@ def assign_blocks(
 
     The best of two cuts by the time of the slowest block, where a part of a row costs as much as
     PART_COST and a segment as SEGMENT_COST: wherever that is least, and shares that never mix rows
-    (or, with more rows than blocks, never split one), unless the first takes less than `worth` of
-    the time of the second.
+    (or, with more rows than blocks, never split one). The first must take less than `worth` of the
+    time of the second.
     """
     if not rows.size:
         return np.zeros(0, dtype=np.int64)
@@ -76,8 +76,10 @@ def _pack(cost: Ints, start_cost: Ints, n_blocks: int, limit: float) -> Ints | N
         return starts
 
     low, high = max(float(ends[-1]) / n_blocks, float((cost + start_cost).max())), limit
+    if high < low:
+        return None
     starts = starts_of(np.array([high]))[:, 0]
-    if high < low or starts[-1] < cost.size:
+    if starts[-1] < cost.size:
         return None
     while high > 1.005 * low:
         shares = np.geomspace(low, high, 64)

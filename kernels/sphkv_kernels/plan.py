@@ -26,7 +26,8 @@ from sphkv_kernels.tier import PageError
 FIRST, LAST, TAIL = 1, 2, 4
 FIELDS, FIRST_PAGES = 8, 24
 SEGMENT_INTS, HEAD_INTS = FIELDS + FIRST_PAGES, FIELDS + 4 + FIRST_PAGES
-"""Of `Segment` in params.cuh, and pages whose places come with it (two tiles of 12 warps)."""
+"""Of `Segment` in params.cuh, and pages whose places come with it (the first tiles of 12 warps, on
+pages of 16 tokens)."""
 MAX_OFFSET = 16 * (1 << 32)
 Ints = npt.NDArray[np.int64]
 
@@ -92,9 +93,9 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     cost_of_tier, memory_binds = page_costs(cache, n_pages.tolist())
     costs = np.asarray(cost_of_tier, dtype=np.int64)[tiers[order]]
     worth = WORTH_SPLITTING_BY_MEMORY if memory_binds else WORTH_SPLITTING
-    segments, block_starts, n_parts = _cut(
-        rows[order], np.searchsorted(used, tiers[order]), costs, n_rows, n_blocks, worth
-    )
+    tier_of_page = np.searchsorted(used, tiers[order])
+    block = assign_blocks(rows[order], tier_of_page, costs, n_rows, n_blocks, worth)
+    segments, block_starts, n_parts = _cut(block, rows[order], tier_of_page, n_rows, n_blocks)
     heads, others = _split_heads(segments, _first_pages(segments, offsets), block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
     if not records.shape[0]:
@@ -138,14 +139,14 @@ def first_positions(cache: PagedCache, entries: Tensor) -> Tensor | None:
 
 
 def _cut(
-    rows: Ints, tiers: Ints, page_cost: Ints, n_rows: int, n_blocks: int, worth: float
+    block: Ints, rows: Ints, tiers: Ints, n_rows: int, n_blocks: int
 ) -> tuple[Ints, Ints, int]:
-    """``(segments (n, 8), block_starts (n_blocks + 1), n_parts)`` of pages sorted by (row, tier).
+    """``(segments (n, FIELDS), block_starts (n_blocks + 1), n_parts)`` of pages sorted by (row,
+    tier), each in its block.
 
     Rows without a page still get a segment: its tail, or an empty result, has to be written.
     """
     n_pages = rows.size
-    block = assign_blocks(rows, tiers, page_cost, n_rows, n_blocks, worth)
     key = np.stack([block, rows, tiers]) if n_pages else np.zeros((3, 0), dtype=np.int64)
     starts = (
         np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])

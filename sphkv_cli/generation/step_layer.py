@@ -184,12 +184,7 @@ class StepLayer:
         if self.reserve.records is not None:
             tensors.append(self.reserve.records)
         if plan is not None:
-            work = plan.work
-            tensors += [work.records, work.entries, work.heads, work.segments]
-            if work.first_positions is not None:
-                tensors.append(work.first_positions)
-            tensors += [plan.partial_output, plan.partial_state, plan.arrivals]
-            tensors.append(plan.cache.page_table.live_tokens)
+            tensors += [*plan.tensors, plan.cache.page_table.live_tokens]
         tensors += [self.tail, pages.pool]
         for table in (pages.page_table, self.reserve.source):
             tensors += [table.offsets, table.tiers, table.live_tokens, table.starts]

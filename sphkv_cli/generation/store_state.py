@@ -53,11 +53,7 @@ class PagePlan:
         """Bytes of its tensors, if there are any yet."""
         if "made" not in self.__dict__:
             return 0
-        made = self.made
-        tensors = [made.partial_output, made.partial_state, made.arrivals, made.work.entries]
-        if made.work.first_positions is not None:
-            tensors.append(made.work.first_positions)
-        return made.work.n_bytes + sum(t.untyped_storage().nbytes() for t in tensors)
+        return sum(t.untyped_storage().nbytes() for t in self.made.tensors)
 
 
 @dataclass(frozen=True, eq=False)

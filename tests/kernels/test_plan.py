@@ -171,3 +171,26 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
         for block in segments_of(make_plan(cache, 10))
     ]
     assert max(per_block) <= 1.03 * sum(per_block) / 10
+
+
+@pytest.mark.parametrize(("bits", "radius", "splits"), [
+    ((4, 2, 2, 2), "fp16", False), ((3, 2, 2, 2), "lloyd_max:2", True)
+])  # fmt: skip
+def test_rows_are_split_for_less_where_instructions_bind(
+    bits: tuple[int, ...], radius: str, splits: bool
+) -> None:
+    """Five rows on sixteen blocks: a cut anywhere promises 6 %, which memory would not keep."""
+    tier = TierFormat.spherical(SphericalCode.analytic("code", 128, bits, radius))
+    n_rows, n_pages = 5, 60_000
+    n = n_rows * n_pages
+    table = PageTable(
+        offsets=torch.zeros(n, dtype=torch.int64),
+        tiers=torch.zeros(n, dtype=torch.int8),
+        live_tokens=torch.full((n,), 32, dtype=torch.int16),
+        starts=n_pages * torch.arange(n_rows + 1, dtype=torch.int32),
+    )
+    pool = torch.zeros(page_bytes(tier, 128, 32), dtype=torch.uint8)  # every page is the same
+    plan = make_plan(PagedCache((tier,), 32, n_rows, 1, 128, pool, table), 16, check=False)
+    rows_of_block = [len({segment[0] for segment in block}) for block in segments_of(plan)]
+    assert (max(rows_of_block) == 2) == splits
+    assert plan.n_parts == (16 + 4 if splits else 15)

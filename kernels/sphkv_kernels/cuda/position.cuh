@@ -10,8 +10,8 @@
 //
 //   cos a = (hi + lo)(A + B) ~ [hi | lo] . [A; A] + hi . B       (lo . B is below 2^-24)
 //
-// POSITION_RUNS: the tokens of every page follow one another, t = t_0 + i. The features are those of
-// i, made once a row, and the coefficients are turned to t_0, a tile ahead of their use: one cosine and
+// POSITION_RUNS: the tokens of every page follow one another, t = t_0 + i, and shared memory has room for
+// the features of i. They are made once a row, and the coefficients are turned to t_0, a tile ahead of their use: one cosine and
 // sine a tile instead of one a token.
 //
 //   a cos f(t_0 + i) + b sin f(t_0 + i) = a' cos f i + b' sin f i,   (a', b') = (a, b) turned by f t_0
@@ -54,12 +54,22 @@ static __device__ __forceinline__ StepWords step_words(u32 address) {
   return words;
 }
 
-// A lane's own words within a step, anew for every use: loads from a
-// known address are moved out of the loop, where they take registers, and past the next row's stores.
+// A lane's own words within a step, anew for every use: loads from a known address are moved out of the
+// loop, where they take registers, and past the next row's stores.
 static __device__ __forceinline__ u32 lane_address(u32 n_bytes, u32 place, int step) {
   u32 address = n_bytes * place + step * POSITION_STRIDE;
   keep(address);
   return address;
+}
+
+// Of query tile n: in runs a and b, else both as fp16 and what was rounded away.
+static __device__ __forceinline__ StepWords coefficient_words(const Lane& lane, int step, int n) {
+  const u32 address = lane_address(8 * DUO, lane.index, step);
+  return n == 0 ? step_words<0>(address) : step_words<256 * DUO>(address);
+}
+
+static __device__ __forceinline__ StepWords frequency_words(const Lane& lane, int step) {
+  return step_words<FREQUENCIES>(lane_address(8 * DUO, lane.t, step));
 }
 
 static __device__ __forceinline__ u32 rounded_away(float x, float y, u32 packed) {
@@ -146,14 +156,13 @@ static __device__ __forceinline__ void clear_terms(float (&term)[UNITS][GROUP_TI
 // The coefficients of a step turned to position `first`.
 static __device__ __forceinline__ StepCoefficients turned_to(u32 first, const Lane& lane, int step) {
   StepCoefficients turned;
-  const StepWords frequencies = step_words<FREQUENCIES>(lane_address(8 * DUO, lane.t, step));
+  const StepWords frequencies = frequency_words(lane, step);
   float c[DUO], s[DUO];
 #pragma unroll
   for (int i = 0; i < DUO; ++i) turn_of(c[i], s[i], first, frequencies.of[i]);
 #pragma unroll
   for (int n = 0; n < GROUP_TILES; ++n) {
-    const u32 address = lane_address(8 * DUO, lane.index, step);
-    const StepWords words = n == 0 ? step_words<0>(address) : step_words<256 * DUO>(address);
+    const StepWords words = coefficient_words(lane, step, n);
 #pragma unroll
     for (int i = 0; i < DUO; ++i) {
       const float a = __uint_as_float(words.of[i].x), b = __uint_as_float(words.of[i].y);
@@ -175,7 +184,7 @@ static __device__ __forceinline__ void run_terms(float (&term)[UNITS][GROUP_TILE
 #pragma unroll 1
   for (int step = 0; step < POSITION_STEPS; ++step) {
     StepCoefficients turned = ahead;
-    if (POSITION_STEPS > 1 && step > 0) turned = turned_to(first[0], lane, step);
+    if (step > 0) turned = turned_to(first[0], lane, step);
     const u32 address = lane_address(16, lane.index, step);
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
@@ -196,12 +205,11 @@ static __device__ __forceinline__ void gap_terms(float (&term)[UNITS][GROUP_TILE
   clear_terms<UNITS>(term);
 #pragma unroll 1
   for (int step = 0; step < POSITION_STEPS; ++step) {
-    const StepWords frequencies = step_words<FREQUENCIES>(lane_address(8 * DUO, lane.t, step));
+    const StepWords frequencies = frequency_words(lane, step);
     StepCoefficients by;
 #pragma unroll
     for (int n = 0; n < GROUP_TILES; ++n) {
-      const u32 address = lane_address(8 * DUO, lane.index, step);
-      const StepWords words = n == 0 ? step_words<0>(address) : step_words<256 * DUO>(address);
+      const StepWords words = coefficient_words(lane, step, n);
 #pragma unroll
       for (int i = 0; i < DUO; ++i) {
         by.high[n][i] = words.of[i].x;
