@@ -52,10 +52,17 @@ def table(report: dict[str, Any]) -> list[str]:
         bf16 = f"{best['best_bf16_us']:.0f} ({best['best_bf16']})"
         fp8 = f"{best['best_fp8_us']:.0f} ({best['best_fp8']})" if best.get("best_fp8") else "-"
         lines.append(f"| {shape} | {bf16} | {fp8} | " + " | ".join(cells) + " |")
-    excess = ", ".join(
-        f"{row['name']} {round(100 * row['excess']):+d} %" for row in report["mixed"]
-    )
-    lines += ["", f"Mixed caches against the byte-weighted time of their tiers: {excess}."]
+    yardsticks = {
+        "excess": "by their rates in the large case",
+        "same_bytes_excess": "by their times alone in as many bytes",
+    }
+    found = [
+        f"{name}: "
+        + ", ".join(f"{row['name']} {round(100 * row[key]):+d} %" for row in report["mixed"])
+        for key, name in yardsticks.items()
+        if key in report["mixed"][0]
+    ]
+    lines += ["", f"Mixed caches against the byte-weighted time of their tiers {'; '.join(found)}."]
     return lines
 
 

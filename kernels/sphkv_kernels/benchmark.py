@@ -150,6 +150,16 @@ def run_case(
     )
 
 
+def uniform_case(tier: TierFormat, shape: Shape, seed: int, *, page_size: int = 32) -> Latency:
+    """Time one decode step over pages of one tier, and nothing else."""
+    pages = uniform_pages(shape, page_size)
+    cache = tiled_cache((tier,), pages, page_size, shape.n_kv_heads, shape.head_dim, seed=seed)
+    attention_plan = plan(cache, shape.group_size, check=False)
+    query = _query(cache, shape.group_size, seed)
+    scale = shape.head_dim**-0.5
+    return measure(lambda: ada_decode(query, cache, scale, plan=attention_plan))
+
+
 @dataclass(frozen=True)
 class MetadataCase:
     """What is read beside codes: bytes of named terms; with_term: the step with a position term of

@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-PART_COST = 225_000
-"""What a block could read while it starts and ends one part more (9.6 us at 23.4 kB/us, measured
+PART_COST = 205_000
+"""What a block could read while it starts and ends one part more (8.8 us at 23.4 kB/us, measured
 as in `page_cost`)."""
-SEGMENT_COST = 23_000
-"""Likewise for one more tier (1.0 us): its first loads have nothing to hide behind."""
+SEGMENT_COST = 15_000
+"""Likewise for one more tier (0.6 us): its first loads have nothing to hide behind."""
 WORTH_SPLITTING, WORTH_SPLITTING_BY_MEMORY = 0.95, 0.9
 """A cut across rows must promise this much: measured, those that promised 2 and 3 % of mixed caches
 gained nothing, one of 8 % did. Where memory is the limit, idle blocks cost nothing (128 aligned

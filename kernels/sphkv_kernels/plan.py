@@ -3,9 +3,10 @@
     a part = pages of one (sequence, KV head) in one block;   a segment = those of one tier
 
 Pages of a (sequence, KV head), a row, are sorted by tier, laid end to end with all the others, and
-cut (`page_cut`). A row cut into several parts is merged inside the launch by the block that arrives
-last. The plan depends on the page table and the grid only: it is made once and serves every decode
-step until pages are added (the tail grows without a new plan).
+cut (`page_cut`); blocks that share a row read its pages in turn. A row cut into several parts is
+merged inside the launch by the block that arrives last. The plan depends on the page table and the
+grid only: it is made once and serves every decode step until pages are added (the tail grows
+without a new plan).
 Source: ours.
 """
 
@@ -36,7 +37,7 @@ Ints = npt.NDArray[np.int64]
 class DecodePlan:
     """Work of every block, on the cache's device.
 
-    records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier); entries
+    records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier, block); entries
     (n_pages) int32: the page-table entry of each record; first_positions (n_pages) int32: the
     position of its first token, None unless the tokens of every page follow one another; heads
     (n_blocks, HEAD_INTS) int32: the first segment of every block and the range of its others in
@@ -86,7 +87,6 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     rows = np.repeat(np.arange(n_rows), starts[1:] - starts[:-1])
     kept = np.flatnonzero(live > 0)  # dead slots hold anything: they never reach the device
     order = kept[np.lexsort((tiers[kept], rows[kept]))]
-    offsets = table.offsets.cpu().numpy()[order] // 16
     used = np.unique(tiers[kept])
     page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
     n_pages = np.bincount(tiers[order], minlength=len(cache.tiers))
@@ -95,6 +95,8 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     worth = WORTH_SPLITTING_BY_MEMORY if memory_binds else WORTH_SPLITTING
     tier_of_page = np.searchsorted(used, tiers[order])
     block = assign_blocks(rows[order], tier_of_page, costs, n_rows, n_blocks, worth)
+    order = order[_in_turn(block, rows[order], tier_of_page)]
+    offsets = table.offsets.cpu().numpy()[order] // 16
     segments, block_starts, n_parts = _cut(block, rows[order], tier_of_page, n_rows, n_blocks)
     heads, others = _split_heads(segments, _first_pages(segments, offsets), block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
@@ -119,6 +121,22 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
         tier_costs=tuple(int(costs[tiers[order] == tier].sum()) for tier in used),
         n_starts=int((segments[:, 4] & FIRST != 0).sum()),
     )
+
+
+def _in_turn(block: Ints, rows: Ints, tiers: Ints) -> Ints:
+    """Which page takes each place, such that the blocks that share the pages of a (row, tier) read
+    them in turn: at any time they are near one another, where shares of equal size would lie a
+    power of two apart in memory."""
+    if not rows.size:
+        return np.zeros(0, dtype=np.int64)
+    key = np.stack([block, rows, tiers])
+    starts = np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])
+    counts = np.diff(np.r_[starts, rows.size])
+    done = (np.arange(rows.size) - np.repeat(starts, counts) + 0.5) / np.repeat(counts, counts)
+    places = np.lexsort((done, tiers, rows))
+    page = np.empty(rows.size, dtype=np.int64)
+    page[places] = np.arange(rows.size)
+    return page
 
 
 def first_positions(cache: PagedCache, entries: Tensor) -> Tensor | None:

@@ -42,14 +42,15 @@ class TierDispatch:
     """Tables placed so far, the statement that runs each tier, and what query tables are made of.
 
     table_heads: heads of the query tables, 0 for fragments alone; wide: spend shared memory on
-    tables that save instructions; book: (256, 4) rows of the query table's bytes; sums: an entry
-    holds the sum of a quad for both heads.
+    tables that save instructions; row_tiers: the int8 and dense ones; book: (256, 4) rows of the
+    query table's bytes; sums: an entry holds the sum of a quad for both heads.
     """
 
     space: TableSpace
     table_heads: int
     wide: bool
     cases: list[str] = field(default_factory=list)
+    row_tiers: list[int] = field(default_factory=list)
     book: Table | None = None
     sums: bool = False
 
@@ -60,6 +61,7 @@ class TierDispatch:
         arguments = "state, segment, p, lane, warp"
         if tier.kind != "spherical":
             name = "DenseRow" if tier.kind == "dense" else "Int8Row"
+            self.row_tiers.append(len(self.cases))
             self.cases.append(f"run_row_pages<{name}>({arguments}, offset);")
             return
         key, key_row = self._key_type(tier.key_format)
@@ -128,7 +130,9 @@ class TierDispatch:
         else:
             signature = """run_tier(State& state, const Segment& segment, const Params& p,
     const Lane& lane, u32 warp, const float (&offset)[GROUP_TILES][2])"""
+        is_row = " || ".join(f"tier == {index}" for index in self.row_tiers) or "false"
         return f"""
+static __device__ __forceinline__ bool is_row_tier(int tier) {{ return {is_row}; }}
 // Warp-uniform: a segment has one tier.
 constexpr int REGISTER_ROW = {self.space.n_rows};
 static __device__ __forceinline__ void {signature} {{

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sysconfig
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,23 +82,30 @@ def decode_loop(lines: list[str]) -> LoopStatistics:
 
 def decode_loops(lines: list[str]) -> list[LoopStatistics]:
     """One for every code that the kernel decodes: the innermost loops over at least 24 HMMA and 20
-    eight-byte lookups."""
+    eight-byte lookups, in which the warps of a block do not wait for each other."""
+    return _inner_loops(lines, lambda lookups, products: products >= 24 and lookups >= 20)
+
+
+def row_loops(lines: list[str]) -> list[LoopStatistics]:
+    """One for every tier of rows (int8, dense) and one for the tail: likewise, without lookups."""
+    return _inner_loops(lines, lambda lookups, products: products >= 16 and lookups == 0)
+
+
+def _inner_loops(lines: list[str], wanted: Callable[[int, int], bool]) -> list[LoopStatistics]:
     code, labels = _parse(lines)
     spans: list[tuple[int, int]] = []
     for end, instruction in enumerate(code):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction.text)
         start = labels.get(target[1], end) if target else end
         texts = [x.text for x in code[start : end + 1]]
-        is_decode = (
-            sum("HMMA" in x for x in texts) >= 24 and sum("LDS.64" in x for x in texts) >= 20
-        )
-        if start < end and is_decode:
+        counts = (sum(name in x for x in texts) for name in ("LDS.64", "HMMA"))
+        if start < end and wanted(*counts) and not any("BAR.SYNC" in x for x in texts):
             spans.append((start, end + 1))
     inner: list[tuple[int, int]] = []  # an outer loop overlaps one of them
     for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
         if all(end <= a or b <= start for a, b in inner):
             inner.append((start, end))
-    assert inner, "no decode loop found"
+    assert inner, "no such loop found"
     return [_statistics(code[start:end]) for start, end in inner]
 
 

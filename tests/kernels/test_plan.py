@@ -58,6 +58,25 @@ def test_a_segment_says_where_its_first_pages_lie(n_blocks: int) -> None:
         assert segment[FIELDS:] == places + places[-1:] * (FIRST_PAGES - len(places))
 
 
+def test_blocks_that_share_a_row_read_its_pages_in_turn() -> None:
+    cache = empty_pages([[0, 400], [60, 340]])
+    plan = make_plan(cache, 8)
+    entries, first_of = plan.entries.numpy(), {0: [0, 0, 400], 1: [400, 460, 800]}
+    shares: dict[tuple[int, int], list[list[int]]] = {}
+    for block in segments_of(plan):
+        for row, tier, first, n_pages, *_ in block:
+            shares.setdefault((row, tier), []).append(entries[first : first + n_pages].tolist())
+    assert len(shares[0, 1]) == 4
+    for (row, tier), found in shares.items():
+        first, after = first_of[row][tier : tier + 2]
+        assert sorted(page for pages in found for page in pages) == list(range(first, after))
+        for pages in found:
+            # Where a share of all its pages has been read, the whole run has been, in its order.
+            done = (np.arange(len(pages)) + 0.5) / len(pages)
+            place = (np.array(pages) + 0.5 - first) / (after - first)
+            assert np.abs(done - place).max() <= 1.01 * len(found) / (after - first)
+
+
 rows = st.lists(st.lists(st.integers(0, 40), min_size=2, max_size=2), min_size=1, max_size=9)
 
 

@@ -23,6 +23,7 @@ from tests.kernels.sass import (
     disassemble,
     disassembler,
     registers_of,
+    row_loops,
 )
 
 needs_tools = pytest.mark.skipif(
@@ -122,6 +123,20 @@ def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_
     assert loop.instructions["HMMA"] == 48 + (4 if groups == 1 else 6)
     assert loop.load_distance >= 150
     assert loop.total <= 685 + more
+
+
+@needs_tools
+def test_rows_keep_their_budget(tmp_path: Path) -> None:
+    """16 tokens of int8, and of the dense tail: keys and values are asked for together."""
+    source = kernel_source(Variant((TierFormat.int8(),), 128, 1), 90)
+    cubin = tmp_path / "rows.cubin"
+    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
+    int8, dense = row_loops(disassemble(cubin))
+    for loop, loads, total in ((int8, 8 + 2 + 1, 480), (dense, 16, 510)):
+        assert loop.local_memory == 0
+        assert loop.instructions["HMMA"] == 24
+        assert loop.instructions["LDG"] == loads
+        assert loop.total <= total
 
 
 @needs_tools

@@ -232,6 +232,12 @@ static __device__ __forceinline__ void prefetch_first_tile(const Params& p, int 
 #endif
 }
 
+// How many steps the warps of a block take in turn over a segment: units of rows, tiles of a code.
+static __device__ __forceinline__ int steps_of(const Segment& segment, const Params& p) {
+  const int n_units = segment.n_pages << p.page_units_log2;
+  return is_row_tier(segment.tier) ? n_units : (n_units + TILE_UNITS - 1) / TILE_UNITS;
+}
+
 extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __grid_constant__ Params p) {
   u32 base;
   asm("mov.u32 %0, shared_memory;" : "=r"(base));
@@ -273,15 +279,14 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   int4* listed = reinterpret_cast<int4*>(shared_memory + SEGMENTS_OFFSET);
   for (int i = threadIdx.x; i < SEGMENT_WORDS * min(rest.y - rest.x, LISTED_SEGMENTS); i += N_THREADS)
     listed[i] = __ldg(reinterpret_cast<const int4*>(p.segments + rest.x * SEGMENT_INTS) + i);
-  int turn = 0;  // which warp takes a segment's first tile: the one after the last of the segment before
+  int turn = 0;  // which warp takes a segment's first step: the one after the last of the segment before
 #endif
   __syncthreads();
   int next = rest.x;
 #pragma unroll 1
   while (true) {
 #if LISTED_SEGMENTS
-    const int n_tiles = ((segment.n_pages << p.page_units_log2) + TILE_UNITS - 1) / TILE_UNITS;
-    const int then_turn = segment.flags & LAST ? 0 : (turn + n_tiles) % N_WARPS;
+    const int then_turn = segment.flags & LAST ? 0 : (turn + steps_of(segment, p)) % N_WARPS;
     // The next segment begins to come while this one is worked on.
     if (next < rest.y && next - rest.x < LISTED_SEGMENTS) {
       const int4* then = listed + SEGMENT_WORDS * (next - rest.x);

@@ -386,17 +386,18 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   }
 }
 
-// Sixteen coordinates of one row as fragment registers; nothing is read of a dead row.
+// Sixteen coordinates of one row: loaded, and as fragment registers. Nothing is read of a dead row.
 struct DenseRow {
   static constexpr bool NORM = false;
-  static constexpr int ROW_BYTES = 2 * HEAD_DIM, UNIT_BYTES = 16 * ROW_BYTES;
-  static __device__ __forceinline__ void load(u32 (&f)[8], const u8* row, int block, bool live) {
-    uint4 x = {0, 0, 0, 0}, y = x;
-    if (live) {
-      x = load_stream16(row + 32 * block);
-      y = load_stream16(row + 32 * block + 16);
-    }
-    const u32 words[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+  static constexpr int BLOCK_BYTES = 32, ROW_BYTES = N_BLOCKS * BLOCK_BYTES, UNIT_BYTES = 16 * ROW_BYTES;
+  struct Raw { uint4 x, y; };
+  static __device__ __forceinline__ Raw load(const u8* block, bool live) {
+    const uint4 zero = {0, 0, 0, 0};
+    if (!live) return {zero, zero};
+    return {load_stream16(block), load_stream16(block + 16)};
+  }
+  static __device__ __forceinline__ void convert(u32 (&f)[8], const Raw& raw) {
+    const u32 words[8] = {raw.x.x, raw.x.y, raw.x.z, raw.x.w, raw.y.x, raw.y.y, raw.y.z, raw.y.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       f[i] = pack_half2(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u));
@@ -405,11 +406,14 @@ struct DenseRow {
 
 struct Int8Row {
   static constexpr bool NORM = true;
-  static constexpr int ROW_BYTES = HEAD_DIM, UNIT_BYTES = 16 * ROW_BYTES + 32;
-  static __device__ __forceinline__ void load(u32 (&f)[8], const u8* row, int block, bool live) {
-    uint4 x = {0, 0, 0, 0};
-    if (live) x = load_stream16(row + 16 * block);
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
+  static constexpr int BLOCK_BYTES = 16, ROW_BYTES = N_BLOCKS * BLOCK_BYTES, UNIT_BYTES = 16 * ROW_BYTES + 32;
+  struct Raw { uint4 x; };
+  static __device__ __forceinline__ Raw load(const u8* block, bool live) {
+    const uint4 zero = {0, 0, 0, 0};
+    return {live ? load_stream16(block) : zero};
+  }
+  static __device__ __forceinline__ void convert(u32 (&f)[8], const Raw& raw) {
+    const u32 words[4] = {raw.x.x, raw.x.y, raw.x.z, raw.x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // 0x6400 + u is the fp16 number 1024 + u; u = code + 128.
@@ -428,21 +432,51 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
                                                 float* logit_rows, int logit_stride,
                                                 int logit_limit,
                                                 const float (&offset)[GROUP_TILES][2]) {
+  // Keys and values are asked for together where registers allow: a unit waits for memory once.
+  constexpr int KEY_STEPS = N_BLOCKS / 4, EIGHTS = HEAD_DIM == 64 ? 1 : 2;
+  typename F::Raw keys[KEY_STEPS][2];
+  u32 key_norms = 0;
+  const u8* key_block = key + lane.g * F::ROW_BYTES + lane.t * F::BLOCK_BYTES;
+#pragma unroll
+  for (int b = 0; b < KEY_STEPS; ++b)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      keys[b][h] = F::load(key_block + 8 * h * F::ROW_BYTES + 4 * b * F::BLOCK_BYTES, int(lane.g) + 8 * h < live);
+  if constexpr (F::NORM) key_norms = load_stream4(key + 16 * F::ROW_BYTES + 4 * lane.g);
+#if !LOGITS
+  typename F::Raw values[EIGHTS][COLUMNS][2];
+  constexpr bool TOGETHER = sizeof(values) <= 128;
+  u32 value_norms = 0;
+  if constexpr (F::NORM) value_norms = load_stream4(value + 16 * F::ROW_BYTES + 4 * lane.g);
+  const int first_row = 2 * int(lane.t) + (HEAD_DIM == 64 ? 8 * (int(lane.g) / 4) : 0);
+  const u8* value_block = value + first_row * F::ROW_BYTES + (HEAD_DIM == 64 ? lane.g % 4 : lane.g) * F::BLOCK_BYTES;
+  auto load_values = [&] {
+#pragma unroll
+    for (int eight = 0; eight < EIGHTS; ++eight)
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd)
+          values[eight][c][odd] = F::load(value_block + (8 * eight + odd) * F::ROW_BYTES + 8 * c * F::BLOCK_BYTES,
+                                          first_row + 8 * eight + odd < live);
+  };
+  if (TOGETHER) load_values();
+  loads_first();
+#endif
   Tile<1> scores;
   clear_scores(scores.s[0]);
 #pragma unroll
-  for (int b = 0; b < N_BLOCKS / 4; ++b) {
+  for (int b = 0; b < KEY_STEPS; ++b) {
     u32 low[8], high[8];
-    F::load(low, key + lane.g * F::ROW_BYTES, 4 * b + lane.t, int(lane.g) < live);
-    F::load(high, key + (lane.g + 8) * F::ROW_BYTES, 4 * b + lane.t, int(lane.g) + 8 < live);
+    F::convert(low, keys[b][0]);
+    F::convert(high, keys[b][1]);
     score_block(scores.s[0], state, b, low, high);
   }
   scores.key_factor[0][0] = scores.key_factor[0][1] = 1.f;
   if constexpr (F::NORM) {
-    const u32 pair = load_stream4(key + 16 * F::ROW_BYTES + 4 * lane.g);
     const float factor = SOFTCAP || LOGITS ? 1.f : p.scale_log2;
-    scores.key_factor[0][0] = half_to_float(pair) * factor;
-    scores.key_factor[0][1] = half_to_float(pair >> 16) * factor;
+    scores.key_factor[0][0] = half_to_float(key_norms) * factor;
+    scores.key_factor[0][1] = high_half_to_float(key_norms) * factor;
   }
   bool alive[1][2];
   find_alive(alive[0], live, p, row, entry, first_token, lane);
@@ -464,22 +498,20 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
 #else
   scores.value_factor[0][0] = scores.value_factor[0][1] = 1.f;
   if constexpr (F::NORM) {
-    const u32 pair = load_stream4(value + 16 * F::ROW_BYTES + 4 * lane.g);
-    scores.value_factor[0][0] = half_to_float(pair);
-    scores.value_factor[0][1] = half_to_float(pair >> 16);
+    scores.value_factor[0][0] = half_to_float(value_norms);
+    scores.value_factor[0][1] = high_half_to_float(value_norms);
   }
   scale_scores<1, F::NORM>(scores, p, offset);
   drop_dead<1>(scores, alive);
   weigh<1, F::NORM>(state, scores, lane);
+  if (!TOGETHER) load_values();
 #pragma unroll
-  for (int eight = 0; eight < (HEAD_DIM == 64 ? 1 : 2); ++eight)
+  for (int eight = 0; eight < EIGHTS; ++eight)
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
-      const int base = 8 * (HEAD_DIM == 64 ? int(lane.g) / 4 : eight) + 2 * int(lane.t);
-      const int block = HEAD_DIM == 64 ? int(lane.g) % 4 : int(lane.g) + 8 * c;
       u32 even[8], odd[8];
-      F::load(even, value + base * F::ROW_BYTES, block, base < live);
-      F::load(odd, value + (base + 1) * F::ROW_BYTES, block, base + 1 < live);
+      F::convert(even, values[eight][c][0]);
+      F::convert(odd, values[eight][c][1]);
 #pragma unroll
       for (int n = 0; n < GROUP_TILES; ++n) {
         if constexpr (HEAD_DIM == 64) {
@@ -502,10 +534,15 @@ static __device__ __forceinline__ void run_row_pages(State& state, const Segment
 #if TABLE_HEADS
   fetch_query(state, lane);
 #endif
+  if (int(warp) >= n_units) return;
+  // Where the next unit lies comes with this one.
+  auto record_of = [&](int unit) { return __ldg(p.records + segment.first_page + (min(unit, n_units - 1) >> shift)); };
+  uint2 ahead = record_of(int(warp));
 #pragma unroll 1
   for (int unit = int(warp); unit < n_units; unit += N_WARPS) {
+    const uint2 record = ahead;
+    ahead = record_of(unit + N_WARPS);
     const int page = segment.first_page + (unit >> shift), inside = unit & mask;
-    const uint2 record = __ldg(p.records + page);
     const int live = int(record.y) - 16 * inside;
     if (live <= 0 && !LOGITS) continue;
     const u8* key = p.pool + u64(record.x) * 16 + inside * F::UNIT_BYTES;
