@@ -31,7 +31,6 @@ SEGMENT_BYTES = 4 * SEGMENT_INTS
 LISTED_SEGMENTS = (64, 16)
 """Segments of a block that a kernel of several tiers keeps in shared memory; the fewer where the
 more would leave no room for better tables."""
-WEIGHT_PARTS = 64
 SHARED_QUERY_BYTES = 4 * 1024 + 32
 """Fragments of one query tile at head_dim 128, the heads' scales, and the book."""
 MIN_BUFFERS = 4
@@ -175,7 +174,7 @@ def _shared_layout(
     else:
         scratch = totals + (variant.n_warps + 1) * heads * 8 + 16
         n_buffers = min(variant.n_warps, (limit - scratch) // (fragments * 16))
-        end = scratch + max(n_buffers * fragments * 16, WEIGHT_PARTS * heads * 8)
+        end = scratch + n_buffers * fragments * 16
         if n_buffers < (MIN_BUFFERS if space.replicas > 2 and not variant.table_heads else 1):
             return None
     offsets = {
@@ -242,7 +241,6 @@ def _preamble(
         "FIRST_PAGES": FIRST_PAGES,
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": space.n_rows,
-        "WEIGHT_PARTS": WEIGHT_PARTS,
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
         "TABLE_HEADS": variant.table_heads,

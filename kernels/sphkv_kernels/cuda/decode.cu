@@ -48,10 +48,15 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
       if (lane.g == 0) warp_totals[warp * HEADS + 8 * n + 2 * lane.t + h] = {state.m[n][h], l};
     }
   __syncthreads();
-  if (threadIdx.x < HEADS) {
-    float m = NO_LEVEL, l = 0.f;
+  auto top_of = [&](int head) {
+    float m = NO_LEVEL;
 #pragma unroll
-    for (int w = 0; w < N_WARPS; ++w) m = fmaxf(m, warp_totals[w * HEADS + threadIdx.x].m);
+    for (int w = 0; w < N_WARPS; ++w) m = fmaxf(m, warp_totals[w * HEADS + head].m);
+    return m;
+  };
+  if (threadIdx.x < HEADS) {  // read after the next barrier
+    const float m = top_of(threadIdx.x);
+    float l = 0.f;
 #pragma unroll
     for (int w = 0; w < N_WARPS; ++w) {
       const Totals part = warp_totals[w * HEADS + threadIdx.x];
@@ -59,7 +64,6 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
     }
     totals[threadIdx.x] = {m, l};
   }
-  __syncthreads();
   const float unscale = state.value_scale > 0.f ? 1.f / state.value_scale : 1.f;
 #pragma unroll
   for (int k = 0; k < OWNED; ++k) o[k] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -70,7 +74,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 #pragma unroll
       for (int n = 0; n < GROUP_TILES; ++n) {
         const int head = 8 * n + int(lane.g);
-        float factor = exp2_approx(warp_totals[warp * HEADS + head].m - totals[head].m);
+        float factor = exp2_approx(warp_totals[warp * HEADS + head].m - top_of(head));
         if (ANY_VALUE_NORM) factor *= unscale;
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
@@ -111,58 +115,49 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
   }
 }
 
-// Weighted sum of all parts of a row, in the order of the parts. `states` has room for WEIGHT_PARTS
-// parts at a time.
-static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment,
-                                                   Totals* states) {
-  const float* global_states = p.partial_state + u64(segment.part_base) * HEADS * 2;
-  float m[OWNED], l[OWNED];
-  float4 o[OWNED];
-#pragma unroll
-  for (int k = 0; k < OWNED; ++k) {
-    m[k] = NO_LEVEL;
-    l[k] = 0.f;
-    o[k] = make_float4(0.f, 0.f, 0.f, 0.f);
-  }
-#pragma unroll 1
-  for (int first = 0; first < segment.n_parts; first += WEIGHT_PARTS) {
-    const int count = min(WEIGHT_PARTS, segment.n_parts - first);
-    for (int i = threadIdx.x; i < count * HEADS; i += N_THREADS) {
-      const float2 state = load_l2_8(global_states + (first * HEADS + i) * 2);
-      states[i] = {state.x, state.y};
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < OWNED; ++k) {
-      const int f = threadIdx.x + k * N_THREADS;
-      if (!fragment_is_used(p, f)) continue;
-      const int head = 8 * (f / (256 * COLUMNS)) + (f % 32) / 4;
-      const float4* part = p.partial_output + u64(segment.part_base + first) * FRAGMENTS + f;
-      float top = m[k];
-      for (int n = 0; n < count; ++n) top = fmaxf(top, states[n * HEADS + head].m);
-      const float change = exp2_approx(m[k] - top);
-      o[k].x *= change; o[k].y *= change; o[k].z *= change; o[k].w *= change;
-      l[k] *= change;
-      m[k] = top;
-#pragma unroll 16
-      for (int n = 0; n < count; ++n) {
-        const float4 x = load_l2_16(part + u64(n) * FRAGMENTS);
-        const Totals state = states[n * HEADS + head];
-        const float w = exp2_approx(state.m - top);
-        l[k] += w * state.l;
-        o[k].x += w * x.x; o[k].y += w * x.y; o[k].z += w * x.z; o[k].w += w * x.w;
-      }
-    }
-    __syncthreads();
-  }
+// Weighted sum of all parts of a row, in the order of the parts; AT_ONCE of them and their states are
+// asked for together.
+static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment) {
+  constexpr int AT_ONCE = 16;
 #pragma unroll
   for (int k = 0; k < OWNED; ++k) {
     const int f = threadIdx.x + k * N_THREADS;
     if (!fragment_is_used(p, f)) continue;
-    write_output(p, segment.row, f, o[k], l[k] > 0.f ? 1.f / l[k] : 0.f);
+    const int head = 8 * (f / (256 * COLUMNS)) + (f % 32) / 4;
+    const float4* outputs = p.partial_output + u64(segment.part_base) * FRAGMENTS + f;
+    const float* states = p.partial_state + (u64(segment.part_base) * HEADS + head) * 2;
+    float m = NO_LEVEL, l = 0.f;
+    float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+    for (int first = 0; first < segment.n_parts; first += AT_ONCE) {
+      float2 state[AT_ONCE];
+      float4 x[AT_ONCE];
+#pragma unroll
+      for (int n = 0; n < AT_ONCE; ++n) {
+        state[n] = make_float2(NO_LEVEL, 0.f);
+        x[n] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (first + n < segment.n_parts) {
+          state[n] = load_l2_8(states + u64(first + n) * HEADS * 2);
+          x[n] = load_l2_16(outputs + u64(first + n) * FRAGMENTS);
+        }
+      }
+      float top = m;
+#pragma unroll
+      for (int n = 0; n < AT_ONCE; ++n) top = fmaxf(top, state[n].x);
+      const float change = exp2_approx(m - top);
+      o.x *= change; o.y *= change; o.z *= change; o.w *= change;
+      l *= change;
+      m = top;
+#pragma unroll
+      for (int n = 0; n < AT_ONCE; ++n) {
+        const float w = exp2_approx(state[n].x - top);
+        l += w * state[n].y;
+        o.x += w * x[n].x; o.y += w * x[n].y; o.z += w * x[n].z; o.w += w * x[n].w;
+      }
+    }
+    write_output(p, segment.row, f, o, l > 0.f ? 1.f / l : 0.f);
     // The first fragment of a head's first lane speaks for the head.
-    if (f % 4 == 0 && (f / 32) % (8 * COLUMNS) == 0)
-      write_log_sum_exp(p, segment.row, 8 * (f / (256 * COLUMNS)) + (f % 32) / 4, m[k], l[k]);
+    if (f % 4 == 0 && (f / 32) % (8 * COLUMNS) == 0) write_log_sum_exp(p, segment.row, head, m, l);
   }
 }
 
@@ -198,18 +193,16 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
     p.partial_state[(part * HEADS + threadIdx.x) * 2] = totals[threadIdx.x].m;
     p.partial_state[(part * HEADS + threadIdx.x) * 2 + 1] = totals[threadIdx.x].l;
   }
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // the barriers before and after extend it to the block
     const int before = atomicAdd(p.arrivals + segment.row, 1);
+    __threadfence();
     *is_last = before == segment.n_parts - 1;
     if (*is_last) p.arrivals[segment.row] = 0;  // ready for the next launch
   }
   __syncthreads();
-  if (*is_last) {
-    __threadfence();
-    merge_parts(p, segment, reinterpret_cast<Totals*>(scratch));
-  }
+  if (*is_last) merge_parts(p, segment);
   __syncthreads();
 }
 #endif
