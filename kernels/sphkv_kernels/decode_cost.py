@@ -4,11 +4,10 @@
 
 `loop` counts the SASS instructions of one warp's innermost loop (32 tokens of K and V: decoding,
 both matrix products, softmax; rare branches included) of the kernel built for sm_90 with one tier
-of the code, 12 warps, groups of up to 8 query heads. Counted in disassemblies; today's kernel has
-up to 2.4 % fewer at head_dim 64 and 128, and a test holds 128 to within 10 %. At 256 it runs with 8
-warps, whose loops are 3 to 15 % shorter. Codes without a native layout are read by the reference
-alone and have no such number. Fewer instructions are faster only where memory does not bind: see
-NOTES.md. Ours.
+of the code, groups of up to 8 query heads, 12 warps or, at head_dim 256, 8. Counted in
+disassemblies; today's kernel has up to 3 % fewer at head_dim 64 and 128, and a test holds all to
+within 10 %. Codes without a native layout are read by the reference alone and have no such number.
+Fewer instructions are faster only where memory does not bind: see NOTES.md. Ours.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from sphkv_kernels.layout import Scheme
 LOOP_TOKENS = 32
 
 LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
-    "pair_half": {64: 595, 128: 738, 256: 1409},
-    "pair_swap": {64: 618, 128: 749, 256: 1288},
-    "pair_nine": {64: 693, 128: 886, 256: 1576},
-    "pair_nine_float": {64: 651, 128: 850, 256: 1639},
-    "single": {64: 696, 128: 885, 256: 1776},
-    "quad": {64: 585, 128: 683, 256: 1142},
-    "quad_spread": {64: 591, 128: 701, 256: 1174},
+    "pair_half": {64: 595, 128: 738, 256: 1257},
+    "pair_swap": {64: 618, 128: 749, 256: 1225},
+    "pair_nine": {64: 693, 128: 886, 256: 1512},
+    "pair_nine_float": {64: 651, 128: 850, 256: 1478},
+    "single": {64: 696, 128: 885, 256: 1513},
+    "quad": {64: 585, 128: 683, 256: 1095},
+    "quad_spread": {64: 591, 128: 701, 256: 1139},
 }
 """By scheme and head_dim, NVRTC 13 for sm_90."""
 

@@ -8,7 +8,8 @@ A block reads 23.4 kB/us where memory binds. A code of few bits is bound by its 
 its bytes, and beside such pages one of many bytes has memory enough and is bound by its
 instructions too. Measured by clock stamps of every block on one H100, fifteen plans of five mixed
 caches of 3/2/2/2 r2, 4/2/2/2 r2, 4/2/2/2 fp16 and int8: a page of 32 tokens takes 0.137, 0.173,
-0.155 and 0.346 us (standard deviation of a block's time around these: 1 to 3 % of it).
+0.155 and 0.346 us (standard deviation of a block's time around these: 1 to 3 % of it). At head_dim
+64 and 256 from the times of each tier alone, 4 x 8 x 131072 and 4 x 8 x 65536.
 Source: ours.
 """
 
@@ -22,19 +23,23 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode_cost import LOOP_INSTRUCTIONS, LOOP_TOKENS
-from sphkv_kernels.tier import RegionFormat
+from sphkv_kernels.tier import PageError, RegionFormat
 
-BYTES_PER_INSTRUCTION = 4.75
+BYTES_PER_INSTRUCTION = {64: 4.35, 128: 4.75, 256: 5.75}
+"""By head_dim; 256 has fewer warps to hide latency."""
+ROW_FACTOR = {64: 1.2, 128: 0.975, 256: 0.975}
+"""By head_dim; the softmax is the same work for shorter rows."""
 MEMORY_FACTOR = 1.09
 """4/2/2/2 fp16 alone, bound by memory, reaches 92 % of the read rate."""
-ROW_FACTOR = 0.975
-COMPACT_LOOP: dict[int, int] = {64: 686, 128: 879, 256: 1555}
+COMPACT_LOOP: dict[int, int] = {64: 686, 128: 879, 256: 1487}
 """Instructions of 4/2/2/2 r2 where other codes' tables leave no room for its wide ones."""
 
 
 def page_costs(cache: PagedCache, n_pages: Sequence[int]) -> tuple[tuple[int, ...], bool]:
     """Cost of one page of every tier of the cache, which holds n_pages of each, and whether memory
-    binds."""
+    binds. Raises PageError for a head_dim that the kernel does not have."""
+    if cache.head_dim not in ROW_FACTOR:
+        raise PageError(f"head_dim {cache.head_dim}: the CUDA kernel has {tuple(ROW_FACTOR)}")
     n_codes = sum(
         t.kind == "spherical" and n > 0 for t, n in zip(cache.tiers, n_pages, strict=True)
     )
@@ -42,10 +47,10 @@ def page_costs(cache: PagedCache, n_pages: Sequence[int]) -> tuple[tuple[int, ..
     for tier, n_bytes in zip(cache.tiers, sizes, strict=True):
         loops = [_loop(region, n_codes > 1) for region in (tier.key_format, tier.value_format)]
         if None in loops:
-            costs.append(ROW_FACTOR * n_bytes)
+            costs.append(ROW_FACTOR[cache.head_dim] * n_bytes)
         else:
             instructions = sum(loop or 0 for loop in loops) / 2 * cache.page_size / LOOP_TOKENS
-            costs.append(BYTES_PER_INSTRUCTION * instructions)
+            costs.append(BYTES_PER_INSTRUCTION[cache.head_dim] * instructions)
     memory_binds = bool(np.dot(n_pages, sizes) > np.dot(n_pages, costs))
     if memory_binds:
         costs = [max(c, MEMORY_FACTOR * n_bytes) for c, n_bytes in zip(costs, sizes, strict=True)]

@@ -192,6 +192,27 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
     assert max(per_block) <= 1.03 * sum(per_block) / 10
 
 
+@pytest.mark.parametrize(("head_dim", "measured"), [(64, 2.08), (128, 2.56), (256, 2.61)])
+def test_a_page_of_rows_costs_as_much_more_than_one_of_codes_as_measured(
+    head_dim: int, measured: float
+) -> None:
+    """H100, each tier alone: 106, 148 and 148 us for 3/2/2/2 r2, 220, 379 and 385 us for int8."""
+    code = SphericalCode.analytic("code", head_dim, (3, 2, 2, 2), "lloyd_max:2")
+    cache = replace(
+        empty_pages([[1, 1]]),
+        tiers=(TierFormat.spherical(code), TierFormat.int8()),
+        page_size=32,
+        head_dim=head_dim,
+    )
+    (of_code, of_rows), _ = page_costs(cache, [100, 100])
+    assert of_rows / of_code == pytest.approx(measured, rel=0.06)
+
+
+def test_a_head_dim_that_the_kernel_does_not_have_is_named() -> None:
+    with pytest.raises(PageError, match="head_dim 96: the CUDA kernel has \\(64, 128, 256\\)"):
+        make_plan(replace(empty_pages([[1, 1]]), head_dim=96), 3, check=False)
+
+
 @pytest.mark.parametrize(("bits", "radius", "splits"), [
     ((4, 2, 2, 2), "fp16", False), ((3, 2, 2, 2), "lloyd_max:2", True)
 ])  # fmt: skip

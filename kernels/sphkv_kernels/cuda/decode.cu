@@ -118,7 +118,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 // Weighted sum of all parts of a row, in the order of the parts; AT_ONCE of them and their states are
 // asked for together.
 static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment) {
-  constexpr int AT_ONCE = 16;
+  constexpr int AT_ONCE = 8;
 #pragma unroll
   for (int k = 0; k < OWNED; ++k) {
     const int f = threadIdx.x + k * N_THREADS;
