@@ -115,49 +115,66 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
   }
 }
 
-// Weighted sum of all parts of a row, in the order of the parts; AT_ONCE of them and their states are
-// asked for together.
-static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment) {
-  constexpr int AT_ONCE = 8;
+struct Sum { float m, l; float4 o; };
+static_assert(sizeof(Sum) == SUM_BYTES, "room for one a thread");
+
+// Adds n more sums, weighted by their levels, in their order.
+template <int N>
+static __device__ __forceinline__ void add_sums(Sum& sum, const Sum (&more)[N]) {
+  float top = sum.m;
 #pragma unroll
-  for (int k = 0; k < OWNED; ++k) {
-    const int f = threadIdx.x + k * N_THREADS;
-    if (!fragment_is_used(p, f)) continue;
-    const int head = 8 * (f / (256 * COLUMNS)) + (f % 32) / 4;
+  for (int n = 0; n < N; ++n) top = fmaxf(top, more[n].m);
+  const float change = exp2_approx(sum.m - top);
+  sum = {top, sum.l * change, make_float4(sum.o.x * change, sum.o.y * change, sum.o.z * change, sum.o.w * change)};
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float w = exp2_approx(more[n].m - top);
+    sum.l += w * more[n].l;
+    sum.o.x += w * more[n].o.x; sum.o.y += w * more[n].o.y; sum.o.z += w * more[n].o.z; sum.o.w += w * more[n].o.w;
+  }
+}
+
+// Weighted sum of all parts of a row. Threads that would be idle (few heads, few coordinates) take a
+// share of the parts; parts and shares are added in their order. `scratch`: a Sum per thread.
+static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment, Sum* scratch) {
+  constexpr int AT_ONCE = 8, LANES_OF_HEAD = N_BLOCKS < 8 ? N_BLOCKS / 2 : 4;
+  const Sum nothing = {NO_LEVEL, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+  const int n_used = COLUMNS * 8 * LANES_OF_HEAD * p.group_size, n_shares = max(N_THREADS / n_used, 1);
+  const int share = int(threadIdx.x) / n_used, of_share = (segment.n_parts + n_shares - 1) / n_shares;
+#pragma unroll 1
+  for (int first_used = 0; first_used < n_used; first_used += N_THREADS) {
+    const int used = first_used + int(threadIdx.x) - share * n_used;
+    const bool takes_part = used < n_used && share < n_shares;
+    const int t = used % LANES_OF_HEAD, head = used / LANES_OF_HEAD % p.group_size, i = used / LANES_OF_HEAD / p.group_size;
+    const int f = (head / 8 * COLUMNS * 8 + i) * 32 + head % 8 * 4 + t;  // i: of 8 and of columns
     const float4* outputs = p.partial_output + u64(segment.part_base) * FRAGMENTS + f;
     const float* states = p.partial_state + (u64(segment.part_base) * HEADS + head) * 2;
-    float m = NO_LEVEL, l = 0.f;
-    float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+    const int end = takes_part ? min(segment.n_parts, (share + 1) * of_share) : 0;
+    Sum sum = nothing;
 #pragma unroll 1
-    for (int first = 0; first < segment.n_parts; first += AT_ONCE) {
-      float2 state[AT_ONCE];
-      float4 x[AT_ONCE];
+    for (int part = share * of_share; part < end; part += AT_ONCE) {
+      Sum found[AT_ONCE];
 #pragma unroll
       for (int n = 0; n < AT_ONCE; ++n) {
-        state[n] = make_float2(NO_LEVEL, 0.f);
-        x[n] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (first + n < segment.n_parts) {
-          state[n] = load_l2_8(states + u64(first + n) * HEADS * 2);
-          x[n] = load_l2_16(outputs + u64(first + n) * FRAGMENTS);
+        found[n] = nothing;
+        if (part + n < end) {
+          const float2 state = load_l2_8(states + u64(part + n) * HEADS * 2);
+          found[n] = {state.x, state.y, load_l2_16(outputs + u64(part + n) * FRAGMENTS)};
         }
       }
-      float top = m;
-#pragma unroll
-      for (int n = 0; n < AT_ONCE; ++n) top = fmaxf(top, state[n].x);
-      const float change = exp2_approx(m - top);
-      o.x *= change; o.y *= change; o.z *= change; o.w *= change;
-      l *= change;
-      m = top;
-#pragma unroll
-      for (int n = 0; n < AT_ONCE; ++n) {
-        const float w = exp2_approx(state[n].x - top);
-        l += w * state[n].y;
-        o.x += w * x[n].x; o.y += w * x[n].y; o.z += w * x[n].z; o.w += w * x[n].w;
+      add_sums(sum, found);
+    }
+    if (n_shares > 1) {  // then all are used at once
+      scratch[threadIdx.x] = sum;
+      __syncthreads();
+      for (int other = 1; other < n_shares && share == 0; ++other) {
+        const Sum more[1] = {scratch[other * n_used + used]};
+        add_sums(sum, more);
       }
     }
-    write_output(p, segment.row, f, o, l > 0.f ? 1.f / l : 0.f);
-    // The first fragment of a head's first lane speaks for the head.
-    if (f % 4 == 0 && (f / 32) % (8 * COLUMNS) == 0) write_log_sum_exp(p, segment.row, head, m, l);
+    if (!takes_part || share > 0) continue;
+    write_output(p, segment.row, f, sum.o, sum.l > 0.f ? 1.f / sum.l : 0.f);
+    if (t == 0 && i == 0) write_log_sum_exp(p, segment.row, head, sum.m, sum.l);
   }
 }
 
@@ -202,7 +219,7 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
     if (*is_last) p.arrivals[segment.row] = 0;  // ready for the next launch
   }
   __syncthreads();
-  if (*is_last) merge_parts(p, segment);
+  if (*is_last) merge_parts(p, segment, reinterpret_cast<Sum*>(scratch));
   __syncthreads();
 }
 #endif
