@@ -85,7 +85,7 @@ def single_tier_cases(
 def mixed_cases(rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]) -> list[Any]:
     """Two tiers, four tiers, and a retention policy; against the byte-weighted single-tier time: by
     the rate of each tier in the large case, which hides a launch's start and end, and by the time
-    of each tier alone in as many bytes as the mixed cache has."""
+    of each tier alone in as many bytes as the mixed cache has, in rows of equal length."""
     shape = SHAPES[0]
     names = ("3222-r2", "4222-r2", "4222-fp16")
     four = (*(tier(name) for name in names), TierFormat.int8())
@@ -113,7 +113,7 @@ def mixed_cases(rates: MemoryRates, baselines: dict[str, tuple[Baseline, ...]]) 
             tiers, of_plan, rates, baselines[of_plan.name], page_tiers=pages, seed=SEED
         )
         n_bytes = [
-            int((pages == index).sum()) * page_bytes(one, 128, 32)
+            int((pages == index).sum()) * page_bytes(one, of_plan.head_dim, 32)
             for index, one in enumerate(tiers)
         ]
         weighted = {

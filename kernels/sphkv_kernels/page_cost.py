@@ -30,7 +30,7 @@ BYTES_PER_INSTRUCTION = {64: 4.35, 128: 4.75, 256: 5.75}
 ROW_FACTOR = {64: 1.2, 128: 0.975, 256: 0.975}
 """By head_dim; the softmax is the same work for shorter rows."""
 MEMORY_FACTOR = 1.09
-"""4/2/2/2 fp16 alone, bound by memory, reaches 92 % of the read rate."""
+"""4/2/2/2 fp16 and int8 alone, bound by memory, reach 92 % of the read rate."""
 COMPACT_LOOP: dict[int, int] = {64: 686, 128: 879, 256: 1487}
 """Instructions of 4/2/2/2 r2 where other codes' tables leave no room for its wide ones."""
 

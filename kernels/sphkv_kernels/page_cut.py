@@ -17,9 +17,9 @@ as in `page_cost`)."""
 SEGMENT_COST = 15_000
 """Likewise for one more tier (0.6 us): its first loads have nothing to hide behind."""
 WORTH_SPLITTING, WORTH_SPLITTING_BY_MEMORY = 0.95, 0.9
-"""A cut across rows must promise this much: measured, those that promised 2 and 3 % of mixed caches
-gained nothing, one of 8 % did. Where memory is the limit, idle blocks cost nothing (128 aligned
-blocks 189 us, 132 unaligned ones 201 us, at 4 x 8 x 131072 x 8)."""
+"""A cut across rows must promise this much: measured (with costs of pages a tenth off), those that
+promised 2 and 3 % of mixed caches gained nothing, one of 8 % did. Where memory is the limit, idle
+blocks cost nothing (128 aligned blocks 189 us, 132 unaligned ones 201 us, 4 x 8 x 131072 x 8)."""
 Ints = npt.NDArray[np.int64]
 
 

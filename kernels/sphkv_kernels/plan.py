@@ -3,7 +3,7 @@
     a part = pages of one (sequence, KV head) in one block;   a segment = those of one tier
 
 Pages of a (sequence, KV head), a row, are sorted by tier, laid end to end with all the others, and
-cut (`page_cut`); blocks that share a row read its pages in turn. A row cut into several parts is
+cut (`page_cut`); blocks that share the pages of a tier of a row read them in turn. A row cut into several parts is
 merged inside the launch by the block that arrives last. The plan depends on the page table and the
 grid only: it is made once and serves every decode step until pages are added (the tail grows
 without a new plan).
@@ -124,9 +124,9 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
 
 
 def _in_turn(block: Ints, rows: Ints, tiers: Ints) -> Ints:
-    """Which page takes each place, such that the blocks that share the pages of a (row, tier) read
-    them in turn: at any time they are near one another, where shares of equal size would lie a
-    power of two apart in memory."""
+    """Which page takes each place, such that the blocks that share the pages of a (row, tier) take
+    them in turn: blocks that begin together stay near one another in memory, where shares of equal
+    size would lie a power of two apart."""
     if not rows.size:
         return np.zeros(0, dtype=np.int64)
     key = np.stack([block, rows, tiers])

@@ -62,11 +62,36 @@ def test_query_types_agree(dtype: torch.dtype) -> None:
     assert torch.equal(wide.output, narrow.output)
 
 
-@pytest.mark.parametrize("n_blocks", [1, 7, 132, 500])
-def test_any_cut_gives_the_same_attention(n_blocks: int) -> None:
-    cache = ragged_cache(tier_set(128, 2, 3), lengths=(3000, 5, 700))
-    query = random_query(cache, 8, seed=4)
-    check_decode(cache, query, attention_plan=plan(cache.to("cuda"), 8, n_blocks=n_blocks))
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group_size", [1, 3, 8, 13])
+def test_any_cut_gives_the_same_attention(head_dim: int, group_size: int) -> None:
+    cache = ragged_cache(tier_set(head_dim, 2, 3), lengths=(3000, 5, 700))
+    query, on_gpu = random_query(cache, group_size, seed=4), cache.to("cuda")
+    for n_blocks in (1, 7, 132, 500):
+        cut = plan(on_gpu, group_size, n_blocks=n_blocks)
+        check_decode(cache, query, attention_plan=cut)
+    # Merged in several rounds, and by shares of a block's threads where there are enough.
+    assert cut.work.heads[:, 6].max() > 16
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("head_dim", "tiers"), [(128, (0,)), (128, (1,)), (64, (0, 1, 3)), (256, (0, 1, 3))]
+)
+def test_rows_and_a_tail_of_many_units(
+    head_dim: int, tiers: tuple[int, ...], page_size: int
+) -> None:
+    cache = ragged_cache(
+        tier_set(head_dim, *tiers), page_size=page_size, lengths=(3000, 700), drop_fraction=0.2
+    )
+    table = cache.page_table
+    live = table.live_tokens.clone()
+    live[20:23] = torch.tensor([0, 5, 1], dtype=live.dtype)  # not the last pages of their tier
+    cache = replace(cache, page_table=replace(table, live_tokens=live))
+    cache = with_tail(cache, (299, 210), capacity=300, seed=36)
+    query, on_gpu = random_query(cache, 4, seed=36), cache.to("cuda")
+    for n_blocks in (1, 5):
+        check_decode(cache, query, attention_plan=plan(on_gpu, 4, n_blocks=n_blocks))
 
 
 def test_tail_of_any_length() -> None:

@@ -33,17 +33,19 @@ class Instruction:
 
 @dataclass(frozen=True)
 class LoopStatistics:
-    """An innermost loop that holds matrix products and table lookups.
+    """An innermost loop over pages.
 
     instructions: opcode -> count over the whole loop, rare branches (partial pages, a raised
     softmax level) included; local_memory: loads and stores of spilled registers in it;
     load_distance: the fewest instructions between a load from global memory and the first that
-    waits for the load's scoreboard, be it for that load or for another that was given the same.
+    waits for the load's scoreboard, be it for that load or for another that was given the same;
+    loads_first: every load comes before the first matrix product.
     """
 
     instructions: Counter[str]
     local_memory: int
     load_distance: int
+    loads_first: bool
 
     @property
     def total(self) -> int:
@@ -87,7 +89,8 @@ def decode_loops(lines: list[str]) -> list[LoopStatistics]:
 
 
 def row_loops(lines: list[str]) -> list[LoopStatistics]:
-    """One for every tier of rows (int8, dense) and one for the tail: likewise, without lookups."""
+    """One for every tier of rows (int8, dense) and one for the tail, shortest first: likewise,
+    without lookups."""
     return _inner_loops(lines, lambda lookups, products: products >= 16 and lookups == 0)
 
 
@@ -111,7 +114,10 @@ def _inner_loops(lines: list[str], wanted: Callable[[int, int], bool]) -> list[L
 
 def _statistics(loop: list[Instruction]) -> LoopStatistics:
     names = Counter(re.sub(r"^@!?U?P\d+\s+", "", x.text).split()[0].split(".")[0] for x in loop)
-    return LoopStatistics(names, names["LDL"] + names["STL"], _load_distance(loop))
+    loads = [index for index, x in enumerate(loop) if "LDG" in x.text]
+    products = [index for index, x in enumerate(loop) if "HMMA" in x.text]
+    loads_first = max(loads, default=0) < min(products)
+    return LoopStatistics(names, names["LDL"] + names["STL"], _load_distance(loop), loads_first)
 
 
 def _parse(lines: list[str]) -> tuple[list[Instruction], dict[str, int]]:

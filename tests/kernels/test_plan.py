@@ -58,6 +58,18 @@ def test_a_segment_says_where_its_first_pages_lie(n_blocks: int) -> None:
         assert segment[FIELDS:] == places + places[-1:] * (FIRST_PAGES - len(places))
 
 
+def test_a_record_is_that_of_its_entry() -> None:
+    cache = empty_pages([[3, 400], [60, 340], [0, 1]])
+    table = cache.page_table
+    live = (torch.arange(table.n_entries) * 7 % 17).to(torch.int16)  # some dead, most partial
+    plan = make_plan(replace(cache, page_table=replace(table, live_tokens=live)), 8)
+    entries = plan.entries.long()
+    assert entries.sort().values.tolist() == torch.nonzero(live).flatten().tolist()
+    assert entries.tolist() != entries.sort().values.tolist()
+    assert torch.equal(16 * plan.records[:, 0].long(), table.offsets[entries])
+    assert torch.equal(plan.records[:, 1].long(), live[entries].long())
+
+
 def test_blocks_that_share_a_row_read_its_pages_in_turn() -> None:
     cache = empty_pages([[0, 400], [60, 340]])
     plan = make_plan(cache, 8)
@@ -71,7 +83,7 @@ def test_blocks_that_share_a_row_read_its_pages_in_turn() -> None:
         first, after = first_of[row][tier : tier + 2]
         assert sorted(page for pages in found for page in pages) == list(range(first, after))
         for pages in found:
-            # Where a share of all its pages has been read, the whole run has been, in its order.
+            # A block that has read half of its pages has come to the middle of the run.
             done = (np.arange(len(pages)) + 0.5) / len(pages)
             place = (np.array(pages) + 0.5 - first) / (after - first)
             assert np.abs(done - place).max() <= 1.01 * len(found) / (after - first)
@@ -183,6 +195,7 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
     cache = PagedCache(tiers, 32, 1, 1, 128, pool, table)
     costs, memory_binds = page_costs(cache, counts)
     assert not memory_binds and page_costs(cache, [600, 0, 0])[1]
+    assert page_costs(cache, [0, 0, 300])[1] and not page_costs(cache, [0, 600, 0])[1]
     # A code of half the bytes is not half the time: its instructions bind it.
     assert costs[1] / costs[0] > 1.3 * page_bytes(tiers[1], 128, 32) / page_bytes(tiers[0], 128, 32)
     per_block = [

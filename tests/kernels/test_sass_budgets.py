@@ -127,7 +127,8 @@ def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_
 
 @needs_tools
 def test_rows_keep_their_budget(tmp_path: Path) -> None:
-    """16 tokens of int8, and of the dense tail: keys and values are asked for together."""
+    """16 tokens of int8, and of the dense tail, which is longer: keys and values are asked for
+    together, and with them where the next ones lie."""
     source = kernel_source(Variant((TierFormat.int8(),), 128, 1), 90)
     cubin = tmp_path / "rows.cubin"
     cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
@@ -136,6 +137,7 @@ def test_rows_keep_their_budget(tmp_path: Path) -> None:
         assert loop.local_memory == 0
         assert loop.instructions["HMMA"] == 24
         assert loop.instructions["LDG"] == loads
+        assert loop.loads_first
         assert loop.total <= total
 
 

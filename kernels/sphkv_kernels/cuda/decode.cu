@@ -224,28 +224,31 @@ static __device__ __forceinline__ void emit(State& state, const Params& p, const
 }
 #endif
 
-// Into L2, before anything waits for it: what this warp reads of its first tile of a segment, and its
-// record. `pages`: where the segment's first pages lie. Not more: what is asked for first comes first.
-static __device__ __forceinline__ void prefetch_first_tile(const Params& p, int first_page, int n_pages,
+// How many steps the warps of a block take in turn over a segment: units of rows, tiles of a code.
+static __device__ __forceinline__ int steps_of(const Segment& segment, const Params& p) {
+  const int n_units = segment.n_pages << p.page_units_log2;
+  return is_row_tier(segment.tier) ? n_units : (n_units + TILE_UNITS - 1) / TILE_UNITS;
+}
+
+// Into L2, before anything waits for it: what this warp reads in its first step of a segment, or, of a
+// page that several warps begin with, 4 KB of it each; and its record. `pages`: where the segment's
+// first pages lie. Not more: what is asked for first comes first.
+static __device__ __forceinline__ void prefetch_first_step(const Params& p, int tier, int first_page, int n_pages,
                                                            const u32* pages, u32 warp, const Lane& lane) {
-  const int unit = TILE_UNITS * int(warp), page = unit >> p.page_units_log2, known = min(n_pages, FIRST_PAGES);
+  const int units = is_row_tier(tier) ? 1 : TILE_UNITS;
+  const int unit = units * int(warp), page = unit >> p.page_units_log2, known = min(n_pages, FIRST_PAGES);
   if (page >= known) return;
-  // A tile of pages of 16 tokens has two; tiles that share a page take 4 KB of it each.
-  const u32 place = pages[SMALL_PAGES ? min(page + int(lane.index) / 16, known - 1) : page];
+  // A tile of pages of 16 tokens has two.
+  const bool two = SMALL_PAGES && units > 1;
+  const u32 place = pages[two ? min(page + int(lane.index) / 16, known - 1) : page];
   const u32 inside = unit & ((1 << p.page_units_log2) - 1);
-  const u32 line = SMALL_PAGES ? lane.index % 16 : lane.index + 32 * inside / TILE_UNITS;
+  const u32 line = two ? lane.index % 16 : lane.index + 32 * inside / units;
   prefetch_line(p.pool + u64(place) * 16 + line * 128);
   if (lane.index == 0) prefetch_line(reinterpret_cast<const u8*>(p.records + first_page + page));
 #if POSITION_GROUPS
   const int* where = POSITION_RUNS ? p.first_positions : p.entries;
   if (lane.index == 1) prefetch_line(reinterpret_cast<const u8*>(where + first_page + page));
 #endif
-}
-
-// How many steps the warps of a block take in turn over a segment: units of rows, tiles of a code.
-static __device__ __forceinline__ int steps_of(const Segment& segment, const Params& p) {
-  const int n_units = segment.n_pages << p.page_units_log2;
-  return is_row_tier(segment.tier) ? n_units : (n_units + TILE_UNITS - 1) / TILE_UNITS;
 }
 
 extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __grid_constant__ Params p) {
@@ -263,7 +266,8 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   const int4* head = reinterpret_cast<const int4*>(p.heads + blockIdx.x * HEAD_INTS);
   const int4 a = __ldg(head), b = __ldg(head + 1), rest = __ldg(head + 2);
   Segment segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  prefetch_first_tile(p, segment.first_page, segment.n_pages, reinterpret_cast<const u32*>(head + 3), warp, lane);
+  prefetch_first_step(p, segment.tier, segment.first_page, segment.n_pages,
+                      reinterpret_cast<const u32*>(head + 3), warp, lane);
   Query query;
   load_query(query, p, segment.row, lane);
   store_tables(rows);
@@ -300,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
     // The next segment begins to come while this one is worked on.
     if (next < rest.y && next - rest.x < LISTED_SEGMENTS) {
       const int4* then = listed + SEGMENT_WORDS * (next - rest.x);
-      prefetch_first_tile(p, then->z, then->w, reinterpret_cast<const u32*>(then + 2),
+      prefetch_first_step(p, then->y, then->z, then->w, reinterpret_cast<const u32*>(then + 2),
                           (warp + N_WARPS - then_turn) % N_WARPS, lane);
     }
     run_tier(state, segment, p, lane, (warp + N_WARPS - turn) % N_WARPS, offset);

@@ -461,7 +461,6 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
                                           first_row + 8 * eight + odd < live);
   };
   if (TOGETHER) load_values();
-  loads_first();
 #endif
   Tile<1> scores;
   clear_scores(scores.s[0]);
