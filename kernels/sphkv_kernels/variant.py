@@ -34,8 +34,6 @@ more would leave no room for better tables."""
 SHARED_QUERY_BYTES = 4 * 1024 + 32
 """Fragments of one query tile at head_dim 128, the heads' scales, and the book."""
 MIN_BUFFERS = 4
-SUM_BYTES = 32
-"""Of `Sum` in decode.cu, one a thread."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def _shared_layout(
     else:
         scratch = totals + (variant.n_warps + 1) * heads * 8 + 16
         n_buffers = min(variant.n_warps, (limit - scratch) // (fragments * 16))
-        end = scratch + max(n_buffers * fragments * 16, 32 * variant.n_warps * SUM_BYTES)
+        end = scratch + n_buffers * fragments * 16
         if n_buffers < (MIN_BUFFERS if space.replicas > 2 and not variant.table_heads else 1):
             return None
     offsets = {
@@ -228,7 +226,6 @@ def _preamble(
         "HEAD_DIM": variant.head_dim,
         "N_WARPS": variant.n_warps,
         "N_THREADS": 32 * variant.n_warps,
-        "SUM_BYTES": SUM_BYTES,
         "GROUP_TILES": variant.group_tiles,
         "REPLICAS": replicas,
         # Shared memory starts after 1 KB that sm_90 reserves; the kernel traps if it does not.

@@ -151,6 +151,14 @@ def test_query_tables_equal_reference(head_dim: int, group_size: int, tier: int)
     assert not torch.equal(result.output, other.output)  # two forms, not one under two names
 
 
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_query_tables_that_leave_room_for_the_sums_of_one_warp(group_size: int) -> None:
+    cache = ragged_cache(tier_set(128, 2, 4), lengths=(3000, 65), seed=37)
+    query = random_query(cache, group_size, seed=38)
+    by_table = plan(cache.to("cuda"), group_size, n_blocks=40, score_form="table")
+    check_decode(cache, query, attention_plan=by_table)
+
+
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_query_tables_beside_other_tiers(page_size: int, group_size: int) -> None:
@@ -230,10 +238,11 @@ def test_dead_slots_are_not_read() -> None:
     check_decode(whole, query, attention_plan=attention_plan)
 
 
-def test_runs_repeat_bit_for_bit() -> None:
-    cache = ragged_cache(tier_set(128, 2, 3), lengths=(5000, 700)).to("cuda")
-    query = random_query(cache, 8, seed=11).cuda()
-    attention_plan = plan(cache, 8)
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 8), (64, 3)])
+def test_runs_repeat_bit_for_bit(head_dim: int, group_size: int) -> None:
+    cache = ragged_cache(tier_set(head_dim, 2, 3), lengths=(5000, 700)).to("cuda")
+    query = random_query(cache, group_size, seed=11).cuda()
+    attention_plan = plan(cache, group_size)
     first = ada_decode(query, cache, 0.1, plan=attention_plan)
     for _ in range(5):
         again = ada_decode(query, cache, 0.1, plan=attention_plan)

@@ -161,6 +161,13 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
     assert compile_cubin(source.text, 90, folder=tmp_path)
 
 
+def test_query_tables_fit_beside_two_codes_and_a_position_term() -> None:
+    """Sums of one warp at a time are room enough."""
+    tiers = (tier_of((4, 2, 2, 2), "fp16"), tier_of((4, 3, 3, 3), "lloyd_max:3"))
+    source = kernel_source(Variant(tiers, 128, 1, table_heads=1, position_groups=4), 90)
+    assert "#define N_BUFFERS 1\n" in source.text
+
+
 @needs_tools
 def test_features_of_runs_are_left_out_where_they_leave_no_room(tmp_path: Path) -> None:
     tier = tier_of((4, 2, 2, 2), "fp16")

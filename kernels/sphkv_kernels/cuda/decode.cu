@@ -116,7 +116,6 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 }
 
 struct Sum { float m, l; float4 o; };
-static_assert(sizeof(Sum) == SUM_BYTES, "room for one a thread");
 
 // Adds n more sums, weighted by their levels, in their order.
 template <int N>
@@ -135,11 +134,13 @@ static __device__ __forceinline__ void add_sums(Sum& sum, const Sum (&more)[N]) 
 }
 
 // Weighted sum of all parts of a row. Threads that would be idle (few heads, few coordinates) take a
-// share of the parts; parts and shares are added in their order. `scratch`: a Sum per thread.
+// share of the parts, as many as `scratch` has room for; parts and shares are added in their order.
 static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment, Sum* scratch) {
   constexpr int AT_ONCE = 8, LANES_OF_HEAD = N_BLOCKS < 8 ? N_BLOCKS / 2 : 4;
   const Sum nothing = {NO_LEVEL, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
-  const int n_used = COLUMNS * 8 * LANES_OF_HEAD * p.group_size, n_shares = max(N_THREADS / n_used, 1);
+  constexpr int ROOM = N_BUFFERS * FRAGMENTS * sizeof(float4) / sizeof(Sum);
+  const int n_used = COLUMNS * 8 * LANES_OF_HEAD * p.group_size;
+  const int n_shares = max((ROOM < N_THREADS ? ROOM : N_THREADS) / n_used, 1);
   const int share = int(threadIdx.x) / n_used, of_share = (segment.n_parts + n_shares - 1) / n_shares;
 #pragma unroll 1
   for (int first_used = 0; first_used < n_used; first_used += N_THREADS) {
@@ -165,7 +166,7 @@ static __device__ __forceinline__ void merge_parts(const Params& p, const Segmen
       add_sums(sum, found);
     }
     if (n_shares > 1) {  // then all are used at once
-      scratch[threadIdx.x] = sum;
+      if (ROOM >= N_THREADS || takes_part) scratch[threadIdx.x] = sum;
       __syncthreads();
       for (int other = 1; other < n_shares && share == 0; ++other) {
         const Sum more[1] = {scratch[other * n_used + used]};
