@@ -9,9 +9,9 @@ its bytes, and beside such pages one of many bytes has memory enough and is boun
 instructions too. Measured by clock stamps of every block on one H100, fifteen plans of five mixed
 caches of 3/2/2/2 r2, 4/2/2/2 r2, 4/2/2/2 fp16 and int8: a page of 32 tokens takes 0.137, 0.173,
 0.155 and 0.346 us (standard deviation of a block's time around these: 1 to 3 % of it). At head_dim
-64 and 256 from the times of each tier alone (4 x 8 x 131072 and 4 x 8 x 65536), and at 64, where the
-kernel of int8 alone spills registers and that of several tiers does not, also from five ratios of
-the two factors in a mixed cache: 53.8 us at this one, 57.7 at that of 128.
+64 and 256 from the times of each tier alone (4 x 8 x 131072 and 4 x 8 x 65536); at 64, where int8
+alone spills registers and beside codes does not, also from five ratios of the two factors in a
+mixed cache: 53.8 us at this one, 57.7 at that of 128.
 Source: ours.
 """
 
