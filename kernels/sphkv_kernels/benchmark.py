@@ -10,7 +10,7 @@ attention on them: what angle-domain attention avoids. Source: ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from sphkv_kernels.decode import AttentionPlan, ada_decode, launch_params, plan
 from sphkv_kernels.dense_attention import Baseline, fastest
 from sphkv_kernels.launch import load_kernel
 from sphkv_kernels.position_term import PositionTerm
-from sphkv_kernels.reference import ada_decode_reference
+from sphkv_kernels.reference import DecodeResult, ada_decode_reference
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.timing import Latency, MemoryRates, measure
@@ -106,12 +106,8 @@ def run_case(
     if page_tiers is None:
         page_tiers = uniform_pages(shape, page_size)
     cache = tiled_cache(tiers, page_tiers, page_size, shape.n_kv_heads, shape.head_dim, seed=seed)
-    attention_plan = plan(cache, shape.group_size, check=False)
-    query = _query(cache, shape.group_size, seed)
-    scale = shape.head_dim**-0.5
-    latency = measure(
-        lambda: ada_decode(query, cache, scale, plan=attention_plan), n_samples=n_samples
-    )
+    attention_plan, query, step = _decode_step(cache, shape.group_size, seed)
+    latency = measure(step, n_samples=n_samples)
     work = attention_plan.work
     n_heads = shape.n_sequences * shape.n_kv_heads * shape.group_size
     bytes_read = {
@@ -152,12 +148,9 @@ def run_case(
 
 def uniform_case(tier: TierFormat, shape: Shape, seed: int, *, page_size: int = 32) -> Latency:
     """Time one decode step over pages of one tier, and nothing else."""
-    pages = uniform_pages(shape, page_size)
-    cache = tiled_cache((tier,), pages, page_size, shape.n_kv_heads, shape.head_dim, seed=seed)
-    attention_plan = plan(cache, shape.group_size, check=False)
-    query = _query(cache, shape.group_size, seed)
-    scale = shape.head_dim**-0.5
-    return measure(lambda: ada_decode(query, cache, scale, plan=attention_plan))
+    cache = _uniform_cache(tier, shape, page_size, seed)
+    _, _, step = _decode_step(cache, shape.group_size, seed)
+    return measure(step)
 
 
 @dataclass(frozen=True)
@@ -187,15 +180,9 @@ def metadata_case(
     gaps: bool = False,
 ) -> MetadataCase:
     """Time one shape and page size, without and with positions (uint16 where they fit)."""
-    cache = tiled_cache(
-        (tier,), uniform_pages(shape, page_size), page_size, shape.n_kv_heads, shape.head_dim,
-        seed=seed,
-    )  # fmt: skip
-    cache = with_positions(cache, shape.n_tokens, gaps=gaps)
-    attention_plan = plan(cache, shape.group_size, check=False)
-    query = _query(cache, shape.group_size, seed)
+    cache = with_positions(_uniform_cache(tier, shape, page_size, seed), shape.n_tokens, gaps=gaps)
+    attention_plan, _, step = _decode_step(cache, shape.group_size, seed)
     term = random_term(cache, shape.group_size, n_pairs, seed)
-    scale = shape.head_dim**-0.5
     n_vectors = 2 * cache.page_table.n_entries * page_size
     has_norm = [
         isinstance(region, SphericalCode) and region.radius_coding.norm_bits > 0
@@ -208,10 +195,7 @@ def metadata_case(
         "plan": attention_plan.work.n_bytes,
         "positions": attention_plan.position_bytes,
     }
-    plain = measure(lambda: ada_decode(query, cache, scale, plan=attention_plan))
-    with_term = measure(
-        lambda: ada_decode(query, cache, scale, position_term=term, plan=attention_plan)
-    )
+    plain, with_term = measure(step), measure(lambda: step(term))
     return MetadataCase(tier.name, shape, page_size, n_pairs, gaps, n_bytes, plain, with_term)
 
 
@@ -305,6 +289,26 @@ def retention_pages(shape: Shape, page_size: int, n_tiers: int, seed: int = 42) 
         row = torch.multinomial(shares, n_kept, replacement=True, generator=generator)
         pages.view(n_heads, n_pages)[index, :n_kept] = row
     return pages
+
+
+def _uniform_cache(tier: TierFormat, shape: Shape, page_size: int, seed: int) -> PagedCache:
+    pages = uniform_pages(shape, page_size)
+    return tiled_cache((tier,), pages, page_size, shape.n_kv_heads, shape.head_dim, seed=seed)
+
+
+def _decode_step(
+    cache: PagedCache, group_size: int, seed: int
+) -> tuple[AttentionPlan, torch.Tensor, Callable[..., DecodeResult]]:
+    """The plan of a cache, a random query, and the step over them, with a position term if given
+    one."""
+    attention_plan = plan(cache, group_size, check=False)
+    query = _query(cache, group_size, seed)
+    scale = cache.head_dim**-0.5
+
+    def step(term: PositionTerm | None = None) -> DecodeResult:
+        return ada_decode(query, cache, scale, position_term=term, plan=attention_plan)
+
+    return attention_plan, query, step
 
 
 def _query(cache: PagedCache, group_size: int, seed: int) -> torch.Tensor:

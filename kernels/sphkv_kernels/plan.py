@@ -87,17 +87,20 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     rows = np.repeat(np.arange(n_rows), starts[1:] - starts[:-1])
     kept = np.flatnonzero(live > 0)  # dead slots hold anything: they never reach the device
     order = kept[np.lexsort((tiers[kept], rows[kept]))]
-    used = np.unique(tiers[kept])
-    page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tiers[order]]
-    n_pages = np.bincount(tiers[order], minlength=len(cache.tiers))
+    row, tier = rows[order], tiers[order]  # of every page, also when segments take pages in turn
+    page_bytes = np.asarray(cache.tier_page_bytes(), dtype=np.int64)[tier]
+    n_pages = np.bincount(tier, minlength=len(cache.tiers))
+    used = np.flatnonzero(n_pages)
+    tier_of_page = np.searchsorted(used, tier)
     cost_of_tier, memory_binds = page_costs(cache, n_pages.tolist())
-    costs = np.asarray(cost_of_tier, dtype=np.int64)[tiers[order]]
+    costs = np.asarray(cost_of_tier, dtype=np.int64)[tier]
     worth = WORTH_SPLITTING_BY_MEMORY if memory_binds else WORTH_SPLITTING
-    tier_of_page = np.searchsorted(used, tiers[order])
-    block = assign_blocks(rows[order], tier_of_page, costs, n_rows, n_blocks, worth)
-    order = order[_in_turn(block, rows[order], tier_of_page)]
+    block = assign_blocks(row, tier_of_page, costs, n_rows, n_blocks, worth)
+    pages = np.stack([block, row, tier_of_page])
+    first = _first_of_segments(pages)
+    order = order[_in_turn(pages, first)]
     offsets = table.offsets.cpu().numpy()[order] // 16
-    segments, block_starts, n_parts = _cut(block, rows[order], tier_of_page, n_rows, n_blocks)
+    segments, block_starts, n_parts = _cut(pages, first, n_rows, n_blocks)
     heads, others = _split_heads(segments, _first_pages(segments, offsets), block_starts)
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
     if not records.shape[0]:
@@ -118,24 +121,27 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
         n_rows=n_rows,
         code_bytes=int(page_bytes.sum()),
         used_tiers=tuple(used.tolist()),
-        tier_costs=tuple(int(costs[tiers[order] == tier].sum()) for tier in used),
+        tier_costs=tuple(int(costs[tier == one].sum()) for one in used),
         n_starts=int((segments[:, 4] & FIRST != 0).sum()),
     )
 
 
-def _in_turn(block: Ints, rows: Ints, tiers: Ints) -> Ints:
+def _first_of_segments(pages: Ints) -> Ints:
+    """Number of every segment's first page, of pages ``(3, n)``: (block, row, tier) of each."""
+    changes = (np.diff(pages, axis=1) != 0).any(axis=0)
+    return np.flatnonzero(np.r_[True, changes][: pages.shape[1]])
+
+
+def _in_turn(pages: Ints, first: Ints) -> Ints:
     """Which page takes each place, such that the blocks that share the pages of a (row, tier) take
     them in turn: blocks that begin together stay near one another in memory, where shares of equal
     size would lie a power of two apart."""
-    if not rows.size:
-        return np.zeros(0, dtype=np.int64)
-    key = np.stack([block, rows, tiers])
-    starts = np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])
-    counts = np.diff(np.r_[starts, rows.size])
-    done = (np.arange(rows.size) - np.repeat(starts, counts) + 0.5) / np.repeat(counts, counts)
-    places = np.lexsort((done, tiers, rows))
-    page = np.empty(rows.size, dtype=np.int64)
-    page[places] = np.arange(rows.size)
+    _, rows, tiers = pages
+    place = np.arange(rows.size)
+    counts = np.diff(np.r_[first, rows.size])
+    done = (place - np.repeat(first, counts) + 0.5) / np.repeat(counts, counts)
+    page = np.empty_like(place)
+    page[np.lexsort((done, tiers, rows))] = place
     return page
 
 
@@ -156,28 +162,20 @@ def first_positions(cache: PagedCache, entries: Tensor) -> Tensor | None:
     return first & 0xFFFF if stored.dtype == torch.int16 else first.contiguous()
 
 
-def _cut(
-    block: Ints, rows: Ints, tiers: Ints, n_rows: int, n_blocks: int
-) -> tuple[Ints, Ints, int]:
-    """``(segments (n, FIELDS), block_starts (n_blocks + 1), n_parts)`` of pages sorted by (row,
-    tier), each in its block.
+def _cut(pages: Ints, first: Ints, n_rows: int, n_blocks: int) -> tuple[Ints, Ints, int]:
+    """``(segments (n, FIELDS), block_starts (n_blocks + 1), n_parts)`` of pages ``(3, n)``, (block,
+    row, tier) of each, and the first ones of segments.
 
     Rows without a page still get a segment: its tail, or an empty result, has to be written.
     """
-    n_pages = rows.size
-    key = np.stack([block, rows, tiers]) if n_pages else np.zeros((3, 0), dtype=np.int64)
-    starts = (
-        np.flatnonzero(np.r_[True, (np.diff(key, axis=1) != 0).any(axis=0)])
-        if n_pages
-        else np.zeros(0, np.int64)
-    )
-    counts = np.diff(np.r_[starts, n_pages])
+    block, rows, tiers = pages
+    counts = np.diff(np.r_[first, rows.size])
     present = np.unique(rows)
     empty = np.setdiff1d(np.arange(n_rows), present)
-    seg_block = np.r_[block[starts], empty * n_blocks // max(n_rows, 1)]
-    seg_row = np.r_[rows[starts], empty]
-    seg_tier = np.r_[tiers[starts], np.full(empty.size, -1)]
-    seg_first = np.r_[starts, np.zeros(empty.size, dtype=np.int64)]
+    seg_block = np.r_[block[first], empty * n_blocks // max(n_rows, 1)]
+    seg_row = np.r_[rows[first], empty]
+    seg_tier = np.r_[tiers[first], np.full(empty.size, -1)]
+    seg_first = np.r_[first, np.zeros(empty.size, dtype=np.int64)]
     seg_count = np.r_[counts, np.zeros(empty.size, dtype=np.int64)]
     order = np.lexsort((seg_tier, seg_row, seg_block))
     seg_block, seg_row = seg_block[order], seg_row[order]

@@ -8,8 +8,10 @@ from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.encoded import EncodedVectors
 from sphkv_codebooks.radius import MinifloatRadius, RadiusCoding, radius_coding_from_spec
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.cache import SequenceTokens
+from sphkv_kernels.cache import PagedCache, SequenceTokens
+from sphkv_kernels.decode import AttentionPlan
 from sphkv_kernels.int8_code import Int8Vectors
+from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import RegionFormat, TierFormat
 from sphkv_kernels.vectors import StoredVectors
 
@@ -159,3 +161,11 @@ def pages_of(tier: torch.Tensor, page_size: int) -> torch.Tensor:
             page[rows, head] = (first + torch.arange(rows.numel()) // page_size).to(torch.int32)
             first += -(-rows.numel() // page_size)
     return page
+
+
+def plan_without_kernels(
+    cache: PagedCache, group_size: int = 4, *, check: bool = True, n_blocks: int = 3
+) -> AttentionPlan:
+    """The plan of a cache on the CPU, which has no kernel to launch."""
+    nothing, work = torch.empty(0), make_plan(cache, n_blocks, check=check)
+    return AttentionPlan(cache, group_size, work, 12, "fragment", 0, nothing, nothing, nothing, -1)

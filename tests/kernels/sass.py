@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sphkv_kernels.build import compile_cubin
+from sphkv_kernels.variant import Variant, kernel_source
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -56,6 +59,14 @@ def disassembler(name: str) -> Path | None:
     """nvdisasm or cuobjdump of the NVIDIA wheels, if installed."""
     path = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin" / name
     return path if path.is_file() else None
+
+
+def built(variant: Variant, capability: int, folder: Path) -> Path:
+    """The cubin of a variant, in `folder`."""
+    cubin = folder / "kernel.cubin"
+    source = kernel_source(variant, capability)
+    cubin.write_bytes(compile_cubin(source.text, capability, folder=folder))
+    return cubin
 
 
 def disassemble(cubin: Path) -> list[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.build import compile_cubin
 from sphkv_kernels.decode_cost import (
     LOOP_INSTRUCTIONS,
     LOOP_TOKENS,
@@ -14,19 +13,22 @@ from sphkv_kernels.decode_cost import (
 )
 from sphkv_kernels.page_cost import COMPACT_LOOP
 from sphkv_kernels.tier import TierFormat
-from sphkv_kernels.variant import Variant, kernel_source
+from sphkv_kernels.variant import Variant
 from tests.kernels.cases import NATIVE_CODES
-from tests.kernels.sass import decode_loop, decode_loops, disassemble, disassembler
+from tests.kernels.sass import built, decode_loop, decode_loops, disassemble, disassembler
 
 
 def code_of(bits: tuple[int, ...], radius: str, head_dim: int = 128) -> SphericalCode:
     return SphericalCode.analytic("code", head_dim, bits, radius)
 
 
-@pytest.mark.skipif(
+needs_tools = pytest.mark.skipif(
     disassembler("nvdisasm") is None,
     reason="the nvidia-cuda-nvdisasm wheel (extra `test`) is not installed",
 )
+
+
+@needs_tools
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("bits_radius", NATIVE_CODES, ids=str)
 def test_the_estimate_is_what_the_disassembly_says(
@@ -35,28 +37,20 @@ def test_the_estimate_is_what_the_disassembly_says(
     pytest.importorskip("cuda.core", reason="cuda-core (extra `cuda`) is not installed")
     code, n_warps = code_of(*bits_radius, head_dim), 8 if head_dim == 256 else 12
     variant = Variant((TierFormat.spherical(code),), head_dim, 1, n_warps=n_warps)
-    source = kernel_source(variant, 90)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
-    loop = decode_loop(disassemble(cubin))
+    loop = decode_loop(disassemble(built(variant, 90, tmp_path)))
     estimate = instructions_per_coordinate(code, code)
     assert estimate is not None
     # Another NVRTC or a small change of the kernel moves the loop by some per cent.
     assert estimate == pytest.approx(32 * loop.total / (LOOP_TOKENS * 2 * head_dim), rel=0.1)
 
 
-@pytest.mark.skipif(
-    disassembler("nvdisasm") is None,
-    reason="the nvidia-cuda-nvdisasm wheel (extra `test`) is not installed",
-)
+@needs_tools
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_so_is_that_of_4222_r2_beside_another_code(head_dim: int, tmp_path: Path) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core (extra `cuda`) is not installed")
     codes = (code_of(bits, "lloyd_max:2", head_dim) for bits in ((4, 2, 2, 2), (3, 2, 2, 2)))
     tiers, n_warps = tuple(map(TierFormat.spherical, codes)), 8 if head_dim == 256 else 12
-    source = kernel_source(Variant(tiers, head_dim, 1, n_warps=n_warps), 90)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
+    cubin = built(Variant(tiers, head_dim, 1, n_warps=n_warps), 90, tmp_path)
     loops = sorted(loop.total for loop in decode_loops(disassemble(cubin)))
     assert loops == pytest.approx(
         [LOOP_INSTRUCTIONS["quad"][head_dim], COMPACT_LOOP[head_dim]], rel=0.1

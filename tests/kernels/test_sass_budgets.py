@@ -18,6 +18,7 @@ from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.variant import Variant, kernel_source
 from tests.kernels.sass import (
     LoopStatistics,
+    built,
     decode_loop,
     decode_loops,
     disassemble,
@@ -37,10 +38,10 @@ def tier_of(bits: tuple[int, ...], radius: str, head_dim: int = 128) -> TierForm
     return TierFormat.spherical(SphericalCode.analytic("code", head_dim, bits, radius))
 
 
-def built(tmp_path: Path, variant: Variant, capability: int) -> tuple[LoopStatistics, int]:
-    source = kernel_source(variant, capability)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compile_cubin(source.text, capability, folder=tmp_path))
+def loop_and_registers(
+    tmp_path: Path, variant: Variant, capability: int
+) -> tuple[LoopStatistics, int]:
+    cubin = built(variant, capability, tmp_path)
     return decode_loop(disassemble(cubin)), registers_of(cubin)
 
 
@@ -58,7 +59,7 @@ BUDGETS = {
 def test_decode_loop_keeps_its_budget(
     code: tuple[tuple[int, ...], str], budget: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    loop, registers = built(tmp_path, Variant((tier_of(*code),), 128, 1), 90)
+    loop, registers = loop_and_registers(tmp_path, Variant((tier_of(*code),), 128, 1), 90)
     lookups, products, total = budget
     assert loop.local_memory == 0
     assert registers <= 168
@@ -86,7 +87,7 @@ def test_scores_by_table_keep_their_budget(
 ) -> None:
     bits, radius, heads = code
     variant = Variant((tier_of(bits, radius),), 128, 1, table_heads=heads)
-    loop, registers = built(tmp_path, variant, 90)
+    loop, registers = loop_and_registers(tmp_path, variant, 90)
     products, matrix_products, total = budget
     assert loop.local_memory == 0
     assert registers <= 168
@@ -106,7 +107,7 @@ def test_other_shapes_build_without_spills_in_the_loop(
     tier = tier_of((4, 2, 2, 2), "fp16", head_dim)
     n_warps = 12 if group_tiles == 1 else 8
     variant = Variant((tier,), head_dim, group_tiles, n_warps=n_warps)
-    loop, _ = built(tmp_path, variant, capability)
+    loop, _ = loop_and_registers(tmp_path, variant, capability)
     assert loop.local_memory == 0
 
 
@@ -117,7 +118,7 @@ def test_other_shapes_build_without_spills_in_the_loop(
 def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_path: Path) -> None:
     tier = tier_of((3, 2, 2, 2), "lloyd_max:2")
     variant = Variant((tier,), 128, 1, position_groups=groups, position_runs=runs, position_bytes=2)
-    loop, registers = built(tmp_path, variant, 90)
+    loop, registers = loop_and_registers(tmp_path, variant, 90)
     assert loop.local_memory == 0
     assert registers <= 168
     assert loop.instructions["HMMA"] == 48 + (4 if groups == 1 else 6)
@@ -129,9 +130,7 @@ def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_
 def test_rows_keep_their_budget(tmp_path: Path) -> None:
     """16 tokens of int8, and of the dense tail, which is longer: keys and values are asked for
     together, and with them where the next ones lie."""
-    source = kernel_source(Variant((TierFormat.int8(),), 128, 1), 90)
-    cubin = tmp_path / "rows.cubin"
-    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
+    cubin = built(Variant((TierFormat.int8(),), 128, 1), 90, tmp_path)
     int8, dense = row_loops(disassemble(cubin))
     for loop, loads, total in ((int8, 8 + 2 + 1, 480), (dense, 16, 510)):
         assert loop.local_memory == 0
@@ -149,10 +148,7 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
         tier_of((4, 2, 2, 2), "lloyd_max:2"),
         tier_of((3, 2, 2, 2), "lloyd_max:2"),
     )
-    source = kernel_source(Variant(tiers, 128, 1), 90)
-    cubin = tmp_path / "mixed.cubin"
-    cubin.write_bytes(compile_cubin(source.text, 90, folder=tmp_path))
-    loops = decode_loops(disassemble(cubin))
+    loops = decode_loops(disassemble(built(Variant(tiers, 128, 1), 90, tmp_path)))
     assert len(loops) == 2
     for loop in loops:
         assert loop.local_memory == 0

@@ -7,9 +7,8 @@ import torch
 
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
-from sphkv_kernels.decode import AttentionPlan
-from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import PageError, TierFormat
+from tests.kernels.cases import plan_without_kernels
 
 
 def cache_of(tier: TierFormat, *, with_positions: bool = False) -> PagedCache:
@@ -27,16 +26,9 @@ def code(bits: tuple[int, ...]) -> TierFormat:
     return TierFormat.spherical(SphericalCode.analytic("code", 64, bits, "lloyd_max:2"))
 
 
-def plan_of(cache: PagedCache) -> AttentionPlan:
-    nothing = torch.empty(0)
-    return AttentionPlan(
-        cache, 4, make_plan(cache, 2), 12, "fragments", 0, nothing, nothing, nothing, -1
-    )
-
-
 def test_layers_of_one_format_share_a_plan() -> None:
     mine, other = cache_of(code((4, 2, 2, 2))), cache_of(code((4, 2, 2, 2)))
-    twin = plan_of(mine).for_twin(other)
+    twin = plan_without_kernels(mine).for_twin(other)
     assert twin.cache is other and twin.handle != -1
 
 
@@ -44,9 +36,10 @@ def test_a_twin_has_its_own_positions() -> None:
     mine = cache_of(code((4, 2, 2, 2)), with_positions=True)
     assert mine.positions is not None
     later, gaps = mine.positions + 7, mine.positions * 2
-    first = plan_of(mine).for_twin(replace(mine, positions=later)).work.first_positions
+    plan = plan_without_kernels(mine)
+    first = plan.for_twin(replace(mine, positions=later)).work.first_positions
     assert first is not None and first.tolist() == [7, 23, 7, 23]
-    assert plan_of(mine).for_twin(replace(mine, positions=gaps)).work.first_positions is None
+    assert plan.for_twin(replace(mine, positions=gaps)).work.first_positions is None
 
 
 @pytest.mark.parametrize("change", ["code", "positions", "page_size"])
@@ -58,4 +51,4 @@ def test_another_format_is_refused(change: str) -> None:
         "page_size": lambda: replace(mine, page_size=32),
     }[change]()
     with pytest.raises(PageError, match="twin"):
-        plan_of(mine).for_twin(other)
+        plan_without_kernels(mine).for_twin(other)

@@ -260,13 +260,17 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     prefetch(next, ahead, more);
 #endif
     auto load_next = [&] {
-      if (!more) return;
-      place = place_of(next, ahead);
-      load_keys(place);
-      ahead = records_of(min(next + N_WARPS, n_tiles - 1));
+      if (more) {
+        place = place_of(next, ahead);
+        load_keys(place);
+        ahead = records_of(min(next + N_WARPS, n_tiles - 1));
 #if POSITION_GROUPS
-      find_positions(next, entries_ahead);
-      entries_ahead = entries_of(min(next + N_WARPS, n_tiles - 1));
+        find_positions(next, entries_ahead);
+        entries_ahead = entries_of(min(next + N_WARPS, n_tiles - 1));
+#endif
+      }
+#if POSITION_RUNS
+      turned = turned_to(first[0], lane, 0);  // among the values, whose work hides it
 #endif
     };
 #if !LOGITS
@@ -352,9 +356,6 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     V::decode(odd, value[0], 1, lane, value_radii);
     weigh<TILE_UNITS, V::NORM>(state, scores, lane);
     load_next();
-#if POSITION_RUNS
-    turned = turned_to(first[0], lane, 0);  // among the values, whose work hides it
-#endif
     constexpr int STEPS = LANE_BLOCKS / 2;
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u)
@@ -376,9 +377,6 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
       }
 #else
     load_next();
-#if POSITION_RUNS
-    turned = turned_to(first[0], lane, 0);
-#endif
 #endif
     if (!more) break;
     tile = next;

@@ -8,18 +8,11 @@ import torch
 from sphkv_cli.generation import page_reserve
 from sphkv_cli.generation.page_reserve import PageReserve
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
-from sphkv_kernels.decode import AttentionPlan
-from sphkv_kernels.plan import first_positions, make_plan
+from sphkv_kernels.plan import first_positions
 from sphkv_kernels.tier import TierFormat
+from tests.kernels.cases import plan_without_kernels
 
 N_HEADS, PAGE = 2, 16
-
-
-def planned(cache: PagedCache, group_size: int, *, check: bool) -> AttentionPlan:
-    """The plan of a cache without the kernel, which the CPU has not."""
-    nothing = torch.empty(0)
-    work = make_plan(cache, 3, check=check)
-    return AttentionPlan(cache, group_size, work, 12, "fragment", 0, nothing, nothing, nothing, -1)
 
 
 def cache_of(n_tokens: int, step: int, dtype: torch.dtype) -> PagedCache:
@@ -36,7 +29,7 @@ def cache_of(n_tokens: int, step: int, dtype: torch.dtype) -> PagedCache:
 def test_revived_slots_have_their_first_positions(
     step: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_reserve, "plan", planned)
+    monkeypatch.setattr(page_reserve, "plan", plan_without_kernels)
     cache = cache_of(40, step, dtype)
     reserve = PageReserve.of(cache, 0, 8, 4, None)
     assert reserve.plan is not None
