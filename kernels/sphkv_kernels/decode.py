@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel, tables_fit
-from sphkv_kernels.plan import DecodePlan, first_positions, make_plan
+from sphkv_kernels.page_positions import PagePositions
+from sphkv_kernels.plan import DecodePlan, make_plan
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import DecodeResult, LogitResult
 from sphkv_kernels.score_form import ScoreForm, table_heads
@@ -53,26 +54,22 @@ class AttentionPlan:
     partial_state: Tensor
     arrivals: Tensor
     handle: int
-    kernels: dict[tuple[bool, bool, bool, int, bool], LoadedKernel] = field(default_factory=dict)
+    kernels: dict[tuple[bool, bool, bool, int, int], LoadedKernel] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the plan holds beside its cache."""
         work = self.work
-        found = (
-            work.records, work.entries, work.heads, work.segments, work.first_positions,
+        positions = () if work.positions is None else work.positions.tensors
+        return (
+            work.records, work.entries, work.heads, work.segments, *positions,
             self.partial_output, self.partial_state, self.arrivals,
         )  # fmt: skip
-        return tuple(tensor for tensor in found if tensor is not None)
 
     @property
     def position_bytes(self) -> int:
-        """Bytes that tell a position term where the tokens are: of every page's first token where
-        the others follow it (and the kernel has room for the features of runs), else of all
-        tokens."""
-        read = self.work.first_positions
-        read = self.cache.positions if read is None else read
-        return 0 if read is None else read.numel() * read.element_size()
+        """Bytes that tell a position term where the tokens are."""
+        return 0 if self.work.positions is None else self.work.positions.n_bytes
 
     def for_twin(self, cache: PagedCache) -> AttentionPlan:
         """The plan of another cache with the very same page table (another layer, laid out alike;
@@ -87,7 +84,7 @@ class AttentionPlan:
         mine, other = _format(self.cache), _format(cache)
         if mine != other:
             raise PageError(f"a twin's pages are {other}, the plan is for {mine}")
-        work = replace(self.work, first_positions=first_positions(cache, self.work.entries))
+        work = replace(self.work, positions=PagePositions.of(cache, self.work.entries))
         twin = replace(self, cache=cache, work=work, handle=next(_handles))
         _plans[twin.handle] = twin
         return twin
@@ -99,8 +96,9 @@ class AttentionPlan:
         groups = -(-n_position_pairs // 4)
         # Few distinct kernels: groups rounded up to a power of two (a group of zeros adds zero).
         groups = 1 << (groups - 1).bit_length() if groups else 0
-        runs = groups > 0 and self.work.first_positions is not None
-        mode = (logits, window, softcap, groups, runs)
+        positions = self.work.positions
+        offset_bytes = positions.offset_bytes if groups and positions else 0
+        mode = (logits, window, softcap, groups, offset_bytes)
         if mode not in self.kernels:
             tiers = tuple(self.cache.tiers[index] for index in self.work.used_tiers)
             variant = Variant(
@@ -113,8 +111,8 @@ class AttentionPlan:
                 n_warps=self.n_warps,
                 small_pages=self.cache.page_size == 16,
                 position_groups=groups,
-                position_runs=runs,
-                position_bytes=_position_bytes(self.cache) if groups or window else 4,
+                position_bytes=_position_bytes(self.cache) if window else 4,
+                offset_bytes=offset_bytes,
                 table_heads=self.table_heads,
             )
             if self.score_form == "auto" and not tables_fit(variant, self.cache.device):
@@ -318,7 +316,9 @@ def launch_params(
     params.pool = _address(cache.pool)
     params.records = _address(work.records)
     params.entries = _address(work.entries)
-    params.first_positions = _address(work.first_positions)
+    if work.positions is not None:
+        params.first_positions = _address(work.positions.first)
+        params.position_offsets = _address(work.positions.offsets)
     params.heads = _address(work.heads)
     params.segments = _address(work.segments)
     params.tables = _address(kernel.tables)

@@ -19,9 +19,9 @@ from sphkv_kernels.tier import PageError
 from sphkv_kernels.variant import KernelSource, Variant, kernel_source
 
 _POINTERS = (
-    "pool", "records", "entries", "first_positions", "heads", "segments", "tables", "query",
-    "offset", "tail_keys", "tail_values", "tail_tokens", "positions", "tail_positions",
-    "query_positions", "position_coefficients", "position_frequencies",
+    "pool", "records", "entries", "first_positions", "position_offsets", "heads", "segments",
+    "tables", "query", "offset", "tail_keys", "tail_values", "tail_tokens", "positions",
+    "tail_positions", "query_positions", "position_coefficients", "position_frequencies",
     "output", "log_sum_exp", "logits", "tail_logits", "partial_output", "partial_state", "arrivals",
 )  # fmt: skip
 _FLOATS = ("scale_log2", "softcap_log2", "softcap_inverse")
@@ -116,7 +116,7 @@ class _VariantKey:
             tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
             variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
             variant.small_pages, variant.prefetch, variant.reconstruct,
-            variant.position_groups, variant.position_runs, variant.position_bytes,
+            variant.position_groups, variant.offset_bytes, variant.position_bytes,
             variant.table_heads,
         )  # fmt: skip
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.page_cost import page_costs
+from sphkv_kernels.page_cost import memory_speed, page_costs
 from sphkv_kernels.page_cut import WORTH_SPLITTING, WORTH_SPLITTING_BY_MEMORY, assign_blocks
+from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.tier import PageError
 
 FIRST, LAST, TAIL = 1, 2, 4
@@ -38,18 +39,18 @@ class DecodePlan:
     """Work of every block, on the cache's device.
 
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier, block); entries
-    (n_pages) int32: the page-table entry of each record; first_positions (n_pages) int32: the
-    position of its first token, None unless the tokens of every page follow one another; heads
-    (n_blocks, HEAD_INTS) int32: the first segment of every block and the range of its others in
-    segments (n, SEGMENT_INTS) int32, each with the places of its first pages; n_parts: partial
-    results of rows cut into several; code_bytes: bytes of all pages; used_tiers: the cache's tiers
-    that occur, which segments number from 0 (a kernel is built for these alone); tier_costs: cost
-    of all pages of each of them; n_starts: how many times a block begins a row.
+    (n_pages) int32: the page-table entry of each record; positions: those of its tokens, None where
+    the cache has none; heads (n_blocks, HEAD_INTS) int32: the first segment of every block and the
+    range of its others in segments (n, SEGMENT_INTS) int32, each with the places of its first
+    pages; n_parts: partial results of rows cut into several; code_bytes: bytes of all pages;
+    used_tiers: the cache's tiers that occur, which segments number from 0 (a kernel is built for
+    these alone); tier_costs: cost of all pages of each of them; n_starts: how many times a block
+    begins a row.
     """
 
     records: Tensor
     entries: Tensor
-    first_positions: Tensor | None
+    positions: PagePositions | None
     heads: Tensor
     segments: Tensor
     n_blocks: int
@@ -92,7 +93,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     n_pages = np.bincount(tier, minlength=len(cache.tiers))
     used = np.flatnonzero(n_pages)
     tier_of_page = np.searchsorted(used, tier)
-    cost_of_tier, memory_binds = page_costs(cache, n_pages.tolist())
+    cost_of_tier, memory_binds = page_costs(cache, n_pages.tolist(), memory_speed(cache.device))
     costs = np.asarray(cost_of_tier, dtype=np.int64)[tier]
     worth = WORTH_SPLITTING_BY_MEMORY if memory_binds else WORTH_SPLITTING
     block = assign_blocks(row, tier_of_page, costs, n_rows, n_blocks, worth)
@@ -113,7 +114,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     return DecodePlan(
         records=on_device(records.view(np.int32)),
         entries=entries,
-        first_positions=first_positions(cache, entries),
+        positions=PagePositions.of(cache, entries),
         heads=on_device(heads),
         segments=on_device(others),
         n_blocks=n_blocks,
@@ -143,23 +144,6 @@ def _in_turn(pages: Ints, first: Ints) -> Ints:
     page = np.empty_like(place)
     page[np.lexsort((done, tiers, rows))] = place
     return page
-
-
-def first_positions(cache: PagedCache, entries: Tensor) -> Tensor | None:
-    """``(n) int32`` position of the first token of every page named by `entries`; None if the
-    tokens of one of them do not follow one another, or the cache has no positions."""
-    if cache.positions is None:
-        return None
-    stored = cache.positions
-    if stored.dtype == torch.uint16:  # CUDA itself does not index it; differences wrap alike
-        stored = stored.view(torch.int16)
-    rows = stored[entries]
-    live = cache.page_table.live_tokens[entries]
-    dead = torch.arange(1, cache.page_size, device=cache.device) >= live[:, None]
-    if not bool(((rows.diff(dim=1) == 1) | dead).all()):
-        return None
-    first = rows[:, 0].to(torch.int32)
-    return first & 0xFFFF if stored.dtype == torch.int16 else first.contiguous()
 
 
 def _cut(pages: Ints, first: Ints, n_rows: int, n_blocks: int) -> tuple[Ints, Ints, int]:

@@ -46,9 +46,9 @@ class Variant:
     products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, a
     tile ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
     only); position_groups: groups of four RoPE pairs of a position term, 0 without one, a power of
-    two; position_runs: the tokens of every page follow one another; position_bytes: of one stored
-    position, 4 or 2; table_heads: 1 or 2 scores keys of groups of that size by tables made from the
-    query, 0 by fragments.
+    two; offset_bytes: of an offset of `PagePositions`, 4 or 2, or 0 where the tokens of every page
+    follow one another; position_bytes: of a position that a window reads, 4 or 2; table_heads: 1 or
+    2 scores keys of groups of that size by tables made from the query, 0 by fragments.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -64,7 +64,7 @@ class Variant:
     prefetch: bool = True
     reconstruct: bool = False
     position_groups: int = 0
-    position_runs: bool = False
+    offset_bytes: int = 0
     position_bytes: int = 4
     table_heads: int = 0
 
@@ -198,7 +198,7 @@ def _shared_choices(variant: Variant) -> list[tuple[bool, int, tuple[int, bool]]
     tables = [(16, False)]
     if not variant.table_heads:
         tables = [(16, True), (16, False), (8, False), (4, False), (2, False)]
-    features = (True, False) if variant.position_groups and variant.position_runs else (False,)
+    features = (True, False) if variant.position_groups and not variant.offset_bytes else (False,)
     lists = LISTED_SEGMENTS if len(variant.tiers) > 1 else (0,)
     return [(runs, listed, one) for one in tables for runs in features for listed in lists]
 
@@ -243,6 +243,7 @@ def _preamble(
         "N_TABLE_ROWS": space.n_rows,
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
+        "OFFSET_BYTES": variant.offset_bytes,
         "TABLE_HEADS": variant.table_heads,
         **offsets,
         "KERNEL_NAME": name,

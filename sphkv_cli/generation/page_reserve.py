@@ -122,8 +122,9 @@ class PageReserve:
                 rows = positions[span[0]].to(torch.int32).view(len(s), 1, n, size)
                 rows = rows.expand(-1, self.pages.n_kv_heads, -1, -1).reshape(-1, size)
                 _put(self.pages.positions, entries, rows)
-                if self.plan is not None and self.plan.work.first_positions is not None:
-                    self.plan.work.first_positions.index_copy_(0, records, rows[:, 0])
+                if self.plan is not None and self.plan.work.positions is not None:
+                    # Their offsets are those of the slots, which follow one another too.
+                    self.plan.work.positions.first.index_copy_(0, records, rows[:, 0])
 
 
 def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import ada_decode, ada_logits, plan
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import ada_decode_reference, ada_logits_reference
-from sphkv_kernels.tier import PageError
+from sphkv_kernels.tier import PageError, TierFormat
 from tests.gpu.cases import errors, needs_cuda, ragged_cache, random_query, tier_set, with_tail
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
@@ -53,7 +54,8 @@ def check(
     scale = cache.head_dim**-0.5
     on_gpu = cache.to("cuda")
     steps = plan(on_gpu, group_size)
-    assert runs is None or runs == (steps.work.first_positions is not None)
+    assert steps.work.positions is not None
+    assert runs is None or runs == (steps.work.positions.offsets is None)
     there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     want = ada_decode_reference(query, cache, scale, position_term=term, **options)  # type: ignore[arg-type]
     got = ada_decode(
@@ -110,6 +112,31 @@ def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int, runs: 
         cache = in_runs(cache)
     cache = with_tail(cache, (0, 1, 15, 16, 17, 40, 33), capacity=41, seed=5)
     check(cache, group_size, random_term(cache, group_size, 6, 10.0), runs=runs)
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+@pytest.mark.parametrize("far", [False, True])
+def test_tokens_of_a_page_lie_in_any_order_and_far_apart(far: bool, page_size: int) -> None:
+    cache = ragged_cache(tier_set(128, 1, 3, 0), page_size=page_size)
+    assert cache.positions is not None
+    positions = 600 - cache.positions.to(torch.int32)
+    if far:
+        positions = positions * 3001 + 1
+    cache = with_tail(replace(cache, positions=positions), (0, 3, 15, 16, 17, 40, 33), 41, seed=5)
+    steps = plan(cache.to("cuda"), 4)
+    assert steps.work.positions is not None
+    assert steps.work.positions.offset_bytes == (4 if far else 2)
+    check(cache, 4, random_term(cache, 4, 9, 10.0), runs=False)
+
+
+def test_runs_without_room_for_their_features_equal_the_reference() -> None:
+    cache = ragged_cache(
+        (TierFormat.spherical(SphericalCode.analytic("code", 128, (4, 2, 2, 2), "lloyd_max:2")),)
+    )
+    steps = plan(cache.to("cuda"), 4)
+    kernel = steps.kernel(logits=False, window=False, softcap=False, n_position_pairs=61)
+    assert "#define POSITION_RUNS 0" in kernel.source.text
+    check(cache, 4, random_term(cache, 4, 61, 3.0), runs=True)
 
 
 @pytest.mark.parametrize("gap", [False, True])

@@ -117,12 +117,34 @@ def test_a_page_of_tokens_that_follow_one_another_is_known_by_its_first(dtype: t
     cache = replace(cache, page_table=replace(cache.page_table, live_tokens=live))
     positions[2, 1:] = 0xFFFF  # dead rows hold anything
     positions[3, 5:] = 9
-    found = make_plan(replace(cache, positions=positions.to(dtype)), 3).first_positions
-    assert found is not None and found.dtype == torch.int32
-    assert found.tolist() == [0, 65504, 112, 48]
-    positions[3, 4] += 1
-    assert make_plan(replace(cache, positions=positions.to(dtype)), 3).first_positions is None
-    assert make_plan(cache, 3).first_positions is None
+    found = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
+    assert found is not None and found.first.dtype == torch.int32
+    assert found.first.tolist() == [0, 65504, 112, 48]
+    assert found.offsets is None and found.offset_bytes == 0
+    assert make_plan(cache, 3).positions is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
+def test_a_page_with_gaps_is_known_by_its_lowest_position_and_offsets(dtype: torch.dtype) -> None:
+    cache = empty_pages([[1, 1]])
+    cache = replace(
+        cache,
+        page_table=replace(cache.page_table, live_tokens=torch.tensor([16, 3], dtype=torch.int16)),
+    )
+    positions = torch.stack([65535 - 3 * torch.arange(16), torch.full((16,), 0xFFFF)])
+    positions[1, :3] = torch.tensor([9, 7, 60000])
+    found = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
+    assert found is not None and found.offsets is not None
+    assert found.first.tolist() == [65535 - 45, 7]
+    assert found.offsets.dtype == torch.uint16 and found.n_bytes == 2 * 4 + 2 * 32
+    order = [2 * (slot % 8) + slot // 8 for slot in range(16)]
+    assert found.offsets[0][order].tolist() == [45 - 3 * slot for slot in range(16)]
+    assert found.offsets[1][order][:3].tolist() == [2, 0, 59993]
+    if dtype == torch.int32:
+        positions[1, 2] += 10_000
+        far = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
+        assert far is not None and far.offsets is not None and far.offset_bytes == 4
+        assert far.offsets[1][order][:3].tolist() == [2, 0, 69993]
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,6 +218,14 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
     costs, memory_binds = page_costs(cache, counts)
     assert not memory_binds and page_costs(cache, [600, 0, 0])[1]
     assert page_costs(cache, [0, 0, 300])[1] and not page_costs(cache, [0, 600, 0])[1]
+    # Memory of twice the speed: rows take half as long, codes as long, and it binds no more.
+    fast, still_binds = page_costs(cache, [0, 600, 300], 2.0)
+    slow, _ = page_costs(cache, [0, 600, 300])
+    assert not still_binds and not page_costs(cache, [600, 0, 0], 2.0)[1]
+    assert all(
+        abs(slow[i] - fast[i] * (2 if tier.kind == "int8" else 1)) <= 1
+        for i, tier in enumerate(cache.tiers)
+    )
     # A code of half the bytes is not half the time: its instructions bind it.
     assert costs[1] / costs[0] > 1.3 * page_bytes(tiers[1], 128, 32) / page_bytes(tiers[0], 128, 32)
     per_block = [

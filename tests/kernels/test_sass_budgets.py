@@ -113,11 +113,12 @@ def test_other_shapes_build_without_spills_in_the_loop(
 
 @needs_tools
 @pytest.mark.parametrize(
-    ("groups", "runs", "more"), [(1, True, 40), (2, True, 70), (2, False, 155)]
+    ("groups", "runs", "more"),
+    [(1, True, 40), (2, True, 70), (1, False, 80), (2, False, 125)],
 )
 def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_path: Path) -> None:
     tier = tier_of((3, 2, 2, 2), "lloyd_max:2")
-    variant = Variant((tier,), 128, 1, position_groups=groups, position_runs=runs, position_bytes=2)
+    variant = Variant((tier,), 128, 1, position_groups=groups, offset_bytes=0 if runs else 2)
     loop, registers = loop_and_registers(tmp_path, variant, 90)
     assert loop.local_memory == 0
     assert registers <= 168
@@ -160,14 +161,16 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
 def test_query_tables_fit_beside_two_codes_and_a_position_term() -> None:
     """Sums of one warp at a time are room enough."""
     tiers = (tier_of((4, 2, 2, 2), "fp16"), tier_of((4, 3, 3, 3), "lloyd_max:3"))
-    source = kernel_source(Variant(tiers, 128, 1, table_heads=1, position_groups=4), 90)
+    source = kernel_source(
+        Variant(tiers, 128, 1, table_heads=1, position_groups=4, offset_bytes=2), 90
+    )
     assert "#define N_BUFFERS 1\n" in source.text
 
 
 @needs_tools
 def test_features_of_runs_are_left_out_where_they_leave_no_room(tmp_path: Path) -> None:
     tier = tier_of((4, 2, 2, 2), "fp16")
-    variant = Variant((tier,), 128, 2, n_warps=8, position_groups=32, position_runs=True)
+    variant = Variant((tier,), 128, 2, n_warps=8, position_groups=32)
     roomy = kernel_source(variant, 90)
     assert "#define POSITION_RUNS 1" in roomy.text
     narrow = kernel_source(variant, 86)
@@ -190,9 +193,7 @@ def test_features_of_runs_never_take_the_place_of_tables(group_tiles: int, capab
     def copies(groups: int, features: int) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(variant_module, "RUN_FEATURE_BYTES", features)
-            variant = Variant(
-                (tier,), 128, group_tiles, n_warps=8, position_groups=groups, position_runs=True
-            )
+            variant = Variant((tier,), 128, group_tiles, n_warps=8, position_groups=groups)
             return table_copies(variant, capability)
 
     for code in (((4, 2, 2, 2), "lloyd_max:2"), ((4, 2, 2, 2), "fp16")):

@@ -37,9 +37,11 @@ def test_a_twin_has_its_own_positions() -> None:
     assert mine.positions is not None
     later, gaps = mine.positions + 7, mine.positions * 2
     plan = plan_without_kernels(mine)
-    first = plan.for_twin(replace(mine, positions=later)).work.first_positions
-    assert first is not None and first.tolist() == [7, 23, 7, 23]
-    assert plan.for_twin(replace(mine, positions=gaps)).work.first_positions is None
+    found = plan.for_twin(replace(mine, positions=later)).work.positions
+    assert found is not None and found.first.tolist() == [7, 23, 7, 23] and found.offsets is None
+    found = plan.for_twin(replace(mine, positions=gaps)).work.positions
+    assert found is not None and found.offsets is not None
+    assert found.offsets[0].tolist() == [0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30]
 
 
 @pytest.mark.parametrize("change", ["code", "positions", "page_size"])

@@ -247,8 +247,10 @@ static __device__ __forceinline__ void prefetch_first_step(const Params& p, int 
   prefetch_line(p.pool + u64(place) * 16 + line * 128);
   if (lane.index == 0) prefetch_line(reinterpret_cast<const u8*>(p.records + first_page + page));
 #if POSITION_GROUPS
-  const int* where = POSITION_RUNS ? p.first_positions : p.entries;
-  if (lane.index == 1) prefetch_line(reinterpret_cast<const u8*>(where + first_page + page));
+  if (lane.index == 1) prefetch_line(reinterpret_cast<const u8*>(p.first_positions + first_page + page));
+#if !POSITION_RUNS && OFFSET_BYTES
+  if (lane.index == 2) prefetch_line(place_of_offsets(p, first_page, lane) + u64(unit) * 16 * OFFSET_BYTES);
+#endif
 #endif
 }
 

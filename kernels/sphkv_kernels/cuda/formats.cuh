@@ -332,6 +332,10 @@ struct Single {
   }
 };
 
+template <class T> constexpr bool SINGLE = false;
+template <int SECOND, int THIRD, int FOURTH, int RADIUS>
+constexpr bool SINGLE<Single<SECOND, THIRD, FOURTH, RADIUS>> = true;
+
 // Four coordinates from one byte, each quad weighted once.
 static __device__ __forceinline__ void weigh_quads(u32 (&f)[8], const uint2 (&quad)[4], uint2 w) {
   f[0] = half2_mul_low(quad[0].x, w.x);

@@ -3,8 +3,9 @@
 struct Params {
   const u8* pool;
   const uint2* records;     // per page: (byte offset / 16, live tokens)
-  const int* entries;       // per page: its entry in the page table (logits, positions)
-  const int* first_positions;  // per page: the position of its first token (runs of tokens), or null
+  const int* entries;       // per page: its entry in the page table (logits, window)
+  const int* first_positions;  // per page: its lowest position, or null
+  const u8* position_offsets;  // per page, OFFSET_BYTES a token: how far after that, in the order of norms
   const int* heads;         // per block HEAD_INTS: its first segment, the range of the others, pages
   const int* segments;      // SEGMENT_INTS per further segment: the segment, pages
   const uint2* tables;      // compact table rows, one after the other
@@ -13,7 +14,7 @@ struct Params {
   const u8* tail_keys;      // (n_sequences, n_kv_heads, tail_capacity, head_dim) bf16 or null
   const u8* tail_values;
   const int* tail_tokens;   // (n_sequences)
-  const u8* positions;      // (n_entries, page_size) of POSITION_BYTES each, or null
+  const u8* positions;      // (n_entries, page_size) of POSITION_BYTES each, or null (window)
   const int* tail_positions;
   const int* query_positions;
   const float* position_coefficients;  // (n_sequences, n_q_heads, 2, n_position_pairs) or null

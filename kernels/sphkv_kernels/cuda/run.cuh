@@ -198,37 +198,36 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   };
 #endif
 
-  // Where positions are, of every page, comes with the next records: in runs the first one itself.
-  struct Entries { int of[TILE_PAGES]; };
-  auto entries_of = [&](int tile) {
-    Entries found;
 #if POSITION_GROUPS
+  u32 first[TILE_UNITS];
+  auto first_of = [&](int tile, int u) { return p.first_positions + segment.first_page + (unit_of(tile, u) >> shift); };
+#if POSITION_RUNS
+  // The position of every page comes with the next records.
+  struct Firsts { int of[TILE_PAGES]; };
+  auto firsts_of = [&](int tile) {
+    Firsts found;
 #pragma unroll
-    for (int u = 0; u < TILE_PAGES; ++u)
-      found.of[u] = __ldg((POSITION_RUNS ? p.first_positions : p.entries) + segment.first_page
-                          + (unit_of(tile, u) >> shift));
-#endif
+    for (int u = 0; u < TILE_PAGES; ++u) found.of[u] = __ldg(first_of(tile, u));
     return found;
   };
-#if POSITION_GROUPS
-#if POSITION_RUNS
-  u32 first[TILE_UNITS];
-  StepCoefficients turned;
-  auto find_positions = [&](int tile, const Entries& found) {
+  auto find_positions = [&](int tile, const Firsts& found) {
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u)
       first[u] = u32(found.of[SMALL_PAGES ? u : 0]) + 16 * ((TILE_UNITS * tile + u) & mask);
   };
+  StepCoefficients turned;
 #else
-  u32 positions[TILE_UNITS][2];  // they arrive with the keys
-  auto find_positions = [&](int tile, const Entries& found) {
+  UnitOffsets offsets[TILE_UNITS];
+  const u8* offsets_from = place_of_offsets(p, segment.first_page, lane);
+  if (OFFSET_BYTES) keep(offsets_from);
+  auto find_positions = [&](int tile) {  // they arrive with the keys
 #pragma unroll
-    for (int u = 0; u < TILE_UNITS; u += SMALL_PAGES ? 1 : TILE_UNITS) {
-      const int inside = (TILE_UNITS * tile + u) & mask;
-      const u8* source = place_of_position(p, found.of[SMALL_PAGES ? u : 0], 16 * inside + lane.g);
-#pragma unroll
-      for (int v = u; v < (SMALL_PAGES ? u + 1 : TILE_UNITS); ++v)
-        load_positions(positions[v], source, 16 * (v - u));
+    for (int u = 0; u < TILE_UNITS; ++u) {
+      if (SMALL_PAGES || u == 0)
+        first[u] = load_stream4(reinterpret_cast<const u8*>(first_of(tile, u)));
+      const u32 unit = SMALL_PAGES ? unit_of(tile, u) : TILE_UNITS * tile;
+      const u8* place = offsets_from + u64(unit) * (16 * OFFSET_BYTES) + (SMALL_PAGES ? 0 : u * 16 * OFFSET_BYTES);
+      offsets[u] = OFFSET_BYTES ? UnitOffsets::load(place) : UnitOffsets::follow(16 * ((TILE_UNITS * tile + u) & mask) + lane.g);
     }
   };
 #endif
@@ -241,14 +240,19 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   if constexpr (!BY_TABLE<K>) fetch_query(state, lane);
 #endif
   Place place = place_of(tile, records_of(tile));
-#if POSITION_GROUPS
-  find_positions(tile, entries_of(tile));
+#if POSITION_RUNS
+  find_positions(tile, firsts_of(tile));
+#elif POSITION_GROUPS
+  find_positions(tile);
+  // 5/3/3/3 has no registers left for it.
+  constexpr bool STAYS = GAP_STEP_MAY_STAY && !SINGLE<K> && !SINGLE<V>;
+  const GapStep only = STAYS ? GapStep::load(lane, 0).kept() : GapStep();
 #endif
   load_keys(place);
   int next = tile + N_WARPS;
   Records ahead = records_of(min(next, n_tiles - 1));
-  Entries entries_ahead = entries_of(min(next, n_tiles - 1));
 #if POSITION_RUNS
+  Firsts firsts_ahead = firsts_of(min(next, n_tiles - 1));
   turned = turned_to(first[0], lane, 0);
 #endif
 
@@ -264,9 +268,11 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
         place = place_of(next, ahead);
         load_keys(place);
         ahead = records_of(min(next + N_WARPS, n_tiles - 1));
-#if POSITION_GROUPS
-        find_positions(next, entries_ahead);
-        entries_ahead = entries_of(min(next + N_WARPS, n_tiles - 1));
+#if POSITION_RUNS
+        find_positions(next, firsts_ahead);
+        firsts_ahead = firsts_of(min(next + N_WARPS, n_tiles - 1));
+#elif POSITION_GROUPS
+        find_positions(next);
 #endif
       }
 #if POSITION_RUNS
@@ -300,7 +306,7 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #if POSITION_RUNS
     run_terms<TILE_UNITS>(scores.term, first, turned, lane);
 #elif POSITION_GROUPS
-    gap_terms<TILE_UNITS>(scores.term, positions, lane);
+    gap_terms<TILE_UNITS, STAYS>(scores.term, first, offsets, lane, only);
 #endif
 #if !LOGITS
 #pragma unroll
@@ -422,11 +428,13 @@ struct Int8Row {
   }
 };
 
-// One unit of row-major tokens at `key`, `value`; first_position: of a run of tokens and of the tail.
+// One unit of row-major tokens at `key`, `value`. first_position: of the unit where its tokens follow one
+// another, as those of the tail do; else of its page, and place_of_offsets says the rest.
 template <class F>
 static __device__ __forceinline__ void run_rows(State& state, const u8* key, const u8* value, int live,
                                                 int row, int entry, int first_token,
-                                                u32 first_position, const Params& p, const Lane& lane,
+                                                u32 first_position, const u8* offsets_from,
+                                                const Params& p, const Lane& lane,
                                                 float* logit_rows, int logit_stride,
                                                 int logit_limit,
                                                 const float (&offset)[GROUP_TILES][2]) {
@@ -479,13 +487,13 @@ static __device__ __forceinline__ void run_rows(State& state, const u8* key, con
   find_alive(alive[0], live, p, row, entry, first_token, lane);
   const float* term = nullptr;
 #if POSITION_GROUPS
+  u32 first[1] = {first_position};
 #if POSITION_RUNS
-  const u32 first[1] = {first_position};
   run_terms<1>(scores.term, first, turned_to(first_position, lane, 0), lane);
 #else
-  u32 position[1][2] = {{first_position + lane.g, first_position + lane.g + 8}};
-  if (entry >= 0) load_positions(position[0], place_of_position(p, entry, first_token + lane.g), 0);
-  gap_terms<1>(scores.term, position, lane);
+  UnitOffsets offsets[1] = {UnitOffsets::follow(lane.g)};
+  if (OFFSET_BYTES && offsets_from) offsets[0] = UnitOffsets::load(offsets_from);
+  gap_terms<1, false>(scores.term, first, offsets, lane, GapStep());
 #endif
   term = scores.term[0][0];
 #endif
@@ -543,11 +551,18 @@ static __device__ __forceinline__ void run_row_pages(State& state, const Segment
     const int live = int(record.y) - 16 * inside;
     if (live <= 0 && !LOGITS) continue;
     const u8* key = p.pool + u64(record.x) * 16 + inside * F::UNIT_BYTES;
-    const int entry = WINDOW || LOGITS || (POSITION_GROUPS && !POSITION_RUNS) ? p.entries[page] : 0, page_size = 16 << shift;
+    const int entry = WINDOW || LOGITS ? p.entries[page] : 0, page_size = 16 << shift;
     float* rows = LOGITS ? p.logits + u64(entry) * p.group_size * page_size + 16 * inside : nullptr;
-    const u32 first_position = POSITION_RUNS ? u32(p.first_positions[page]) + 16 * inside : 0;
+    u32 first_position = 0;
+    const u8* offsets_from = nullptr;
+#if POSITION_GROUPS
+    first_position = u32(p.first_positions[page]) + (OFFSET_BYTES ? 0 : 16 * inside);
+#if OFFSET_BYTES
+    offsets_from = place_of_offsets(p, page, lane) + inside * 16 * OFFSET_BYTES;
+#endif
+#endif
     run_rows<F>(state, key, key + (F::UNIT_BYTES << shift), live, segment.row, entry, 16 * inside,
-                first_position, p, lane, rows, page_size, 16, offset);
+                first_position, offsets_from, p, lane, rows, page_size, 16, offset);
   }
 }
 
@@ -568,7 +583,7 @@ static __device__ __forceinline__ void run_tail(State& state, const Segment& seg
         POSITION_GROUPS ? u32(p.tail_positions[segment.row / p.n_kv_heads]) + 16 * unit : 0;
     run_rows<DenseRow>(state, p.tail_keys + first * DenseRow::ROW_BYTES,
                        p.tail_values + first * DenseRow::ROW_BYTES, n_tokens - 16 * unit, segment.row,
-                       -1, 16 * unit, first_position, p, lane, rows, p.tail_capacity,
+                       -1, 16 * unit, first_position, nullptr, p, lane, rows, p.tail_capacity,
                        p.tail_capacity - 16 * unit, offset);
   }
 }

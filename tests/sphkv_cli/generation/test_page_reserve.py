@@ -8,7 +8,7 @@ import torch
 from sphkv_cli.generation import page_reserve
 from sphkv_cli.generation.page_reserve import PageReserve
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
-from sphkv_kernels.plan import first_positions
+from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.tier import TierFormat
 from tests.kernels.cases import plan_without_kernels
 
@@ -26,7 +26,7 @@ def cache_of(n_tokens: int, step: int, dtype: torch.dtype) -> PagedCache:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
 @pytest.mark.parametrize("step", [1, 3])
-def test_revived_slots_have_their_first_positions(
+def test_revived_slots_have_their_positions(
     step: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_reserve, "plan", plan_without_kernels)
@@ -34,14 +34,17 @@ def test_revived_slots_have_their_first_positions(
     reserve = PageReserve.of(cache, 0, 8, 4, None)
     assert reserve.plan is not None
     work = reserve.plan.work
-    assert (work.first_positions is None) == (step != 1)  # dead slots count as runs
+    assert work.positions is not None
+    assert (work.positions.offsets is None) == (step == 1)  # dead slots count as runs
     n_bytes = cache.tier_page_bytes()[0]
     pages = torch.ones((1, N_HEADS, 2, n_bytes), dtype=torch.uint8)
     reserve.fill(pages, [0], 3, 40 + torch.arange(2 * PAGE)[None])
     assert reserve.records is not None
     assert work.records[reserve.records[0, :, 3:5], 1].tolist() == [[PAGE, PAGE]] * N_HEADS
-    if work.first_positions is not None:
-        found = work.first_positions[reserve.records[0, :, 3:5]]
-        assert found.tolist() == [[40, 40 + PAGE]] * N_HEADS
-        again = first_positions(reserve.pages, work.entries)
-        assert again is not None and torch.equal(again, work.first_positions)
+    found = work.positions.first[reserve.records[0, :, 3:5]]
+    assert found.tolist() == [[40, 40 + PAGE]] * N_HEADS
+    again = PagePositions.of(reserve.pages, work.entries)
+    assert again is not None and torch.equal(again.first, work.positions.first)
+    assert (again.offsets is None) == (step == 1)
+    if again.offsets is not None and work.positions.offsets is not None:
+        assert torch.equal(again.offsets.to(torch.int32), work.positions.offsets.to(torch.int32))
