@@ -33,9 +33,9 @@ LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
 
 POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
 """By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit
-radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, an earlier kernel. Today's kernel takes
-0.10, 0.19 and 0.49 for 4, 8 and 16 pairs where the tokens of a page leave gaps, as those of an
-allocation do, and 0.05, 0.08, 0.28 and 0.56 for 4 to 32 where they follow one another."""
+radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, an earlier kernel. Today's takes 0.09,
+0.16 and 0.47 (H200) for 4, 8 and 16 pairs where the tokens of a page leave gaps, as those of an
+allocation do, and 0.05, 0.08, 0.28 and 0.56 (H100) for 4 to 32 where they follow one another."""
 
 
 def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:

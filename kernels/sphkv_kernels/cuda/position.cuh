@@ -87,7 +87,11 @@ static __device__ __forceinline__ u32 rounded_away(float x, float y, u32 packed)
 
 // 2^32 to a turn. position: below 2^31.
 static __device__ __forceinline__ u32 phase_of(u32 position, uint2 frequency) {
+#if POSITION_RUNS
+  return position * frequency.x + __umulhi(position, frequency.y);
+#else
   return position * frequency.x + u32(__mulhi(int(position), int(frequency.y)));
+#endif
 }
 
 static __device__ __forceinline__ void turn_of(float& c, float& s, u32 phase) {
@@ -119,7 +123,7 @@ static __device__ __forceinline__ void store_position_fragments(const Params& p,
       const double turns = double(p.position_frequencies[(row % p.n_kv_heads) * p.n_position_pairs + pair])
                            * 0.15915494309189533577;
       const u64 fraction = u64((turns - floor(turns)) * 18446744073709551616.0);
-      frequency = make_uint2(u32(fraction >> 32) + (u32(fraction) >> 31), u32(fraction));
+      frequency = make_uint2(u32(fraction >> 32) + (POSITION_RUNS ? 0 : u32(fraction) >> 31), u32(fraction));
       if (head < p.group_size) {
         const float* source = p.position_coefficients
                               + (u64(row) * p.group_size + head) * 2 * p.n_position_pairs + pair;
@@ -129,11 +133,10 @@ static __device__ __forceinline__ void store_position_fragments(const Params& p,
     }
     u8* step = shared_memory + POSITION_OFFSET + group / DUO * POSITION_STRIDE;
     const int place = group % DUO;
-    u32* words = reinterpret_cast<u32*>(step + 256 * DUO * n) + 2 * DUO * lane;
 #if POSITION_RUNS
-    words[2 * place] = __float_as_uint(a);
-    words[2 * place + 1] = __float_as_uint(b);
+    reinterpret_cast<uint2*>(step + 256 * DUO * n)[DUO * lane + place] = make_uint2(__float_as_uint(a), __float_as_uint(b));
 #else
+    u32* words = reinterpret_cast<u32*>(step + 256 * DUO * n) + 2 * DUO * lane;
     words[place] = pack_half2(a, b);
     words[DUO + place] = rounded_away(a, b, words[place]);
 #endif
