@@ -54,7 +54,9 @@ class AttentionPlan:
     partial_state: Tensor
     arrivals: Tensor
     handle: int
-    kernels: dict[tuple[bool, bool, bool, int, int], LoadedKernel] = field(default_factory=dict)
+    kernels: dict[tuple[bool, bool, bool, int, int, bool], LoadedKernel] = field(
+        default_factory=dict
+    )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -96,9 +98,10 @@ class AttentionPlan:
         groups = -(-n_position_pairs // 4)
         # Few distinct kernels: groups rounded up to a power of two (a group of zeros adds zero).
         groups = 1 << (groups - 1).bit_length() if groups else 0
-        positions = self.work.positions
-        offset_bytes = positions.offset_bytes if groups and positions else 0
-        mode = (logits, window, softcap, groups, offset_bytes)
+        positions = self.work.positions if groups else None
+        offset_bytes = positions.offset_bytes if positions else 0
+        near = positions.near if positions else True
+        mode = (logits, window, softcap, groups, offset_bytes, near)
         if mode not in self.kernels:
             tiers = tuple(self.cache.tiers[index] for index in self.work.used_tiers)
             variant = Variant(
@@ -113,6 +116,7 @@ class AttentionPlan:
                 position_groups=groups,
                 position_bytes=_position_bytes(self.cache) if window else 4,
                 offset_bytes=offset_bytes,
+                near_offsets=near,
                 table_heads=self.table_heads,
             )
             if self.score_form == "auto" and not tables_fit(variant, self.cache.device):
@@ -195,7 +199,7 @@ def ada_decode(
     frame, on the cache's device. plan: from `plan(cache, group_size)`; without one a plan is made
     for this call alone (a copy of the page table to the host, a millisecond or more), which a CUDA
     graph cannot capture. position_term: float32, on the cache's device, coefficients times
-    softmax_scale log2 e within fp16's range; it errs by about 10^-6 of its coefficients at any
+    softmax_scale log2 e within fp16's range; it errs by up to 4 x 10^-6 of its coefficients at any
     position below 2^31. Raises PageError before the launch where an argument does not fit.
     """
     plan = _checked_plan(query, cache, plan)

@@ -116,8 +116,8 @@ class _VariantKey:
             tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
             variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
             variant.small_pages, variant.prefetch, variant.reconstruct,
-            variant.position_groups, variant.offset_bytes, variant.position_bytes,
-            variant.table_heads,
+            variant.position_groups, variant.offset_bytes, variant.near_offsets,
+            variant.position_bytes, variant.table_heads,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:

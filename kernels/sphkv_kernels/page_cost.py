@@ -1,12 +1,12 @@
-"""How long a page keeps a block busy, in bytes at the read rate: what the planner cuts into shares.
+"""How long a page keeps a block busy, in bytes of an H100: what the planner cuts into shares.
 
     cost = BYTES_PER_INSTRUCTION loop instructions     a spherical tier
     cost = ROW_FACTOR bytes / speed                    int8 and dense
     cost >= MEMORY_FACTOR bytes / speed                where memory binds all pages together
 
 `speed` is what memory delivers to a multiprocessor in a clock, relative to an H100; a unit of cost
-is the time that an H100 needs for a byte. On an H100 a block reads 23.4 kB/us where memory binds. A
-code of few bits is bound by its instructions, not by its bytes, and beside such pages one of many
+is the clocks that an H100 needs for a byte. On an H100 a block reads 23.4 kB/us where memory binds.
+A code of few bits is bound by its instructions, not by its bytes, and beside such pages one of many
 bytes has memory enough and is bound by its instructions too. Measured by clock stamps of every
 block on one H100, fifteen plans of five mixed caches of 3/2/2/2 r2, 4/2/2/2 r2, 4/2/2/2 fp16 and
 int8: a page of 32 tokens takes 0.137, 0.173, 0.155 and 0.346 us (standard deviation of a block's
@@ -44,12 +44,16 @@ COMPACT_LOOP: dict[int, int] = {64: 686, 128: 879, 256: 1487}
 
 
 def memory_speed(device: torch.device) -> float:
-    """Bytes of memory a clock and multiprocessor, relative to an H100 SXM; 1 without a GPU."""
+    """Bytes of memory a clock and multiprocessor, relative to an H100 SXM; 1 without a GPU, or one
+    that does not say."""
     if device.type != "cuda":
         return 1.0
     found = torch.cuda.get_device_properties(device)
-    per_clock = found.memory_clock_rate * found.memory_bus_width / found.clock_rate
-    return per_clock / found.multi_processor_count / H100_SPEED
+    bits = found.memory_clock_rate * found.memory_bus_width
+    clocks = found.clock_rate * found.multi_processor_count
+    if bits <= 0 or clocks <= 0:
+        return 1.0
+    return bits / clocks / H100_SPEED
 
 
 def page_costs(

@@ -9,17 +9,21 @@ from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
 
+NEAR = 4095
+"""Offsets up to here turn into phases by half of the frequency's bits: 2^-21 turns of error."""
+
 
 @dataclass(frozen=True)
 class PagePositions:
     """first: ``(n) int32``, the lowest position of every page's live tokens.  offsets: ``(n,
     page_size)``, how far each token lies after it, in the order of norms (LAYOUT.md): uint16, or
     int32 where a page spans more than 65535; None where the tokens of every page follow one
-    another.
+    another.  near: no offset of a live token exceeds `NEAR`.
     """
 
     first: Tensor
     offsets: Tensor | None
+    near: bool
 
     @staticmethod
     def of(cache: PagedCache, entries: Tensor) -> PagePositions | None:
@@ -41,13 +45,13 @@ class PagePositions:
         first = rows.masked_fill(dead, torch.iinfo(torch.int32).max).amin(dim=1)
         offsets = rows - first[:, None]
         if bool(((offsets == slots) | dead).all()):
-            return PagePositions(first, None)
-        far = bool((offsets.masked_fill(dead, 0) > 0xFFFF).any())
+            return PagePositions(first, None, near=True)
+        furthest = int(offsets.masked_fill(dead, 0).max())
         of_units = offsets.view(-1, cache.page_size // 16, 2, 8).transpose(2, 3)
         offsets = of_units.reshape(offsets.shape).contiguous()
-        if not far:
+        if furthest <= 0xFFFF:
             offsets = offsets.to(torch.int16).view(torch.uint16)
-        return PagePositions(first, offsets)
+        return PagePositions(first, offsets, near=furthest <= NEAR)
 
     @property
     def offset_bytes(self) -> int:

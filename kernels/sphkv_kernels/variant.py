@@ -47,8 +47,9 @@ class Variant:
     tile ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
     only); position_groups: groups of four RoPE pairs of a position term, 0 without one, a power of
     two; offset_bytes: of an offset of `PagePositions`, 4 or 2, or 0 where the tokens of every page
-    follow one another; position_bytes: of a position that a window reads, 4 or 2; table_heads: 1 or
-    2 scores keys of groups of that size by tables made from the query, 0 by fragments.
+    follow one another; near_offsets: none exceeds `NEAR`; position_bytes: of a position that a
+    window reads, 4 or 2; table_heads: 1 or 2 scores keys of groups of that size by tables made from
+    the query, 0 by fragments.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -65,6 +66,7 @@ class Variant:
     reconstruct: bool = False
     position_groups: int = 0
     offset_bytes: int = 0
+    near_offsets: bool = True
     position_bytes: int = 4
     table_heads: int = 0
 
@@ -73,6 +75,11 @@ class Variant:
             raise PageError(f"head_dim {self.head_dim}: the CUDA kernel has {SUPPORTED_HEAD_DIMS}")
         if self.group_tiles not in (1, 2):
             raise PageError("the CUDA kernel serves groups of 1 to 16 query heads per KV head")
+        if self.offset_bytes not in (0, 2, 4) or self.position_bytes not in (2, 4):
+            raise PageError(
+                f"offsets of {self.offset_bytes} and positions of {self.position_bytes} bytes: the "
+                "CUDA kernel reads offsets of 2 or 4 (0: none) and positions of 2 or 4"
+            )
         if self.position_groups & (self.position_groups - 1):
             raise PageError(f"position_groups {self.position_groups}: a power of two, or 0")
         if not 0 <= self.position_groups <= MAX_POSITION_GROUPS:
@@ -244,6 +251,7 @@ def _preamble(
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
         "OFFSET_BYTES": variant.offset_bytes,
+        "NEAR_OFFSETS": int(variant.near_offsets),
         "TABLE_HEADS": variant.table_heads,
         **offsets,
         "KERNEL_NAME": name,

@@ -115,18 +115,34 @@ def test_every_kind_of_tier_has_the_term(page_size: int, group_size: int, runs: 
 
 
 @pytest.mark.parametrize("page_size", [16, 32])
-@pytest.mark.parametrize("far", [False, True])
-def test_tokens_of_a_page_lie_in_any_order_and_far_apart(far: bool, page_size: int) -> None:
+@pytest.mark.parametrize(("step", "near", "offset_bytes"), [(1, 1, 2), (97, 0, 2), (3001, 0, 4)])
+def test_tokens_of_a_page_lie_in_any_order_and_far_apart(
+    step: int, near: bool, offset_bytes: int, page_size: int
+) -> None:
     cache = ragged_cache(tier_set(128, 1, 3, 0), page_size=page_size)
     assert cache.positions is not None
-    positions = 600 - cache.positions.to(torch.int32)
-    if far:
-        positions = positions * 3001 + 1
+    positions = (600 - cache.positions.to(torch.int32)) * step + 1
     cache = with_tail(replace(cache, positions=positions), (0, 3, 15, 16, 17, 40, 33), 41, seed=5)
-    steps = plan(cache.to("cuda"), 4)
-    assert steps.work.positions is not None
-    assert steps.work.positions.offset_bytes == (4 if far else 2)
+    found = plan(cache.to("cuda"), 4).work.positions
+    assert found is not None and found.near == near and found.offset_bytes == offset_bytes
     check(cache, 4, random_term(cache, 4, 9, 10.0), runs=False)
+
+
+@pytest.mark.parametrize("span", [4000, 65000])
+def test_tokens_far_apart_on_a_page_are_as_exact_as_near_ones(span: int) -> None:
+    """A query of nothing: its logits are the term."""
+    cache = ragged_cache(tier_set(128, 3), lengths=(64,))
+    spread = torch.linspace(3, span, cache.page_size).to(torch.uint16)
+    cache = replace(cache, positions=spread.repeat(cache.page_table.n_entries, 1))
+    on_gpu = cache.to("cuda")
+    steps = plan(on_gpu, 4)
+    assert steps.work.positions is not None and steps.work.positions.near == (span == 4000)
+    query, term = torch.zeros_like(random_query(cache, 4, seed=3)), random_term(cache, 4, 8, 1.0)
+    want = ada_logits_reference(query, cache, position_term=term).pages
+    got = ada_logits(query.cuda(), on_gpu, position_term=term.to("cuda"), plan=steps).pages.cpu()
+    live = torch.isfinite(want)
+    largest = float(term.coefficients.abs().sum(dim=(2, 3)).max())
+    assert (got.double() - want)[live].abs().max() <= 5e-6 * largest
 
 
 def test_runs_without_room_for_their_features_equal_the_reference() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.page_cost import page_costs
+from sphkv_kernels.page_cost import memory_speed, page_costs
+from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.plan import FIELDS, FIRST, FIRST_PAGES, LAST, TAIL, DecodePlan, make_plan
@@ -120,31 +122,42 @@ def test_a_page_of_tokens_that_follow_one_another_is_known_by_its_first(dtype: t
     found = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
     assert found is not None and found.first.dtype == torch.int32
     assert found.first.tolist() == [0, 65504, 112, 48]
-    assert found.offsets is None and found.offset_bytes == 0
+    assert found.offsets is None and found.offset_bytes == 0 and found.near
     assert make_plan(cache, 3).positions is None
 
 
+@pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
-def test_a_page_with_gaps_is_known_by_its_lowest_position_and_offsets(dtype: torch.dtype) -> None:
-    cache = empty_pages([[1, 1]])
-    cache = replace(
-        cache,
-        page_table=replace(cache.page_table, live_tokens=torch.tensor([16, 3], dtype=torch.int16)),
-    )
-    positions = torch.stack([65535 - 3 * torch.arange(16), torch.full((16,), 0xFFFF)])
-    positions[1, :3] = torch.tensor([9, 7, 60000])
-    found = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
-    assert found is not None and found.offsets is not None
-    assert found.first.tolist() == [65535 - 45, 7]
-    assert found.offsets.dtype == torch.uint16 and found.n_bytes == 2 * 4 + 2 * 32
-    order = [2 * (slot % 8) + slot // 8 for slot in range(16)]
-    assert found.offsets[0][order].tolist() == [45 - 3 * slot for slot in range(16)]
-    assert found.offsets[1][order][:3].tolist() == [2, 0, 59993]
+def test_a_page_with_gaps_is_known_by_its_lowest_position_and_offsets(
+    dtype: torch.dtype, page_size: int
+) -> None:
+    cache = replace(empty_pages([[1, 1]]), page_size=page_size)
+    live = torch.tensor([page_size, 3], dtype=torch.int16)
+    cache = replace(cache, page_table=replace(cache.page_table, live_tokens=live))
+    slots = torch.arange(page_size)
+    positions = torch.stack([65535 - 3 * slots, torch.full((page_size,), 0xFFFF)])
+    positions[1, :3] = torch.tensor([9, 7, 4102])
+
+    def found(positions: torch.Tensor) -> PagePositions:
+        made = make_plan(replace(cache, positions=positions.to(dtype)), 3, check=False).positions
+        assert made is not None and made.offsets is not None
+        return made
+
+    one = found(positions)
+    assert one.offsets is not None and one.offsets.dtype == torch.uint16 and one.near
+    assert one.first.tolist() == [65535 - 3 * (page_size - 1), 7]
+    assert one.n_bytes == 2 * 4 + 2 * 2 * page_size
+    order = 16 * (slots // 16) + 2 * (slots % 8) + slots % 16 // 8
+    offsets = one.offsets.to(torch.int32)[:, order]
+    assert torch.equal(offsets[0], 3 * (page_size - 1 - slots).to(torch.int32))
+    assert offsets[1, :3].tolist() == [2, 0, 4095]
+    positions[1, 2] += 1
+    assert not found(positions).near
     if dtype == torch.int32:
-        positions[1, 2] += 10_000
-        far = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
-        assert far is not None and far.offsets is not None and far.offset_bytes == 4
-        assert far.offsets[1][order][:3].tolist() == [2, 0, 69993]
+        positions[1, 2] += 65535
+        far = found(positions)
+        assert far.offsets is not None and far.offset_bytes == 4 and not far.near
+        assert far.offsets[1, order][:3].tolist() == [2, 0, 4096 + 65535]
 
 
 @settings(max_examples=60, deadline=None)
@@ -233,6 +246,22 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
         for block in segments_of(make_plan(cache, 10))
     ]
     assert max(per_block) <= 1.03 * sum(per_block) / 10
+
+
+@pytest.mark.parametrize(
+    ("clock", "bits", "speed"),
+    [(2_619_000, 5120, 1.0), (3_201_000, 6016, 1.44), (0, 5120, 1.0), (2_619_000, 0, 1.0)],
+)
+def test_memory_speed_is_that_of_the_device_where_it_says(
+    clock: int, bits: int, speed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(
+        memory_clock_rate=clock, memory_bus_width=bits, clock_rate=1_980_000,
+        multi_processor_count=132,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert memory_speed(torch.device("cuda")) == pytest.approx(speed, abs=0.005)
+    assert memory_speed(torch.device("cpu")) == 1.0
 
 
 @pytest.mark.parametrize(("head_dim", "measured"), [(64, 2.08), (128, 2.56), (256, 2.61)])

@@ -113,12 +113,23 @@ def test_other_shapes_build_without_spills_in_the_loop(
 
 @needs_tools
 @pytest.mark.parametrize(
-    ("groups", "runs", "more"),
-    [(1, True, 40), (2, True, 70), (1, False, 80), (2, False, 125)],
+    ("groups", "offset_bytes", "near", "more"),
+    [
+        (1, 0, True, 40),
+        (2, 0, True, 70),
+        (1, 2, True, 80),
+        (2, 2, True, 125),
+        (2, 2, False, 135),
+        (2, 4, False, 140),
+    ],
 )
-def test_position_term_keeps_its_budget(groups: int, runs: bool, more: int, tmp_path: Path) -> None:
+def test_position_term_keeps_its_budget(
+    groups: int, offset_bytes: int, near: bool, more: int, tmp_path: Path
+) -> None:
     tier = tier_of((3, 2, 2, 2), "lloyd_max:2")
-    variant = Variant((tier,), 128, 1, position_groups=groups, offset_bytes=0 if runs else 2)
+    variant = Variant(
+        (tier,), 128, 1, position_groups=groups, offset_bytes=offset_bytes, near_offsets=near
+    )
     loop, registers = loop_and_registers(tmp_path, variant, 90)
     assert loop.local_memory == 0
     assert registers <= 168

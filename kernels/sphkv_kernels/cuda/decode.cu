@@ -248,7 +248,7 @@ static __device__ __forceinline__ void prefetch_first_step(const Params& p, int 
   if (lane.index == 0) prefetch_line(reinterpret_cast<const u8*>(p.records + first_page + page));
 #if POSITION_GROUPS
   if (lane.index == 1) prefetch_line(reinterpret_cast<const u8*>(p.first_positions + first_page + page));
-#if !POSITION_RUNS && OFFSET_BYTES
+#if OFFSET_BYTES
   if (lane.index == 2) prefetch_line(place_of_offsets(p, first_page, lane) + u64(unit) * 16 * OFFSET_BYTES);
 #endif
 #endif

@@ -1,4 +1,4 @@
-// What centring before RoPE adds to a logit (position_term.py), four pairs per matrix product:
+// What centring before RoPE adds to a logit (position_term.py), by matrix products over groups of four pairs:
 //
 //   term(t) = sum_j a_j cos(f_j t) + b_j sin(f_j t)
 //
@@ -16,9 +16,9 @@
 //
 //   a cos f(t_0 + i) + b sin f(t_0 + i) = a' cos f i + b' sin f i,   (a', b') = (a, b) turned by f t_0
 //
-// Else a token's phase is that of its page's lowest position and that of its offset from there. Offsets of two
-// bytes (OFFSET_BYTES) meet the 32 high bits of the frequency: 2^-33 turns a position, 2^-20 over 8192. Offsets
-// of four bytes meet all 64. 0: tokens that follow one another without room for their features.
+// Else a token's phase is that of its page's lowest position and that of its offset from there, of OFFSET_BYTES
+// (0: tokens that follow one another without room for their features). Where no page spans more than 4095
+// positions (NEAR_OFFSETS), offsets meet 32 bits of the frequency alone: 2^-33 turns a position, 2^-21 in all.
 
 #if POSITION_GROUPS
 // Groups go two at a time, a step: they hide each other's chains of dependent instructions.
@@ -27,7 +27,7 @@ static_assert(POSITION_STEPS * DUO == POSITION_GROUPS, "groups come in powers of
 
 // A step in shared memory: the coefficients of every query tile, 8 bytes a lane and group (in runs a and b of
 // every group, else B operands: the fp16 pairs of all groups, then what was rounded away); f / 2 pi of the four
-// pairs, a 64-bit fraction a group, its low half signed; in runs the A operands of tokens 0 to 15, then of
+// pairs, a 64-bit fraction a group, its low half signed where there are gaps; in runs the A operands of tokens 0 to 15, then of
 // 16 to 31, (hi g, hi g + 8, lo g, lo g + 8).
 constexpr int FREQUENCIES = 256 * DUO * GROUP_TILES, OPERANDS = FREQUENCIES + 32 * DUO;
 constexpr int POSITION_STRIDE = OPERANDS + POSITION_RUNS * 2 * 512 * DUO;
@@ -85,7 +85,8 @@ static __device__ __forceinline__ u32 rounded_away(float x, float y, u32 packed)
   return pack_half2(x - half_to_float(packed), y - high_half_to_float(packed));
 }
 
-// 2^32 to a turn. position: below 2^31.
+// 2^32 to a turn. position: below 2^31. The low half is signed for the sake of near offsets, which meet the
+// high half alone; runs could have that form as well, but are slower with the schedule that it gets.
 static __device__ __forceinline__ u32 phase_of(u32 position, uint2 frequency) {
 #if POSITION_RUNS
   return position * frequency.x + __umulhi(position, frequency.y);
@@ -134,7 +135,8 @@ static __device__ __forceinline__ void store_position_fragments(const Params& p,
     u8* step = shared_memory + POSITION_OFFSET + group / DUO * POSITION_STRIDE;
     const int place = group % DUO;
 #if POSITION_RUNS
-    reinterpret_cast<uint2*>(step + 256 * DUO * n)[DUO * lane + place] = make_uint2(__float_as_uint(a), __float_as_uint(b));
+    reinterpret_cast<uint2*>(step + 256 * DUO * n)[DUO * lane + place] =
+        make_uint2(__float_as_uint(a), __float_as_uint(b));
 #else
     u32* words = reinterpret_cast<u32*>(step + 256 * DUO * n) + 2 * DUO * lane;
     words[place] = pack_half2(a, b);
@@ -172,7 +174,8 @@ static __device__ __forceinline__ void add_terms(float (&term)[GROUP_TILES][4], 
     } else {  // nor is a group waited for by the other
 #pragma unroll
       for (int i = 0; i < DUO; ++i)
-        mma_16x8x16(term[n], x.high[2 * i], x.high[2 * i + 1], x.low[2 * i], x.low[2 * i + 1], by.high[n][i], by.high[n][i]);
+        mma_16x8x16(term[n], x.high[2 * i], x.high[2 * i + 1], x.low[2 * i], x.low[2 * i + 1],
+                    by.high[n][i], by.high[n][i]);
     }
     add(x.high, by.low[n]);
   }
@@ -336,7 +339,7 @@ static __device__ __forceinline__ void gap_terms(float (&term)[UNITS][GROUP_TILE
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const u32 offset = offsets[u].of(h);
-          const u32 phase = page[i] + (OFFSET_BYTES == 4 ? phase_of(offset, frequency) : offset * frequency.x);
+          const u32 phase = page[i] + (NEAR_OFFSETS ? offset * frequency.x : phase_of(offset, frequency));
           position_features(x.high[2 * i + h], x.low[2 * i + h], phase);
         }
       }

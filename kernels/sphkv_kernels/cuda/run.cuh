@@ -200,7 +200,9 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 
 #if POSITION_GROUPS
   u32 first[TILE_UNITS];
-  auto first_of = [&](int tile, int u) { return p.first_positions + segment.first_page + (unit_of(tile, u) >> shift); };
+  auto first_of = [&](int tile, int u) {
+    return p.first_positions + segment.first_page + (unit_of(tile, u) >> shift);
+  };
 #if POSITION_RUNS
   // The position of every page comes with the next records.
   struct Firsts { int of[TILE_PAGES]; };
@@ -223,11 +225,12 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
   auto find_positions = [&](int tile) {  // they arrive with the keys
 #pragma unroll
     for (int u = 0; u < TILE_UNITS; ++u) {
-      if (SMALL_PAGES || u == 0)
+      if (SMALL_PAGES || u == 0)  // else both units have the same
         first[u] = load_stream4(reinterpret_cast<const u8*>(first_of(tile, u)));
       const u32 unit = SMALL_PAGES ? unit_of(tile, u) : TILE_UNITS * tile;
       const u8* place = offsets_from + u64(unit) * (16 * OFFSET_BYTES) + (SMALL_PAGES ? 0 : u * 16 * OFFSET_BYTES);
-      offsets[u] = OFFSET_BYTES ? UnitOffsets::load(place) : UnitOffsets::follow(16 * ((TILE_UNITS * tile + u) & mask) + lane.g);
+      offsets[u] = OFFSET_BYTES ? UnitOffsets::load(place)
+                                : UnitOffsets::follow(16 * ((TILE_UNITS * tile + u) & mask) + lane.g);
     }
   };
 #endif
