@@ -24,6 +24,7 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.benchmark import (
     CaseReport,
     Shape,
+    TokenOrder,
     metadata_case,
     retention_pages,
     run_case,
@@ -56,8 +57,12 @@ SHAPES = (
     Shape(8, 32, 8192, 1),
 )
 TWICE = Shape(4, 8, 262144, 8)
-PAIRS = ((4, False), (8, False), (16, False), (32, False), (4, True), (8, True), (16, True))
-"""RoPE pairs of a position term, and whether the tokens of a page leave gaps."""
+PAIRS: tuple[tuple[int, TokenOrder], ...] = (
+    *((n_pairs, "runs") for n_pairs in (4, 8, 16, 32)),
+    *((n_pairs, "gaps") for n_pairs in (4, 8, 16)),
+    (8, "spread"),
+)
+"""RoPE pairs of a position term, and the order of the tokens of a page."""
 EVERY_SHAPE = ("4222-fp16", "4333-minifloat", "4222-r2", "3222-r2")
 
 
@@ -165,13 +170,13 @@ def position_cases() -> list[dict[str, Any]]:
     rows = []
     for shape in (SHAPES[0], SHAPES[1], SHAPES[3]):
         for name in EVERY_SHAPE:
-            for n_pairs, gaps in PAIRS:
-                case = metadata_case(tier(name), shape, 32, n_pairs, SEED, gaps=gaps)
+            for n_pairs, order in PAIRS:
+                case = metadata_case(tier(name), shape, 32, n_pairs, SEED, order=order)
                 excess = case.with_term.median_us / case.latency.median_us - 1
                 rows.append({**asdict(case), "excess": excess})
                 print(
                     f"position term {shape.name:15s} {name}: {case.latency.median_us:.1f} us, "
-                    f"{n_pairs} pairs{', gaps' if gaps else ''} {case.with_term.median_us:.1f} us "
+                    f"{n_pairs} pairs, {order} {case.with_term.median_us:.1f} us "
                     f"({excess:+.1%})",
                     flush=True,
                 )

@@ -10,7 +10,7 @@ import torch
 
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.benchmark import random_term, with_positions
+from sphkv_kernels.benchmark import TokenOrder, random_term, with_positions
 from sphkv_kernels.decode import ada_decode, ada_logits, plan
 from sphkv_kernels.encode import encode, encode_rows
 from sphkv_kernels.pages import page_bytes
@@ -29,8 +29,13 @@ def main() -> None:
     plain = tiled_cache(tiers, pages, 32, 2, 128, n_distinct=8)
     term = random_term(plain, 4, 6, seed=42)
     query = torch.randn(3, 8, 128, generator=generator).cuda()
-    for n_blocks, gaps in ((3, False), (40, True)):
-        cache = with_positions(plain, 352, gaps=gaps)
+    cases: tuple[tuple[int, TokenOrder, int], ...] = (
+        (3, "runs", 352),
+        (40, "gaps", 352),
+        (7, "spread", 60_000),
+    )
+    for n_blocks, order, n_tokens in cases:
+        cache = with_positions(plain, n_tokens, order)
         attention_plan = plan(cache, 4, n_blocks=n_blocks)
         for _ in range(2):
             result = ada_decode(query, cache, 0.09, plan=attention_plan)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,8 @@ from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.timing import Latency, MemoryRates, measure
 from sphkv_kernels.variant import Variant
+
+TokenOrder = Literal["runs", "gaps", "spread"]
 
 
 @dataclass(frozen=True)
@@ -156,15 +158,14 @@ def uniform_case(tier: TierFormat, shape: Shape, seed: int, *, page_size: int = 
 @dataclass(frozen=True)
 class MetadataCase:
     """What is read beside codes: bytes of named terms; with_term: the step with a position term of
-    `n_pairs` RoPE pairs, which reads the position of every page's first token.  gaps: the tokens of
-    a page do not follow one another, as those of a policy that drops some, and all positions are
-    read."""
+    `n_pairs` RoPE pairs; order: of the tokens (`with_positions`), which says what it reads of
+    their positions."""
 
     tier: str
     shape: Shape
     page_size: int
     n_pairs: int
-    gaps: bool
+    order: TokenOrder
     n_bytes: dict[str, int]
     latency: Latency
     with_term: Latency
@@ -177,10 +178,10 @@ def metadata_case(
     n_pairs: int,
     seed: int,
     *,
-    gaps: bool = False,
+    order: TokenOrder = "runs",
 ) -> MetadataCase:
     """Time one shape and page size, without and with positions (uint16 where they fit)."""
-    cache = with_positions(_uniform_cache(tier, shape, page_size, seed), shape.n_tokens, gaps=gaps)
+    cache = with_positions(_uniform_cache(tier, shape, page_size, seed), shape.n_tokens, order)
     attention_plan, _, step = _decode_step(cache, shape.group_size, seed)
     term = random_term(cache, shape.group_size, n_pairs, seed)
     n_vectors = 2 * cache.page_table.n_entries * page_size
@@ -196,17 +197,22 @@ def metadata_case(
         "positions": attention_plan.position_bytes,
     }
     plain, with_term = measure(step), measure(lambda: step(term))
-    return MetadataCase(tier.name, shape, page_size, n_pairs, gaps, n_bytes, plain, with_term)
+    return MetadataCase(tier.name, shape, page_size, n_pairs, order, n_bytes, plain, with_term)
 
 
-def with_positions(cache: PagedCache, n_tokens: int, *, gaps: bool = False) -> PagedCache:
-    """A synthetic cache of uniform pages whose tokens lie one after the other; gaps: every eighth
-    position has no token."""
+def with_positions(
+    cache: PagedCache, n_tokens: int, order: TokenOrder = "runs", seed: int = 0
+) -> PagedCache:
+    """A synthetic cache of uniform pages whose tokens follow one another; "gaps": every eighth
+    position has none; "spread": in an order drawn at random, so that a page spans the context."""
     entries = torch.arange(cache.page_table.n_entries, device=cache.device)
     rows = torch.arange(cache.page_size, device=cache.device)
     positions = (entries[:, None] * cache.page_size + rows) % n_tokens
-    if gaps:
+    if order == "gaps":
         positions += positions // 7
+    if order == "spread":
+        drawn = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))
+        positions = drawn.to(cache.device)[positions]
     dtype = torch.uint16 if int(positions.max()) < 1 << 16 else torch.int32
     return replace(cache, positions=positions.to(dtype))
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.benchmark import TokenOrder, with_positions
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.page_cost import memory_speed, page_costs
 from sphkv_kernels.page_positions import PagePositions
@@ -158,6 +159,23 @@ def test_a_page_with_gaps_is_known_by_its_lowest_position_and_offsets(
         far = found(positions)
         assert far.offsets is not None and far.offset_bytes == 4 and not far.near
         assert far.offsets[1, order][:3].tolist() == [2, 0, 4096 + 65535]
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "order", "offset_bytes", "near"),
+    [
+        (96, "runs", 0, True), (96, "gaps", 2, True), (96, "spread", 2, True),
+        (30_000, "spread", 2, False), (200_000, "spread", 4, False),
+    ],
+)  # fmt: skip
+def test_every_order_of_the_benchmark_meets_its_kernel(
+    n_tokens: int, order: TokenOrder, offset_bytes: int, near: bool
+) -> None:
+    cache = with_positions(empty_pages([[3], [3]]), n_tokens, order)
+    assert cache.positions is not None
+    assert cache.positions.to(torch.int32).unique().numel() == 6 * 16
+    found = make_plan(cache, 3).positions
+    assert found is not None and (found.offset_bytes, found.near) == (offset_bytes, near)
 
 
 @settings(max_examples=60, deadline=None)

@@ -81,7 +81,7 @@ def test_roofline_points_lie_where_bytes_and_time_put_them() -> None:
 
 def test_view_and_report_hold_every_case() -> None:
     metadata = MetadataCase(
-        "code", Shape(1, 2, 64, 4), 16, 4, False,
+        "code", Shape(1, 2, 64, 4), 16, 4, "runs",
         {"codes": 1, "norms": 2, "plan": 3, "positions": 4}, LATENCY, LATENCY,
     )  # fmt: skip
     content = SyntheticSpeed({"gpu": "a GPU"}, 2.0, 3.0, (case(64, 1),), (metadata,), "No fp8.")
