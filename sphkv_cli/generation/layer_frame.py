@@ -19,25 +19,46 @@ from sphkv_kernels.position_term import PositionTerm
 @dataclass(frozen=True, eq=False)
 class TurningMean:
     """R_t mu = cos(w t) mu + sin(w t) nu, made on the device: mean, turned (n_kv_heads, d) are mu
-    and nu, the mean a quarter turn on; frequencies (d) float64, w of every coordinate's pair.
+    and nu, the mean a quarter turn on; frequencies (d) float64, w of every coordinate's pair, and
+    their bytes, which tell layers that turn alike.
     """
 
     mean: Tensor
     turned: Tensor
     frequencies: Tensor
+    digest: bytes
 
     @staticmethod
     def of(mean: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> "TurningMean":
         """mean (n_kv_heads, d) and inv_freq (d / 2) radians per token, on the device to be on."""
         first, second = mean.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
-        return TurningMean(mean.to(dtype), turned.to(dtype), inv_freq.double().repeat(2))
+        frequencies = inv_freq.double().repeat(2)
+        digest = frequencies.cpu().numpy().tobytes()
+        return TurningMean(mean.to(dtype), turned.to(dtype), frequencies, digest)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """(n, n_kv_heads, d) at positions (n); angles in float64, as `rotary.rotate` makes them."""
-        angles = positions[:, None, None] * self.frequencies
-        dtype = self.mean.dtype
-        return angles.cos().to(dtype) * self.mean + angles.sin().to(dtype) * self.turned
+    def taken_from(self, keys: Tensor, turns: "Turns") -> Tensor:
+        """keys (n, n_kv_heads, d), less the mean at their positions."""
+        cos, sin = turns.of(self)
+        less = torch.addcmul(keys, cos, self.mean, value=-1)
+        return torch.addcmul(less, sin, self.turned, value=-1)
+
+
+class Turns:
+    """cos(w t), sin(w t) of n tokens at positions (n), made once for all layers that turn alike."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self._positions = positions
+        self._made: dict[tuple[bytes, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def of(self, turning: TurningMean) -> tuple[Tensor, Tensor]:
+        """Each (n, 1, d); angles in float64, as `rotary.rotate` makes them."""
+        dtype = turning.mean.dtype
+        key = turning.digest, dtype
+        if key not in self._made:
+            angles = self._positions[:, None, None] * turning.frequencies
+            self._made[key] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._made[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +124,13 @@ class LayerFrame:
         return torch.einsum("nhd,hde->nhe", queries, self.query.expand(queries.shape[1], -1, -1))
 
     def new_tokens(
-        self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+        self, queries: Tensor, keys: Tensor, values: Tensor, turns: Turns
     ) -> tuple[Tensor, Tensor]:
         """One token of every sequence into the frame, in as few launches as the frame allows.
 
         Args:
-            queries: (n, n_q_heads, d); keys, values: (n, n_kv_heads, d); positions: (n).
+            queries: (n, n_q_heads, d); keys, values: (n, n_kv_heads, d); turns: at the tokens'
+                positions.
 
         Returns:
             queries as they were shaped; keys, then values: (2, n, n_kv_heads, d).
@@ -117,7 +139,7 @@ class LayerFrame:
         if self.centre is not None or self.turning is not None:
             keys = keys.to(dtype)
             keys = keys if self.centre is None else keys - self.centre
-            keys = keys if self.turning is None else keys - self.turning.at(positions)
+            keys = keys if self.turning is None else self.turning.taken_from(keys, turns)
         both = (2, *keys.shape)
         if self.query.shape[0] == self.key.shape[0] == 1:
             # Without balancing the frame is one rotation of whatever it is given.
@@ -132,14 +154,17 @@ class LayerFrame:
         return asked, torch.stack([turned, values.to(dtype) @ self.value])
 
     def offsets(self, queries: Tensor) -> Tensor | None:
-        """(n, n_q_heads) that every logit of a head gets."""
-        return None if self.offset is None else (queries * self.offset).sum(-1)
+        """(n, n_q_heads) that every logit of a head gets, of queries of any dtype."""
+        if self.offset is None:
+            return None
+        return (queries.to(self.offset.dtype) * self.offset).sum(-1)
 
     def term(self, queries: Tensor) -> PositionTerm | None:
-        """What each logit gets by its token's position."""
+        """What each logit gets by its token's position, of queries of any dtype."""
         if self.position is None or self.frequencies is None:
             return None
-        coefficients = torch.einsum("nhd,hdip->nhip", queries, self.position)
+        wide = queries.to(self.position.dtype)
+        coefficients = torch.einsum("nhd,hdip->nhip", wide, self.position)
         return PositionTerm(coefficients.contiguous(), self.frequencies)
 
     def outputs(self, outputs: Tensor) -> Tensor:

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sphkv_cli.generation.layer_frame import Turns
+
 
 class StepClock:
     """Counters of n sequences, shared by all layers.
 
     After `advance`, during a step: tail_tokens (n) int32 counts the new token, query_positions (n)
     int32 is its position and rows (2 n n_kv_heads) int64 its rows in a tail of keys, then values,
-    (2, n, n_kv_heads, capacity, d).  Between steps: position_ids (n, 1) int64 of the next token.
+    (2, n, n_kv_heads, capacity, d); turns are those of the new tokens.  Between steps: position_ids
+    (n, 1) int64 of the next token.
     tail_positions (n) int32: of each tail's first token.
     """
 
@@ -28,6 +31,7 @@ class StepClock:
         self.tail_tokens, self.query_positions = self._narrow[0], self._narrow[1]
         self.rows = self._wide[:n_rows]
         self.position_ids: Tensor = self._wide[n_rows:, None]
+        self.turns = Turns(self.query_positions)
 
     def set(self, n_tail: Sequence[int], next_position: Sequence[int]) -> None:
         """Between steps: tokens in each tail, and each sequence's next position."""
@@ -42,6 +46,7 @@ class StepClock:
         """The step begins: every sequence has one token more."""
         self._narrow.add_(1)
         self._wide.add_(1)
+        self.turns = Turns(self.query_positions)
 
     @property
     def n_bytes(self) -> int:

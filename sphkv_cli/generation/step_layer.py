@@ -103,15 +103,12 @@ class StepLayer:
         query, key, value: (n_sequences, heads, 1, d), the clock advanced to their token.
         """
         frame, described, clock = self.reader.frame, self.reader.described, self.clock
-        asked, new = frame.new_tokens(
-            query[:, :, 0], key[:, :, 0], value[:, :, 0], clock.query_positions
-        )
+        asked, new = frame.new_tokens(query[:, :, 0], key[:, :, 0], value[:, :, 0], clock.turns)
         d = asked.shape[-1]
         self.tail.view(-1, d).index_copy_(0, clock.rows, new.to(self.tail.dtype).view(-1, d))
         # Without a soft-cap what every logit of a head gets changes no weight.
-        wide = query[:, :, 0].to(asked.dtype)
-        offset = frame.offsets(wide) if described.logit_softcap else None
-        term = frame.term(wide)
+        offset = frame.offsets(query[:, :, 0]) if described.logit_softcap else None
+        term = frame.term(query[:, :, 0])
         where = clock.query_positions if described.window else None
         scale, softcap = described.softmax_scale, described.logit_softcap
         plan = self.reserve.plan

@@ -5,6 +5,7 @@ codes, which tokens are where, and what a slot without tokens holds are compared
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation import page_reserve
 from sphkv_cli.generation.decode_graph import DecodeGraph
 from sphkv_cli.generation.decode_steps import DecodeSteps
-from sphkv_cli.generation.layer_frame import LayerFrame
+from sphkv_cli.generation.layer_frame import LayerFrame, Turns
 from sphkv_cli.generation.page_reserve import PageReserve
 from sphkv_cli.generation.placement import UniformRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
@@ -86,11 +87,18 @@ def test_new_tokens_enter_the_frame_as_the_frame_set_says(frames: Frames, centri
     layer = LayerFrame.of(framed, 1, 4, 2, torch.device("cpu"), torch.float64)
     q, k, v = (torch.from_numpy(rng.normal(size=(5, n, HEAD_DIM))) for n in (4, 2, 2))
     positions = torch.tensor([0, 3, 99, 70_000, 131_071])
-    queries, both = layer.new_tokens(q, k, v, positions.to(torch.int32))
+    turns = Turns(positions.to(torch.int32))
+    queries, both = layer.new_tokens(q, k, v, turns)
     torch.testing.assert_close(queries, framed.queries_to_frame(1, q), rtol=0, atol=1e-5)
     keys = framed.keys_to_frame(1, k, positions)
     torch.testing.assert_close(both[0], keys, rtol=0, atol=1e-5)
     torch.testing.assert_close(both[1], framed.values_to_frame(v), rtol=0, atol=1e-5)
+    if centring == "pre_rope":
+        # Another layer that turns alike does not make the angles again.
+        other = LayerFrame.of(framed, 2, 4, 2, torch.device("cpu"), torch.float64)
+        assert layer.turning is not None and other.turning is not None
+        assert turns.of(layer.turning) is turns.of(other.turning)
+        assert turns.of(replace(layer.turning, digest=b"others")) is not turns.of(layer.turning)
 
 
 @pytest.mark.parametrize(
