@@ -7,7 +7,7 @@ they order with torch's own work and are captured by a CUDA graph.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -112,13 +112,8 @@ class _VariantKey:
             )
             for tier in variant.tiers
         )
-        self.key = (
-            tiers, variant.head_dim, variant.group_tiles, variant.logits, variant.window,
-            variant.softcap, variant.n_warps, variant.tile_units, variant.score_chains,
-            variant.small_pages, variant.prefetch, variant.reconstruct,
-            variant.position_groups, variant.offset_bytes, variant.near_offsets,
-            variant.position_bytes, variant.table_heads,
-        )  # fmt: skip
+        others = (getattr(variant, one.name) for one in fields(variant) if one.name != "tiers")
+        self.key = (tiers, *others)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _VariantKey) and self.key == other.key

@@ -2,7 +2,7 @@
 
     time of a block = cost of its pages (`page_cost`) + PART_COST parts + SEGMENT_COST segments
 
-in the unit of that. Two cuts are tried: at any page, and at ends of rows, which saves blocks
+in the unit of `page_cost`. Two cuts are tried: at any page, and at ends of rows, which saves blocks
 a second start and merge. Source: ours; cuts of equal cost after FlashInfer (arXiv 2501.01005).
 """
 

@@ -80,6 +80,8 @@ class Variant:
                 f"offsets of {self.offset_bytes} and positions of {self.position_bytes} bytes: the "
                 "CUDA kernel reads offsets of 2 or 4 (0: none) and positions of 2 or 4"
             )
+        if self.near_offsets and self.offset_bytes == 4:
+            raise PageError("offsets of 4 bytes are not near: they meet all bits of a frequency")
         if self.position_groups & (self.position_groups - 1):
             raise PageError(f"position_groups {self.position_groups}: a power of two, or 0")
         if not 0 <= self.position_groups <= MAX_POSITION_GROUPS:

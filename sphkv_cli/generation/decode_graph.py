@@ -141,4 +141,6 @@ class DecodeGraph:
                 f"a step of {type(self._model).__name__} cannot be captured ({error})",
                 "generate without the graph",
             ) from error
+        finally:
+            steps.clock.forget_turns()
         self._graph, self._epoch = graph, steps.epoch

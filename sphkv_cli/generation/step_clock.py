@@ -41,11 +41,16 @@ class StepClock:
         heads = tail[None, :, None].expand(2, -1, self._n_kv_heads).reshape(-1)
         first = torch.arange(heads.numel()) * self._capacity
         self._wide.copy_(torch.cat([first + heads - 1, following]))
+        self.forget_turns()
 
     def advance(self) -> None:
         """The step begins: every sequence has one token more."""
         self._narrow.add_(1)
         self._wide.add_(1)
+        self.forget_turns()
+
+    def forget_turns(self) -> None:
+        """The next token has other ones; and what a captured step made is the graph's."""
         self.turns = Turns(self.query_positions)
 
     @property

@@ -267,14 +267,17 @@ def test_blocks_of_a_mixed_cache_share_time_and_not_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("clock", "bits", "speed"),
-    [(2_619_000, 5120, 1.0), (3_201_000, 6016, 1.44), (0, 5120, 1.0), (2_619_000, 0, 1.0)],
-)
+    ("clock", "bits", "core_clock", "speed"),
+    [
+        (2_619_000, 5120, 1_980_000, 1.0), (3_201_000, 6016, 1_980_000, 1.44),
+        (0, 5120, 1_980_000, 1.0), (2_619_000, 0, 1_980_000, 1.0), (2_619_000, 5120, 0, 1.0),
+    ],
+)  # fmt: skip
 def test_memory_speed_is_that_of_the_device_where_it_says(
-    clock: int, bits: int, speed: float, monkeypatch: pytest.MonkeyPatch
+    clock: int, bits: int, core_clock: int, speed: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = SimpleNamespace(
-        memory_clock_rate=clock, memory_bus_width=bits, clock_rate=1_980_000,
+        memory_clock_rate=clock, memory_bus_width=bits, clock_rate=core_clock,
         multi_processor_count=132,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels import decode
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
 from sphkv_kernels.tier import PageError, TierFormat
+from sphkv_kernels.variant import Variant
 from tests.kernels.cases import plan_without_kernels
 
 
@@ -42,6 +44,28 @@ def test_a_twin_has_its_own_positions() -> None:
     found = plan.for_twin(replace(mine, positions=gaps)).work.positions
     assert found is not None and found.offsets is not None
     assert found.offsets[0].tolist() == [0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30]
+
+
+def test_twins_ask_for_the_kernels_of_their_own_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def load(variant: Variant, device: torch.device) -> object:
+        asked.append((variant.offset_bytes, variant.near_offsets))
+        return object()
+
+    monkeypatch.setattr(decode, "load_kernel", load)
+    mine = cache_of(code((4, 2, 2, 2)), with_positions=True)
+    assert mine.positions is not None
+    plan = plan_without_kernels(mine)
+    for step in (1, 2, 300, 10_000):
+        twin = plan.for_twin(replace(mine, positions=mine.positions * step))
+        twin.kernel(logits=False, window=False, softcap=False, n_position_pairs=4)
+        assert twin.kernels is plan.kernels
+    assert asked == [(0, True), (2, True), (2, False), (4, False)]
+    plan.kernel(logits=False, window=False, softcap=False)
+    assert asked[4:] == [(0, True)]
 
 
 @pytest.mark.parametrize("change", ["code", "positions", "page_size"])
