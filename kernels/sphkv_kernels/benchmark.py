@@ -181,7 +181,8 @@ def metadata_case(
     order: TokenOrder = "runs",
 ) -> MetadataCase:
     """Time one shape and page size, without and with positions (uint16 where they fit)."""
-    cache = with_positions(_uniform_cache(tier, shape, page_size, seed), shape.n_tokens, order)
+    cache = _uniform_cache(tier, shape, page_size, seed)
+    cache = with_positions(cache, shape.n_tokens, order, seed)
     attention_plan, _, step = _decode_step(cache, shape.group_size, seed)
     term = random_term(cache, shape.group_size, n_pairs, seed)
     n_vectors = 2 * cache.page_table.n_entries * page_size

@@ -5,8 +5,8 @@
 Pages of a (sequence, KV head), a row, are sorted by tier, laid end to end with all the others, and
 cut (`page_cut`); blocks that share the pages of a tier of a row read them in turn. A row cut into
 several parts is merged inside the launch by the block that arrives last. The plan depends on the
-page table and the grid only: it is made once and serves every decode step until pages are added
-(the tail grows without a new plan).
+page table and the grid (and, where a position term is asked for, on the positions): it is made once
+and serves every decode step until pages are added (the tail grows without a new plan).
 Source: ours.
 """
 

@@ -124,6 +124,9 @@ def test_a_page_of_tokens_that_follow_one_another_is_known_by_its_first(dtype: t
     assert found is not None and found.first.dtype == torch.int32
     assert found.first.tolist() == [0, 65504, 112, 48]
     assert found.offsets is None and found.offset_bytes == 0 and found.near
+    positions[3, 4] += 1
+    found = make_plan(replace(cache, positions=positions.to(dtype)), 3).positions
+    assert found is not None and found.offsets is not None
     assert make_plan(cache, 3).positions is None
 
 

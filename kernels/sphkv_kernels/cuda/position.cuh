@@ -27,8 +27,8 @@ static_assert(POSITION_STEPS * DUO == POSITION_GROUPS, "groups come in powers of
 
 // A step in shared memory: the coefficients of every query tile, 8 bytes a lane and group (in runs a and b of
 // every group, else B operands: the fp16 pairs of all groups, then what was rounded away); f / 2 pi of the four
-// pairs, a 64-bit fraction a group, its low half signed where there are gaps; in runs the A operands of tokens 0 to 15, then of
-// 16 to 31, (hi g, hi g + 8, lo g, lo g + 8).
+// pairs, a 64-bit fraction a group, its low half signed where there are gaps; in runs the A operands of tokens
+// 0 to 15, then of 16 to 31, (hi g, hi g + 8, lo g, lo g + 8).
 constexpr int FREQUENCIES = 256 * DUO * GROUP_TILES, OPERANDS = FREQUENCIES + 32 * DUO;
 constexpr int POSITION_STRIDE = OPERANDS + POSITION_RUNS * 2 * 512 * DUO;
 
