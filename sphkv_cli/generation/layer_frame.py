@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sphkv_codebooks.frame import FrameSet
+from sphkv_kernels.framing import FrameTensors, frame_tokens, unframe_outputs
 from sphkv_kernels.position_term import PositionTerm
 
 
@@ -62,12 +63,23 @@ class Turns:
 
 
 @dataclass(frozen=True, eq=False)
+class Asked:
+    """What a step asks pages and tail: query (n, n_q_heads, d), offset (n, n_q_heads) or None, and
+    the position term or None."""
+
+    query: Tensor
+    offset: Tensor | None
+    term: PositionTerm | None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerFrame:
     """query: (n_q_heads or 1, d, d); offset: (n_q_heads, d) or None; output: (d, d).
 
     key: (n_kv_heads or 1, d, d); value: (d, d); centre: (n_kv_heads, d) of every key, or None, and
     turning: what is centred before RoPE.
     position: (n_q_heads, d, 2, n_pairs) with frequencies (n_kv_heads, n_pairs), or None.
+    kernel: the same as the CUDA kernel takes it, where it turns the steps' vectors.
     """
 
     query: Tensor
@@ -79,6 +91,7 @@ class LayerFrame:
     offset: Tensor | None
     position: Tensor | None
     frequencies: Tensor | None
+    kernel: FrameTensors | None
 
     @staticmethod
     def of(
@@ -107,51 +120,96 @@ class LayerFrame:
             offset = constant.T.to(device, dtype).contiguous()
         term = frames.position_coefficients(layer, per_head)
         centre, turning = _centring(frames, layer, device, dtype)
+        query, key, output, value = (
+            x.to(device, dtype).contiguous()
+            for x in (query, key, frames.output_from_frame(eye), frames.values_to_frame(eye))
+        )
+        position = None if term is None else term[0].transpose(0, 1).to(device, dtype).contiguous()
+        kernel = None
+        if device.type == "cuda" and dtype == torch.float32:
+            kernel = FrameTensors(
+                query,
+                key,
+                value,
+                output,
+                n_q_heads,
+                n_kv_heads,
+                centre,
+                None if turning is None else turning.mean,
+                None if turning is None else turning.turned,
+                position,
+                offset,
+            )
         return LayerFrame(
-            query.to(device, dtype).contiguous(),
-            frames.output_from_frame(eye).to(device, dtype),
-            key.to(device, dtype).contiguous(),
-            frames.values_to_frame(eye).to(device, dtype),
+            query,
+            output,
+            key,
+            value,
             centre,
             turning,
             offset,
-            None if term is None else term[0].transpose(0, 1).to(device, dtype).contiguous(),
+            position,
             None if term is None else term[1].to(device, torch.float32).contiguous(),
+            kernel,
         )
 
     def queries(self, queries: Tensor) -> Tensor:
         """(n, n_q_heads, d) into the frame."""
         return torch.einsum("nhd,hde->nhe", queries, self.query.expand(queries.shape[1], -1, -1))
 
-    def new_tokens(
-        self, queries: Tensor, keys: Tensor, values: Tensor, turns: Turns
-    ) -> tuple[Tensor, Tensor]:
-        """One token of every sequence into the frame, in as few launches as the frame allows.
+    def enter(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        turns: Turns,
+        tail: Tensor,
+        rows: Tensor,
+        *,
+        with_offset: bool,
+    ) -> "Asked":
+        """One token of every sequence: its queries into the frame, keys and values into the tail.
 
         Args:
             queries: (n, n_q_heads, d); keys, values: (n, n_kv_heads, d); turns: at the tokens'
                 positions.
-
-        Returns:
-            queries as they were shaped; keys, then values: (2, n, n_kv_heads, d).
+            tail: (..., d) bfloat16; rows: (2 n n_kv_heads) int64 in it, keys before values.
+            with_offset: whether what all logits of a head get is asked for.
         """
+        if self.kernel is not None:
+            turned = None if self.turning is None else turns.of(self.turning)
+            found = frame_tokens(
+                self.kernel,
+                queries,
+                keys,
+                values,
+                tail=tail,
+                rows=rows,
+                turns=turned,
+                with_offset=with_offset,
+            )
+            return Asked(found.query, found.offset, self._term(found.coefficients))
+        d = queries.shape[-1]
+        new = self.new_tokens(keys, values, turns).to(tail.dtype)
+        tail.view(-1, d).index_copy_(0, rows, new.view(-1, d))
+        wide = queries.to(self.output.dtype)
+        offset = self.offsets(queries) if with_offset else None
+        return Asked(self.queries(wide).contiguous(), offset, self.term(queries))
+
+    def leave(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, n_q_heads, d) out of the frame, in another dtype."""
+        if self.kernel is not None:
+            return unframe_outputs(self.kernel, outputs, dtype)
+        return self.outputs(outputs).to(dtype)
+
+    def new_tokens(self, keys: Tensor, values: Tensor, turns: Turns) -> Tensor:
+        """Keys, then values, (2, n, n_kv_heads, d), of one token of every sequence in the frame."""
         dtype = self.output.dtype
-        if self.centre is not None or self.turning is not None:
-            keys = keys.to(dtype)
-            keys = keys if self.centre is None else keys - self.centre
-            keys = keys if self.turning is None else self.turning.taken_from(keys, turns)
-        both = (2, *keys.shape)
-        if self.query.shape[0] == self.key.shape[0] == 1:
-            # Without balancing the frame is one rotation of whatever it is given.
-            rows = torch.cat([x.flatten(0, 1) for x in (queries, keys, values)])
-            framed = rows.to(dtype) @ self.value
-            n_queries = queries.shape[0] * queries.shape[1]
-            return framed[:n_queries].view(queries.shape), framed[n_queries:].view(both)
-        asked = self.queries(queries.to(dtype)).contiguous()
-        turned = torch.einsum(
-            "nhd,hde->nhe", keys.to(dtype), self.key.expand(keys.shape[1], -1, -1)
-        )
-        return asked, torch.stack([turned, values.to(dtype) @ self.value])
+        keys, values = keys.to(dtype), values.to(dtype)
+        keys = keys if self.centre is None else keys - self.centre
+        keys = keys if self.turning is None else self.turning.taken_from(keys, turns)
+        turned = torch.einsum("nhd,hde->nhe", keys, self.key.expand(keys.shape[1], -1, -1))
+        return torch.stack([turned, values @ self.value])
 
     def offsets(self, queries: Tensor) -> Tensor | None:
         """(n, n_q_heads) that every logit of a head gets, of queries of any dtype."""
@@ -164,8 +222,12 @@ class LayerFrame:
         if self.position is None or self.frequencies is None:
             return None
         wide = queries.to(self.position.dtype)
-        coefficients = torch.einsum("nhd,hdip->nhip", wide, self.position)
-        return PositionTerm(coefficients.contiguous(), self.frequencies)
+        return self._term(torch.einsum("nhd,hdip->nhip", wide, self.position).contiguous())
+
+    def _term(self, coefficients: Tensor | None) -> PositionTerm | None:
+        if coefficients is None or self.frequencies is None:
+            return None
+        return PositionTerm(coefficients, self.frequencies)
 
     def outputs(self, outputs: Tensor) -> Tensor:
         """(n, n_q_heads, d) out of the frame."""

@@ -103,39 +103,43 @@ class StepLayer:
         query, key, value: (n_sequences, heads, 1, d), the clock advanced to their token.
         """
         frame, described, clock = self.reader.frame, self.reader.described, self.clock
-        asked, new = frame.new_tokens(query[:, :, 0], key[:, :, 0], value[:, :, 0], clock.turns)
-        d = asked.shape[-1]
-        self.tail.view(-1, d).index_copy_(0, clock.rows, new.to(self.tail.dtype).view(-1, d))
-        # Without a soft-cap what every logit of a head gets changes no weight.
-        offset = frame.offsets(query[:, :, 0]) if described.logit_softcap else None
-        term = frame.term(query[:, :, 0])
-        where = clock.query_positions if described.window else None
         scale, softcap = described.softmax_scale, described.logit_softcap
+        asked = frame.enter(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            clock.turns,
+            self.tail,
+            clock.rows,
+            # Without a soft-cap what every logit of a head gets changes no weight.
+            with_offset=softcap > 0.0,
+        )
+        where = clock.query_positions if described.window else None
         plan = self.reserve.plan
         if plan is not None:
             found = ada_decode(
-                asked,
+                asked.query,
                 plan.cache,
                 scale,
-                logit_offset=offset,
+                logit_offset=asked.offset,
                 logit_softcap=softcap,
                 window=described.window,
                 query_positions=where,
-                position_term=term,
+                position_term=asked.term,
                 plan=plan,
             )
         else:
             found = ada_decode_reference(
-                asked,
+                asked.query,
                 self.reserve.pages,
                 scale,
-                logit_offset=offset,
+                logit_offset=asked.offset,
                 logit_softcap=softcap,
                 window=described.window,
                 query_positions=where,
-                position_term=term,
+                position_term=asked.term,
             )
-        return frame.outputs(found.output).to(query.dtype)[:, None]
+        return frame.leave(found.output, query.dtype)[:, None]
 
     def encoded(self, index: slice | Tensor, n_pages: int) -> tuple[Tensor, Tensor]:
         """The oldest tokens of some tails as pages: (n_chosen, n_kv_heads, n_pages, page bytes).

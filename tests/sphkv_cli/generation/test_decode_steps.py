@@ -88,11 +88,18 @@ def test_new_tokens_enter_the_frame_as_the_frame_set_says(frames: Frames, centri
     q, k, v = (torch.from_numpy(rng.normal(size=(5, n, HEAD_DIM))) for n in (4, 2, 2))
     positions = torch.tensor([0, 3, 99, 70_000, 131_071])
     turns = Turns(positions.to(torch.int32))
-    queries, both = layer.new_tokens(q, k, v, turns)
-    torch.testing.assert_close(queries, framed.queries_to_frame(1, q), rtol=0, atol=1e-5)
-    keys = framed.keys_to_frame(1, k, positions)
-    torch.testing.assert_close(both[0], keys, rtol=0, atol=1e-5)
-    torch.testing.assert_close(both[1], framed.values_to_frame(v), rtol=0, atol=1e-5)
+    tail = torch.full((2, 5, 2, 7, HEAD_DIM), torch.nan, dtype=torch.bfloat16)
+    rows = 7 * torch.arange(20) + 3
+    asked = layer.enter(q, k, v, turns, tail, rows, with_offset=True)
+    torch.testing.assert_close(asked.query, framed.queries_to_frame(1, q), rtol=0, atol=1e-5)
+    expected = torch.stack([framed.keys_to_frame(1, k, positions), framed.values_to_frame(v)])
+    torch.testing.assert_close(
+        layer.new_tokens(k, v, turns), expected.to(torch.float64), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(tail[:, :, :, 3].double(), expected.double(), rtol=8e-3, atol=1e-5)
+    assert bool(tail.isfinite().sum() == 20 * HEAD_DIM)
+    assert (asked.term is not None) == (centring == "pre_rope")
+    assert (asked.offset is not None) == (centring == "post_rope")
     if centring == "pre_rope":
         # Another layer that turns alike does not make the angles again.
         other = LayerFrame.of(framed, 2, 4, 2, torch.device("cpu"), torch.float64)
