@@ -16,7 +16,7 @@ from torch import Tensor
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_store import LayerStore, uncodable
-from sphkv_cli.generation.page_reserve import slots_for
+from sphkv_cli.generation.page_reserve import SlotMaker, slots_for
 from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.step_layer import StepLayer
 from sphkv_cli.generation.store_state import StoreState
@@ -51,9 +51,9 @@ class DecodeSteps:
         self._layers: list[StepLayer] = []
         with torch.inference_mode(mode=False), torch.no_grad():
             self.clock, self._tails = self._new_clock(), self._new_tails(len(states), first)
+            slots = SlotMaker(self._n_slots)
             try:
                 for index, (store, reader) in enumerate(zip(stores, readers, strict=True)):
-                    like = self._layers[-1] if self._layers else None
                     self._layers.append(
                         StepLayer.entered(
                             store,
@@ -61,8 +61,7 @@ class DecodeSteps:
                             states[index],
                             self.clock,
                             self._tails[index],
-                            self._n_slots,
-                            like,
+                            slots,
                         )
                     )
                     states[index] = _EMPTY
@@ -188,13 +187,12 @@ class DecodeSteps:
         self._tails = old.new_zeros((*old.shape[:4], self._capacity, old.shape[5]))
         n = min(self._capacity, old.shape[4])
         self._tails[:, :, :, :, :n] = old[:, :, :, :, :n]
-        like: StepLayer | None = None
+        slots = SlotMaker(self._n_slots)
         for index, layer in enumerate(self._layers):
             # The old pages of this layer are free before the next ones are made.
-            like = layer.rebuilt(
-                self.clock, self._tails[index], self._n_slots, like, self.next_position
+            self._layers[index] = layer.rebuilt(
+                self.clock, self._tails[index], slots, self.next_position
             )
-            self._layers[index] = like
         self._n_used, self.is_torn = [0] * self.n_sequences, False
 
     def _set_room(self) -> None:

@@ -11,17 +11,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sphkv_cli.generation.page_store import compacted, joined, kept
+from sphkv_cli.generation.page_store import PoolMoves, joined, kept
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import AttentionPlan, plan
 from sphkv_kernels.page_table import PageTable
 
 _SHARE = 32
-_LEAST = 8
+_LEAST = 16
 
 
 def slots_for(n_pages: int) -> int:
-    """Slots of a row of so many pages: a 32nd more, and at least 8."""
+    """Slots of a row of so many pages: a 32nd more, and at least 16.
+
+    Dead slots are read at every step, and new ones take the time of some ten steps of a small
+    cache.
+    """
     return max(-(-n_pages // _SHARE), _LEAST)
 
 
@@ -30,7 +34,6 @@ class PageReserve:
     """Pages with their dead slots, and the plan that reads both.
 
     pages: every row's last n_slots entries are slots; plan: of the kernel, else None.
-    source: the table that the slots were added to.
     entries: (n_sequences, n_kv_heads, n_slots) int64 of the page table; records: likewise, of the
     plan.  block: (n_sequences, n_kv_heads, n_slots, page bytes), the slots' bytes in the pool.
     is_twin: table, entries and records are another layer's, laid out alike; a seal that revives
@@ -39,60 +42,10 @@ class PageReserve:
 
     pages: PagedCache
     plan: AttentionPlan | None
-    source: PageTable
     entries: Tensor
     records: Tensor | None
     block: Tensor
     is_twin: bool
-
-    @staticmethod
-    def of(
-        pages: PagedCache,
-        tier: int,
-        n_slots: int,
-        group_size: int | None,
-        like: "PageReserve | None",
-    ) -> "PageReserve":
-        """Slots of one tier behind the live pages; what else the pool holds is left out.
-
-        Args:
-            group_size: query heads per KV head where the kernel reads, else None.
-            like: of the layer before; if that was laid out alike they share what they can.
-        """
-        live = pages
-        if bool((pages.page_table.live_tokens == 0).any()):
-            live = kept(pages, pages.page_table.live_tokens > 0)
-        live = compacted(live)
-        heads = (pages.n_sequences, pages.n_kv_heads)
-        if like is not None and _same(like.pages, like.source, pages):
-            pool = torch.cat([live.pool, torch.zeros_like(like.block).flatten()])
-            whole = replace(pages, pool=pool, page_table=like.pages.page_table)
-            block = pool[live.pool.numel() :].view(like.block.shape)
-            shared = None
-            if like.plan is not None:
-                table = like.plan.cache.page_table
-                shared = like.plan.for_twin(replace(whole, page_table=table))
-            return PageReserve(
-                whole, shared, like.source, like.entries, like.records, block, is_twin=True
-            )
-        source = pages.page_table
-        whole = joined(live, _dead(pages, tier, n_slots))
-        ends = whole.page_table.starts[1:].to(torch.int64).view(*heads, 1)
-        entries = ends - n_slots + torch.arange(n_slots, device=pages.device)
-        page_bytes = pages.tier_page_bytes()[tier]
-        block = whole.pool[live.pool.numel() :].view(*heads, n_slots, page_bytes)
-        if group_size is None:
-            return PageReserve(whole, None, source, entries, None, block, is_twin=False)
-        full = whole.page_table.live_tokens.clone()
-        full[entries.flatten()] = whole.page_size
-        as_if = replace(whole, page_table=replace(whole.page_table, live_tokens=full))
-        made = plan(as_if, group_size, check=False)
-        record_of_entry = torch.empty_like(made.work.entries, dtype=torch.int64)
-        numbers = torch.arange(record_of_entry.numel(), device=pages.device)
-        record_of_entry[made.work.entries.to(torch.int64)] = numbers
-        records = record_of_entry[entries]
-        made.work.records[records.flatten(), 1] = 0
-        return PageReserve(whole, made, source, entries, records, block, is_twin=False)
 
     @property
     def n_slots(self) -> int:
@@ -127,6 +80,83 @@ class PageReserve:
                     self.plan.work.positions.first.index_copy_(0, records, rows[:, 0])
 
 
+class SlotMaker:
+    """Makes the reserves of a cache's layers, one after the other.
+
+    Layers laid out like the one before them, as those of a uniform cache are, share what they can:
+    table, plan, and which bytes of the pool are left out, for which the device is asked many times.
+    """
+
+    def __init__(self, n_slots: int) -> None:
+        self.n_slots = n_slots
+        self._last: PageReserve | None = None
+        self._table: PageTable | None = None
+        self._pool_bytes = 0
+        self._moves: PoolMoves | None = None
+
+    def reserve(self, pages: PagedCache, tier: int, group_size: int | None) -> PageReserve:
+        """Slots of one tier behind the live pages; what else the pool holds is left out.
+
+        Args:
+            group_size: query heads per KV head where the kernel reads, else None.
+        """
+        last, table = self._last, self._table
+        if last is not None and table is not None and self._is_alike(last, table, pages):
+            return self._twin(last, pages)
+        live = pages
+        if bool((pages.page_table.live_tokens == 0).any()):
+            live = kept(pages, pages.page_table.live_tokens > 0)
+        self._table, self._pool_bytes = pages.page_table, pages.pool.numel()
+        self._moves = PoolMoves.of(live)
+        if self._moves is not None:
+            live = self._moves.applied(live)
+        self._last = self._with_slots(live, tier, group_size)
+        return self._last
+
+    def _with_slots(self, live: PagedCache, tier: int, group_size: int | None) -> PageReserve:
+        heads = (live.n_sequences, live.n_kv_heads)
+        whole = joined(live, _dead(live, tier, self.n_slots))
+        ends = whole.page_table.starts[1:].to(torch.int64).view(*heads, 1)
+        entries = ends - self.n_slots + torch.arange(self.n_slots, device=live.device)
+        page_bytes = live.tier_page_bytes()[tier]
+        block = whole.pool[live.pool.numel() :].view(*heads, self.n_slots, page_bytes)
+        if group_size is None:
+            return PageReserve(whole, None, entries, None, block, is_twin=False)
+        full = whole.page_table.live_tokens.clone()
+        full[entries.flatten()] = whole.page_size
+        as_if = replace(whole, page_table=replace(whole.page_table, live_tokens=full))
+        made = plan(as_if, group_size, check=False)
+        record_of_entry = torch.empty_like(made.work.entries, dtype=torch.int64)
+        numbers = torch.arange(record_of_entry.numel(), device=live.device)
+        record_of_entry[made.work.entries.to(torch.int64)] = numbers
+        records = record_of_entry[entries]
+        made.work.records[records.flatten(), 1] = 0
+        return PageReserve(whole, made, entries, records, block, is_twin=False)
+
+    def _twin(self, last: PageReserve, pages: PagedCache) -> PageReserve:
+        live = pages.pool if self._moves is None else self._moves.made(pages.pool)
+        pool = torch.cat([live, torch.zeros_like(last.block).flatten()])
+        whole = replace(pages, pool=pool, page_table=last.pages.page_table)
+        block = pool[live.numel() :].view(last.block.shape)
+        shared = None
+        if last.plan is not None:
+            table = last.plan.cache.page_table
+            shared = last.plan.for_twin(replace(whole, page_table=table))
+        return PageReserve(whole, shared, last.entries, last.records, block, is_twin=True)
+
+    def _is_alike(self, last: PageReserve, table: PageTable, pages: PagedCache) -> bool:
+        """Whether the last one was made of pages laid out as these: all but its bytes is theirs."""
+        if last.pages.positions is not None or pages.positions is not None:
+            return False
+        if pages.pool.numel() != self._pool_bytes:
+            return False
+        a, b = table, pages.page_table
+        if a is b:
+            return True
+        pairs = ((a.starts, b.starts), (a.offsets, b.offsets), (a.tiers, b.tiers))
+        return all(torch.equal(*pair) for pair in (*pairs, (a.live_tokens, b.live_tokens)))
+
+
 def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
     device, n_rows = pages.device, pages.n_sequences * pages.n_kv_heads
     page_bytes = pages.tier_page_bytes()[tier]
@@ -143,20 +173,6 @@ def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:
         positions = following.to(pages.positions.dtype).expand(n_rows * n_slots, -1).contiguous()
     pool = torch.zeros(n_rows * n_slots * page_bytes, dtype=torch.uint8, device=device)
     return replace(pages, pool=pool, page_table=table, positions=positions)
-
-
-def _same(like: PagedCache, source: PageTable, pages: PagedCache) -> bool:
-    """Whether slots behind `pages` would be laid out as those of `like` were behind `source`.
-
-    Then compacting the pool, which follows the table alone, does the same to both.
-    """
-    if like.positions is not None or pages.positions is not None:
-        return False
-    a, b = source, pages.page_table
-    if a is b:
-        return True
-    pairs = ((a.starts, b.starts), (a.offsets, b.offsets), (a.tiers, b.tiers))
-    return all(torch.equal(*pair) for pair in (*pairs, (a.live_tokens, b.live_tokens)))
 
 
 def _runs(sequences: list[int]) -> list[tuple[int, list[int]]]:

@@ -7,7 +7,7 @@
 None changes its input, so a step that fails leaves the old pages whole.  Source: ours.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,29 +45,59 @@ def kept(cache: PagedCache, mask: Tensor) -> PagedCache:
     return replace(cache, page_table=chosen, positions=chosen_rows(cache.positions, mask))
 
 
-def compacted(cache: PagedCache) -> PagedCache:
-    """A pool of the pages that some entry names, each once; the same object if it is one already.
+@dataclass(frozen=True, eq=False)
+class PoolMoves:
+    """How a pool of the pages that some entry of a table names, each once, is made from another.
 
-    Pages are multiples of 16 bytes and start on one, as the page format has them.
+    n_bytes: of the new pool; lines: (to, from) int64 each, 16 bytes a line; offsets: (n_entries)
+    int64, of the table's pages in the new pool.
     """
-    table = cache.page_table
-    sizes = torch.tensor(cache.tier_page_bytes(), device=cache.device)
-    offsets, first = _unique(table.offsets)
-    page_bytes = sizes[table.tiers.to(torch.int64)[first]]
-    total = int(page_bytes.sum())
-    if total == cache.pool.numel():
-        return cache
-    starts = torch.cumsum(page_bytes, 0) - page_bytes
-    lines = torch.empty((total // 16, 2), dtype=torch.int64, device=cache.device)
-    source = cache.pool.view(torch.int64).view(-1, 2)
-    for size in torch.unique(page_bytes).tolist():
-        chosen = page_bytes == size
-        within = torch.arange(size // 16, device=cache.device)
-        to = (starts[chosen, None] // 16 + within).flatten()
-        lines[to] = source[(offsets[chosen, None] // 16 + within).flatten()]
-    moved = starts[torch.searchsorted(offsets, table.offsets)]
-    pool = lines.view(-1).view(torch.uint8)
-    return replace(cache, pool=pool, page_table=replace(table, offsets=moved))
+
+    n_bytes: int
+    lines: tuple[tuple[Tensor, Tensor], ...]
+    offsets: Tensor
+
+    @staticmethod
+    def of(cache: PagedCache) -> "PoolMoves | None":
+        """None where the pool holds nothing else already.
+
+        Pages are multiples of 16 bytes and start on one, as the page format has them.
+        """
+        table = cache.page_table
+        sizes = torch.tensor(cache.tier_page_bytes(), device=cache.device)
+        offsets, first = _unique(table.offsets)
+        page_bytes = sizes[table.tiers.to(torch.int64)[first]]
+        total = int(page_bytes.sum())
+        if total == cache.pool.numel():
+            return None
+        starts = torch.cumsum(page_bytes, 0) - page_bytes
+        lines = []
+        for size in torch.unique(page_bytes).tolist():
+            chosen = page_bytes == size
+            within = torch.arange(size // 16, device=cache.device)
+            to = (starts[chosen, None] // 16 + within).flatten()
+            lines.append((to, (offsets[chosen, None] // 16 + within).flatten()))
+        moved = starts[torch.searchsorted(offsets, table.offsets)]
+        return PoolMoves(total, tuple(lines), moved)
+
+    def made(self, pool: Tensor) -> Tensor:
+        """The new pool."""
+        lines = torch.empty((self.n_bytes // 16, 2), dtype=torch.int64, device=pool.device)
+        source = pool.view(torch.int64).view(-1, 2)
+        for to, taken in self.lines:
+            lines[to] = source[taken]
+        return lines.view(-1).view(torch.uint8)
+
+    def applied(self, cache: PagedCache) -> PagedCache:
+        """The same entries in the new pool."""
+        table = replace(cache.page_table, offsets=self.offsets)
+        return replace(cache, pool=self.made(cache.pool), page_table=table)
+
+
+def compacted(cache: PagedCache) -> PagedCache:
+    """A pool of the pages that some entry names, each once; the same object if it is such."""
+    moves = PoolMoves.of(cache)
+    return cache if moves is None else moves.applied(cache)
 
 
 def _unique(offsets: Tensor) -> tuple[Tensor, Tensor]:

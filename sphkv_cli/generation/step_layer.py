@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sphkv_cli.generation.coded_part import LayerReader
 from sphkv_cli.generation.layer_store import LayerStore, uncodable
-from sphkv_cli.generation.page_reserve import PageReserve
+from sphkv_cli.generation.page_reserve import PageReserve, SlotMaker
 from sphkv_cli.generation.page_store import kept
 from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.store_state import PagePlan, StoreState
@@ -43,8 +43,7 @@ class StepLayer:
         state: StoreState,
         clock: StepClock,
         tail: Tensor,
-        n_slots: int,
-        like: "StepLayer | None",
+        slots: SlotMaker,
     ) -> "StepLayer":
         """A layer that kept its tail as the model made it; `tail` is filled from it."""
         n_sequences, n_kv_heads, _, d = state.tail_keys.shape
@@ -57,14 +56,13 @@ class StepLayer:
         pages = state.pages
         if pages is None:
             pages = _no_pages(store, n_sequences, n_kv_heads, d, device)
-        return StepLayer._made(store, reader, clock, tail, pages, n_slots, like)
+        return StepLayer._made(store, reader, clock, tail, pages, slots)
 
     def rebuilt(
         self,
         clock: StepClock,
         tail: Tensor,
-        n_slots: int,
-        like: "StepLayer | None",
+        slots: SlotMaker,
         next_position: Sequence[int],
     ) -> "StepLayer":
         """The same tokens with new slots, in a tail that holds them already.
@@ -72,7 +70,7 @@ class StepLayer:
         next_position: of every sequence; pages behind a sliding window are freed.
         """
         pages = self.store.reachable(_without_tail(self.reserve.pages), next_position)
-        return StepLayer._made(self.store, self.reader, clock, tail, pages, n_slots, like)
+        return StepLayer._made(self.store, self.reader, clock, tail, pages, slots)
 
     @staticmethod
     def _made(
@@ -81,8 +79,7 @@ class StepLayer:
         clock: StepClock,
         tail: Tensor,
         pages: PagedCache,
-        n_slots: int,
-        like: "StepLayer | None",
+        slots: SlotMaker,
     ) -> "StepLayer":
         with_tail = replace(
             pages,
@@ -92,9 +89,7 @@ class StepLayer:
             tail_positions=clock.tail_positions,
         )
         group_size = store.group_size if store.uses_kernel else None
-        of_like = None if like is None else like.reserve
-        tier = store.rule.later_tier
-        reserve = PageReserve.of(with_tail, tier, n_slots, group_size, of_like)
+        reserve = slots.reserve(with_tail, store.rule.later_tier, group_size)
         return StepLayer(store, reader, clock, tail, reserve)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -187,8 +182,8 @@ class StepLayer:
         if plan is not None:
             tensors += [*plan.tensors, plan.cache.page_table.live_tokens]
         tensors += [self.tail, pages.pool]
-        for table in (pages.page_table, self.reserve.source):
-            tensors += [table.offsets, table.tiers, table.live_tokens, table.starts]
+        table = pages.page_table
+        tensors += [table.offsets, table.tiers, table.live_tokens, table.starts]
         if pages.positions is not None:
             tensors.append(pages.positions)
         total = 0

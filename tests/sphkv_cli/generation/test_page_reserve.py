@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sphkv_cli.generation import page_reserve
-from sphkv_cli.generation.page_reserve import PageReserve
+from sphkv_cli.generation.page_reserve import SlotMaker
 from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
 from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.tier import TierFormat
@@ -31,7 +31,7 @@ def test_revived_slots_have_their_positions(
 ) -> None:
     monkeypatch.setattr(page_reserve, "plan", plan_without_kernels)
     cache = cache_of(40, step, dtype)
-    reserve = PageReserve.of(cache, 0, 8, 4, None)
+    reserve = SlotMaker(8).reserve(cache, 0, 4)
     assert reserve.plan is not None
     work = reserve.plan.work
     assert work.positions is not None
