@@ -117,6 +117,7 @@ class SpeedRow:
     """A decode step of all timed layers at one shape.
 
     n_context: tokens of a sequence; step_us, step_p20_us, step_p80_us: sums over layers;
+    without_term_us: step_us without the terms of centring before RoPE, for what they cost;
     baseline: the best dense bf16 attention of this run, baseline_us for as many layers;
     fp8_baseline likewise, None where no fp8 attention ran.
     """
@@ -127,6 +128,7 @@ class SpeedRow:
     step_us: float
     step_p20_us: float
     step_p80_us: float
+    without_term_us: float
     code_bytes: int
     metadata_bytes: int
     gb_per_s: float
@@ -141,12 +143,13 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Ceilings of the run, a row per shape, the device as the driver describes it, and a sentence
-    on the fp8 baseline."""
+    """Ceilings of the run, a row per shape, how many layers are centred before RoPE, the device as
+    the driver describes it, and a sentence on the fp8 baseline."""
 
     copy_gb_per_s: float
     read_gb_per_s: float
     rows: tuple[SpeedRow, ...]
+    n_layers_with_term: int
     device: Mapping[str, Any]
     fp8: str
 

@@ -6,6 +6,7 @@
     bytes       pages, metadata (the planner's records), positions where a layer is centred before
                 RoPE, query and output: what one step moves
     fraction    bytes / step over the read rate measured in this run
+    term        the step less that of the same pages without the term of centring before RoPE
 
 The pages are those of the first judge document, tiled to longer contexts and larger batches at
 addresses of their own.  Layers with a sliding window are left out: their step does not grow.
@@ -13,6 +14,7 @@ addresses of their own.  Layers with a sliding window are left out: their step d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +85,7 @@ def measure_speed(
                     step_us=step_us,
                     step_p20_us=sum(step.p20_us for step in steps),
                     step_p80_us=sum(step.p80_us for step in steps),
+                    without_term_us=sum(step.without_term_us for step in steps),
                     code_bytes=sum(step.code_bytes for step in steps),
                     metadata_bytes=sum(step.metadata_bytes for step in steps),
                     gb_per_s=gb_per_s,
@@ -96,10 +99,12 @@ def measure_speed(
                 )
             )
     provenance: dict[str, Any] = device_provenance()
+    n_with_term = sum(layer.position_term is not None for layer in layers)
     return SpeedReport(
         rates.copy_gb_per_s,
         rates.read_gb_per_s,
         tuple(rows),
+        n_with_term,
         provenance,
         fp8_sentence(every_baseline),
     )
@@ -110,6 +115,7 @@ class _LayerStep:
     median_us: float
     p20_us: float
     p80_us: float
+    without_term_us: float
     code_bytes: int
     metadata_bytes: int
 
@@ -129,7 +135,7 @@ def _time_layer(layer: LayerPages, n_q_heads: int, batch: int, repeats: int) -> 
     query = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
     steps = plan(cache, n_q_heads // cache.n_kv_heads)
 
-    def step() -> None:
+    def step(term: PositionTerm | None) -> None:
         ada_decode(
             query,
             cache,
@@ -139,11 +145,13 @@ def _time_layer(layer: LayerPages, n_q_heads: int, batch: int, repeats: int) -> 
             plan=steps,
         )
 
-    latency = measure(step)
+    latency = measure(partial(step, term))
+    without = latency if term is None else measure(partial(step, None))
     return _LayerStep(
         latency.median_us,
         latency.p20_us,
         latency.p80_us,
+        without.median_us,
         steps.work.code_bytes,
         steps.work.n_bytes + steps.position_bytes,
     )

@@ -25,7 +25,7 @@ def view(report: ProfileReport) -> tuple[Block, ...]:
     if any(c.kernel is not None or c.recursion is not None for c in content.candidates):
         blocks.append(_computation(content.candidates))
     if content.speed is not None:
-        blocks += [_speed(content.speed), Line(content.speed.fp8)]
+        blocks += [_speed(content.speed), Line(content.speed.fp8), *_term(content.speed)]
     if content.gates:
         blocks.append(_gates(report))
     blocks += [Line(sentence) for sentence in content.reading]
@@ -174,6 +174,20 @@ def _speed(speed: SpeedReport) -> Table:
             for row in speed.rows
         ],
     )
+
+
+def _term(speed: SpeedReport) -> list[Line]:
+    """What centring before RoPE costs these pages."""
+    if not speed.n_layers_with_term:
+        return []
+    shares = [100 * (row.step_us / row.without_term_us - 1) for row in speed.rows]
+    return [
+        Line(
+            f"Centring before RoPE, in {speed.n_layers_with_term} of {speed.rows[0].n_layers} "
+            f"layers, makes these steps {min(shares):+.1f} to {max(shares):+.1f} % longer than the "
+            "same pages without it."
+        )
+    ]
 
 
 def _gates(report: ProfileReport) -> Table:

@@ -43,7 +43,10 @@ def test_profile_runs_the_kernel_on_the_plans_pages(tmp_path: Path) -> None:
     for row in content.speed.rows:
         assert 0 < row.step_p20_us <= row.step_us <= row.step_p80_us
         assert 0 < row.fraction_of_read < 1
-    assert "speed-up" in repr(view(report))
+        assert 0.5 * row.step_us < row.without_term_us < 1.2 * row.step_us
+    shown = repr(view(report))
+    assert "speed-up" in shown
+    assert ("Centring before RoPE" in shown) == (content.speed.n_layers_with_term > 0)
 
 
 def test_synthetic_profile_times_every_code_and_draws_a_roofline(tmp_path: Path) -> None:

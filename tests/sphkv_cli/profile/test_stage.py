@@ -20,7 +20,7 @@ from sphkv_cli.profile.gates import check_gates, require_gates
 from sphkv_cli.profile.laid_out import cache_terms, uniform_terms
 from sphkv_cli.profile.layer_inputs import LayerInputs, horizon_rows, read_layer
 from sphkv_cli.profile.options import Gates, ProfileOptions
-from sphkv_cli.profile.result import HeadErrors, ProfileReport
+from sphkv_cli.profile.result import HeadErrors, ProfileReport, SpeedReport, SpeedRow
 from sphkv_cli.profile.stage import profile
 from sphkv_cli.profile.view import view
 from sphkv_kernels.cache import PagedCache
@@ -223,6 +223,33 @@ def test_without_a_gpu_no_speed_is_ever_reported(report: ProfileReport) -> None:
         assert word not in text
     assert Report.open(Path(report.path)).content["profile"]["accuracy_only"] is True
     assert report.content.device == "none"
+
+
+def test_what_a_position_term_takes_is_said(report: ProfileReport) -> None:
+    row = SpeedRow(
+        n_context=4096,
+        batch=1,
+        n_layers=6,
+        step_us=110.0,
+        step_p20_us=109.0,
+        step_p80_us=111.0,
+        without_term_us=100.0,
+        code_bytes=1000,
+        metadata_bytes=10,
+        gb_per_s=1.0,
+        fraction_of_read=0.1,
+        baseline="sdpa cudnn",
+        baseline_us=220.0,
+        speedup=2.0,
+        fp8_baseline=None,
+        fp8_us=None,
+        speedup_over_fp8=None,
+    )
+    rows = (row, replace(row, batch=8, without_term_us=112.0))
+    for n_layers, said in ((4, True), (0, False)):
+        speed = SpeedReport(3000.0, 3000.0, rows, n_layers, {}, "No fp8 attention ran.")
+        shown = repr(view(replace(report, content=replace(report.content, speed=speed))))
+        assert ("in 4 of 6 layers, makes these steps -1.8 to +10.0 % longer" in shown) == said
 
 
 def test_only_the_named_tiers_are_measured(run: Run, tmp_path: Path) -> None:
