@@ -1,4 +1,4 @@
-"""Small encode, decode and logit launches over mixed tiers, for NVIDIA's checkers:
+"""Small framing, encode, decode and logit launches over mixed tiers, for NVIDIA's checkers:
 
 compute-sanitizer --tool memcheck python examples/sanitize_kernel.py
 compute-sanitizer --tool racecheck python examples/sanitize_kernel.py
@@ -13,9 +13,30 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.benchmark import TokenOrder, random_term, with_positions
 from sphkv_kernels.decode import ada_decode, ada_logits, plan
 from sphkv_kernels.encode import encode, encode_rows
+from sphkv_kernels.frame_tensors import FrameTensors
+from sphkv_kernels.framing import frame_tokens, unframe_outputs
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
+
+
+def frame_of_ones(n_q_heads: int, n_kv_heads: int, d: int, n_pairs: int) -> FrameTensors:
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, device="cuda")
+
+    return FrameTensors(
+        ones(n_q_heads, d, d),
+        ones(n_kv_heads, d, d),
+        ones(d, d),
+        ones(d, d),
+        n_q_heads,
+        n_kv_heads,
+        centre=ones(n_kv_heads, d),
+        mean=ones(n_kv_heads, d),
+        turned=ones(n_kv_heads, d),
+        position=ones(n_q_heads, d, 2, n_pairs),
+        offset=ones(n_q_heads, d),
+    )
 
 
 def main() -> None:
@@ -44,6 +65,18 @@ def main() -> None:
         torch.cuda.synchronize()
         assert torch.isfinite(result.output).all()
         print(f"{n_blocks} blocks: {float(result.output.norm()):.6f}, {logits.pages.shape}")
+    for n in (1, 5):
+        size = 2 * n * 2 * 3
+        tail = torch.full((size, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
+        rows = 3 * torch.arange(2 * n * 2, device="cuda") + 1
+        vectors = torch.randn(n, 8 + 2 + 2, 128, generator=generator).to(torch.bfloat16).cuda()
+        turns = (torch.ones(n, 1, 128, device="cuda"), torch.zeros(n, 1, 128, device="cuda"))
+        frame = frame_of_ones(8, 2, 128, n_pairs=6)
+        parts = vectors.split([8, 2, 2], dim=1)
+        framed = frame_tokens(frame, *parts, tail=tail, rows=rows, turns=turns)
+        back = unframe_outputs(frame, framed.query, torch.bfloat16)
+        assert torch.isfinite(back).all() and int(tail.isfinite().sum()) == size // 3 * 128
+        print(f"frame {n}: {float(back.float().norm()):.1f}")
     rotation = Rotation("hadamard", 128)
     keys, values = torch.randn((2, 3, 32, 128), generator=generator).to(torch.bfloat16).cuda()
     for tier in tiers:

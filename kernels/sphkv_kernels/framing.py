@@ -1,16 +1,16 @@
 """A decode step's vectors into the frame and its outputs out of it, one launch each.
 
-    q' = q M_h   k' = (k - c_h - R_t mu_h) K_h   v' = v S   o = o' S
+    q' = q M_h   k' = (k - c_h - R_t mu_h) K_h   v' = v S   o = o' S'
 
 with the coefficients of a position term and the offset of a soft-capped logit where a frame has
-them; new keys and values go straight to their rows of a dense tail.  Torch operations take eight
-launches for it, most of a small step's time.  Sums are float32.  `cuda/frame.cu`; source: ours.
+them (`frame_tensors`); new keys and values go straight to their rows of a dense tail.  Torch
+operations take eight launches for it, most of what a small step takes beside the model's own.  Sums
+are float32; the reference is `framing_reference`.  `cuda/frame.cu`; source: ours.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphkv_kernels.frame_tensors import FramedQueries, FrameTensors, check_tokens, require
 from sphkv_kernels.launch import capability_of, launch_function, load_function
 from sphkv_kernels.tier import PageError
 from sphkv_kernels.variant import SUPPORTED_HEAD_DIMS
@@ -26,77 +27,6 @@ _SOURCES = ("intrinsics.cuh", "frame.cu")
 _FOLDER = Path(__file__).parent / "cuda"
 _N_THREADS, _N_COLUMNS, _MOST_ROWS = 256, 64, 8
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@dataclass(frozen=True, eq=False)
-class FrameTensors:
-    """One layer's frame on a GPU: float32, contiguous.
-
-    query (n_q_heads or 1, d, d), key (n_kv_heads or 1, d, d), value and output (d, d): matrices
-    that rows are multiplied with.  centre (n_kv_heads, d): what every key loses, or None; mean and
-    turned (n_kv_heads, d): what it loses times the cosine and the sine of its turn, or None.
-    position (n_q_heads, d, 2, n_pairs): from a query to its coefficients, or None.  offset
-    (n_q_heads, d): from a query to what all its logits get, or None.
-
-    Raises PageError at construction: shapes, dtypes or devices that do not fit.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    n_q_heads: int
-    n_kv_heads: int
-    centre: Tensor | None = None
-    mean: Tensor | None = None
-    turned: Tensor | None = None
-    position: Tensor | None = None
-    offset: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        d, device = self.head_dim, self.value.device
-        if d not in SUPPORTED_HEAD_DIMS or device.type != "cuda":
-            raise PageError(
-                f"a frame of head_dim {d} on {device}: the CUDA kernel has {SUPPORTED_HEAD_DIMS}"
-            )
-        of_keys, of_queries = (self.n_kv_heads, d), (self.n_q_heads, d)
-        shapes = {
-            "query": (self.query.shape[0] if self.query.shape[0] == 1 else self.n_q_heads, d, d),
-            "key": (self.key.shape[0] if self.key.shape[0] == 1 else self.n_kv_heads, d, d),
-            "value": (d, d),
-            "output": (d, d),
-            "centre": of_keys,
-            "mean": of_keys,
-            "turned": of_keys,
-            "position": (*of_queries, 2, self.n_pairs),
-            "offset": of_queries,
-        }
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is not None:
-                _require(f"frame.{name}", tensor, shape, torch.float32, device)
-        if (self.mean is None) != (self.turned is None):
-            raise PageError("a mean that turns needs both of its parts")
-
-    @property
-    def head_dim(self) -> int:
-        """d."""
-        return self.value.shape[-1]
-
-    @property
-    def n_pairs(self) -> int:
-        """RoPE pairs of the position term, 0 without one."""
-        return 0 if self.position is None else self.position.shape[-1]
-
-
-@dataclass(frozen=True, eq=False)
-class FramedQueries:
-    """query (n, n_q_heads, d), coefficients (n, n_q_heads, 2, n_pairs) or None, offset
-    (n, n_q_heads) or None: float32."""
-
-    query: Tensor
-    coefficients: Tensor | None
-    offset: Tensor | None
 
 
 def frame_tokens(
@@ -121,19 +51,11 @@ def frame_tokens(
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
     """
-    n, d, device = query.shape[0], frame.head_dim, frame.value.device
-    vectors = {"query": (query, frame.n_q_heads)}
-    vectors |= {"key": (key, frame.n_kv_heads), "value": (value, frame.n_kv_heads)}
-    for name, (tensor, n_heads) in vectors.items():
-        _require(name, tensor, (n, n_heads, d), query.dtype, device, whole=False)
+    _require_servable(frame)
+    check_tokens(frame, query, key, value, tail, rows, turns)
     if query.dtype not in _TYPES:
         raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
-    _require("rows", rows, (2 * n * frame.n_kv_heads,), torch.int64, device)
-    _require("tail", tail, (*tail.shape[:-1], d), torch.bfloat16, device)
-    if (turns is None) != (frame.mean is None):
-        raise PageError("turns are for frames whose mean turns, and for them alone")
-    for name, turn in zip(("cosine", "sine"), turns or (), strict=False):
-        _require(name, turn, (n, 1, d), torch.float32, device)
+    n, d, device = query.shape[0], frame.head_dim, frame.device
     framed = torch.empty((n, frame.n_q_heads, d), dtype=torch.float32, device=device)
     coefficients = offsets = None
     if frame.n_pairs:
@@ -155,7 +77,7 @@ def frame_tokens(
     }  # fmt: skip
     for name, of_name in pointers.items():
         setattr(p, name, None if of_name is None else of_name.data_ptr())
-    for index, (tensor, _) in enumerate(vectors.values()):
+    for index, tensor in enumerate((query, key, value)):
         p.sequence_stride[index], p.head_stride[index] = tensor.stride()[:2]
     p.query_matrix_stride = 0 if frame.query.shape[0] == 1 else d * d
     p.key_matrix_stride = 0 if frame.key.shape[0] == 1 else d * d
@@ -163,7 +85,7 @@ def frame_tokens(
     p.n_term_columns, p.n_chunks = 2 * frame.n_pairs, -(-n_columns // _N_COLUMNS)
     p.type = _TYPES[query.dtype]
     n_rows = _rows_at_once(n)
-    function = _function("frame_tokens", d, n_rows, capability_of(device), device)
+    function = _function("frame_tokens", d, n_rows, device)
     grid = ((frame.n_q_heads + 2 * frame.n_kv_heads) * p.n_chunks, -(-n // n_rows))
     launch_function(function, grid, _N_THREADS, 0, device, p)
     return FramedQueries(framed, coefficients, offsets)
@@ -175,8 +97,9 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
     """
-    d, device = frame.head_dim, frame.value.device
-    _require("outputs", outputs, (*outputs.shape[:-1], d), torch.float32, device)
+    _require_servable(frame)
+    d, device = frame.head_dim, frame.device
+    require("outputs", outputs, (*outputs.shape[:-1], d), torch.float32, device)
     if dtype not in _TYPES:
         raise PageError(f"outputs in {dtype}; use float32, bfloat16 or float16")
     result = torch.empty(outputs.shape, dtype=dtype, device=device)
@@ -186,11 +109,24 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
     p = _UnframeParams()
     p.source, p.matrix, p.target = (x.data_ptr() for x in (outputs, frame.output, result))
     p.n_rows, p.type = count, _TYPES[dtype]
-    # As many blocks as a small step has queries: what it waits for is latency.
-    n_rows = _rows_at_once(count // 16)
-    function = _function("unframe_outputs", d, n_rows, capability_of(device), device)
+    n_rows = _rows_of_outputs(count)
+    function = _function("unframe_outputs", d, n_rows, device)
     launch_function(function, (d // _N_COLUMNS, -(-count // n_rows)), _N_THREADS, 0, device, p)
     return result
+
+
+def prepare_framing(frame: FrameTensors, n_sequences: int) -> None:
+    """Load the kernels of steps of so many sequences: a step that a CUDA graph captures cannot.
+
+    Raises:
+        PageError: head_dim, dtype or device that the kernels do not have.
+        KernelBuildError: NVRTC is missing or refuses them.
+    """
+    _require_servable(frame)
+    d, device = frame.head_dim, frame.device
+    _function("frame_tokens", d, _rows_at_once(n_sequences), device)
+    n_rows = _rows_of_outputs(n_sequences * frame.n_q_heads)
+    _function("unframe_outputs", d, n_rows, device)
 
 
 def frame_source(head_dim: int, n_rows: int) -> str:
@@ -207,27 +143,24 @@ def _rows_at_once(n: int) -> int:
     return n_rows
 
 
-@lru_cache(maxsize=256)
-def _function(name: str, head_dim: int, n_rows: int, capability: int, device: torch.device) -> Any:
-    return load_function(frame_source(head_dim, n_rows), name, 0, capability, device)
+def _rows_of_outputs(n: int) -> int:
+    """Few enough that a small step has many blocks: what it waits for is latency."""
+    return _rows_at_once(n // 16)
 
 
-def _require(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    whole: bool = True,
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+def _require_servable(frame: FrameTensors) -> None:
+    d = frame.head_dim
+    if d not in SUPPORTED_HEAD_DIMS or frame.device.type != "cuda" or frame.dtype != torch.float32:
         raise PageError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected {shape} "
-            f"{dtype} on {device}"
+            f"a frame of head_dim {d} in {frame.dtype} on {frame.device}: the CUDA kernel has "
+            f"{SUPPORTED_HEAD_DIMS} in float32"
         )
-    if not (tensor.is_contiguous() if whole else tensor.stride(-1) == 1):
-        raise PageError(f"{name} is not contiguous; call .contiguous()")
+
+
+@lru_cache(maxsize=256)
+def _function(name: str, head_dim: int, n_rows: int, device: torch.device) -> Any:
+    source = frame_source(head_dim, n_rows)
+    return load_function(source, name, 0, capability_of(device), device)
 
 
 class _FrameParams(ctypes.Structure):

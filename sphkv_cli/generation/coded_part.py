@@ -100,8 +100,7 @@ class LayerReader:
 
         positions: (n_sequences) of the queries, needed in a sliding window.
         """
-        framed = self.frame.queries(queries).contiguous()
-        offset, term = self.frame.offsets(queries), self.frame.term(queries)
+        framed = self.frame.queries(queries)
         scale, softcap = self.described.softmax_scale, self.described.logit_softcap
         window = self.described.window
         where = None
@@ -109,26 +108,26 @@ class LayerReader:
             where = positions.to(torch.int32).contiguous()
         if self.uses_kernel:
             found = ada_decode(
-                framed,
+                framed.query,
                 pages,
                 scale,
-                logit_offset=offset,
+                logit_offset=framed.offset,
                 logit_softcap=softcap,
                 window=window,
                 query_positions=where,
-                position_term=term,
+                position_term=framed.term,
                 plan=plan,
             )
         else:
             found = ada_decode_reference(
-                framed,
+                framed.query,
                 pages,
                 scale,
-                logit_offset=offset,
+                logit_offset=framed.offset,
                 logit_softcap=softcap,
                 window=window,
                 query_positions=where,
-                position_term=term,
+                position_term=framed.term,
             )
         return DecodeResult(self.frame.outputs(found.output), found.log_sum_exp)
 

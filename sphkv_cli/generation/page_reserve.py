@@ -107,9 +107,11 @@ class SlotMaker:
         if bool((pages.page_table.live_tokens == 0).any()):
             live = kept(pages, pages.page_table.live_tokens > 0)
         self._table, self._pool_bytes = pages.page_table, pages.pool.numel()
-        self._moves = PoolMoves.of(live)
-        if self._moves is not None:
-            live = self._moves.applied(live)
+        moves = PoolMoves.of(live)
+        if moves is not None:
+            live = moves.applied(live)
+        # Pages with positions have no twins: what is moved, as large as the pool, is not kept.
+        self._moves = moves if pages.positions is None else None
         self._last = self._with_slots(live, tier, group_size)
         return self._last
 

@@ -192,7 +192,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer's tokens lie."""
-        return self._frames[layer].output.device
+        return self._frames[layer].device
 
     def adopt(self, layer: int, state: StoreState) -> None:
         """Take over a layer's state as it is (synthetic.py)."""
@@ -455,32 +455,21 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 self._states = list(self._before)
 
     def _devices(self) -> set[torch.device]:
-        return {frame.output.device for frame in self._frames}
+        return {frame.device for frame in self._frames}
 
     def _frame(self, layer: int, module: Any) -> LayerFrame:
         device = next(module.parameters()).device
-        dtype = torch.float32 if self._uses_kernel else torch.float64
         return LayerFrame.of(
             self.rule.frames,
             layer,
             self.geometry.n_q_heads,
             self.geometry.n_kv_heads,
             device,
-            dtype,
+            by_kernel=self._uses_kernel,
         )
 
     def _try(self, model: Any) -> None:
         """Run a few tokens through the model and this cache, so that nothing fails later."""
-        ids = torch.arange(_TRIAL_TOKENS, device=model.device)[None]
-        with torch.inference_mode():
-            for part in (ids[:, :-1], ids[:, -1:]):
-                model(input_ids=part, past_key_values=self)
-        if self.n_columns != _TRIAL_TOKENS or any(state is None for state in self.states()):
-            raise SphkvError(
-                f"{type(model).__name__} has a layer that does not attend through its cache",
-                "its architecture is not supported",
-            )
-        self.reset()
         tried = set()
         for layer, described in enumerate(self.geometry.layers):
             kind = (
@@ -492,6 +481,16 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             if kind not in tried:
                 tried.add(kind)
                 try_pages(self.stores[layer], self._readers[layer], self.geometry, model)
+        ids = torch.arange(_TRIAL_TOKENS, device=model.device)[None]
+        with torch.inference_mode():
+            for part in (ids[:, :-1], ids[:, -1:]):
+                model(input_ids=part, past_key_values=self)
+        if self.n_columns != _TRIAL_TOKENS or any(state is None for state in self.states()):
+            raise SphkvError(
+                f"{type(model).__name__} has a layer that does not attend through its cache",
+                "its architecture is not supported",
+            )
+        self.reset()
 
 
 class SphericalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped

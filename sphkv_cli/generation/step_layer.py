@@ -1,8 +1,9 @@
 """One layer while tokens come one by one: its pages with room for more, and its tail in the frame.
 
-A step is one rotation of query, key and value, one write of the new row, one launch that attends to
-pages and tail in one softmax, and one rotation back.  Nothing of it waits for the device or depends
-on a number of the host, so it can be captured in a CUDA graph.  Source: ours.
+A step is one launch that takes query, key and value into the frame, the new row into the tail, one
+that attends to pages and tail in one softmax, and one that takes the output back.  Nothing of it
+waits for the device or depends on a number of the host, so it can be captured in a CUDA graph.
+Source: ours.
 """
 
 from collections.abc import Sequence
@@ -90,7 +91,21 @@ class StepLayer:
         )
         group_size = store.group_size if store.uses_kernel else None
         reserve = slots.reserve(with_tail, store.rule.later_tier, group_size)
-        return StepLayer(store, reader, clock, tail, reserve)
+        made = StepLayer(store, reader, clock, tail, reserve)
+        made._load_kernels()
+        return made
+
+    def _load_kernels(self) -> None:
+        """A step that a CUDA graph captures cannot."""
+        frame, described, plan = self.reader.frame, self.reader.described, self.reserve.plan
+        frame.prepare(self.tail.shape[1])
+        if plan is not None:
+            plan.kernel(
+                logits=False,
+                window=described.window > 0,
+                softcap=described.logit_softcap > 0.0,
+                n_position_pairs=frame.tensors.n_pairs,
+            )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store one token of every sequence and attend: output (n_sequences, 1, n_q_heads, d).
@@ -103,9 +118,9 @@ class StepLayer:
             query[:, :, 0],
             key[:, :, 0],
             value[:, :, 0],
-            clock.turns,
-            self.tail,
-            clock.rows,
+            tail=self.tail,
+            rows=clock.rows,
+            turns=clock.turns,
             # Without a soft-cap what every logit of a head gets changes no weight.
             with_offset=softcap > 0.0,
         )

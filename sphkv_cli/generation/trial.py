@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.coded_part import LayerReader
+from sphkv_cli.generation.layer_frame import Turns
 from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_cli.generation.store_state import NewTokens
@@ -24,7 +25,7 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
     Raises:
         SphkvError: the pages cannot be read here; names the layer and the reason.
     """
-    rule, device = store.rule, reader.frame.output.device
+    rule, device = store.rule, reader.frame.device
     n = rule.page_size * len(rule.tiers)
     generator = torch.Generator().manual_seed(0)
 
@@ -40,7 +41,9 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
         state = store.sealed(store.appended(None, keys, values, tokens), [Placement(heads, heads)])
         new = drawn(shape.n_kv_heads, 1)
         state = store.appended(state, new, new, step)
-        output = reader.attend(state, drawn(shape.n_q_heads, 1), step)
+        asked = drawn(shape.n_q_heads, 1)
+        output = reader.attend(state, asked, step)
+        _try_step(reader, asked, new)
     except (PageError, KernelBuildError) as error:
         raise SphkvError(
             f"layer {store.layer}: its pages cannot be read here ({error})",
@@ -50,3 +53,19 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
         raise SphkvError(
             f"layer {store.layer}: a trial page reads back as NaN", "choose other tiers"
         )
+
+
+def _try_step(reader: LayerReader, query: Tensor, key: Tensor) -> None:
+    """What a decode step does before and after it attends."""
+    frame, device = reader.frame, query.device
+    n_kv_heads, d = key.shape[1], key.shape[3]
+    entered = frame.enter(
+        query[:, :, 0],
+        key[:, :, 0],
+        key[:, :, 0],
+        tail=torch.zeros((2, n_kv_heads, d), dtype=torch.bfloat16, device=device),
+        rows=torch.arange(2 * n_kv_heads, device=device),
+        turns=Turns(torch.zeros(1, dtype=torch.int32, device=device)),
+        with_offset=True,
+    )
+    frame.leave(entered.query, query.dtype)

@@ -184,8 +184,7 @@ def _term(speed: SpeedReport) -> list[Line]:
     return [
         Line(
             f"Centring before RoPE, in {speed.n_layers_with_term} of {speed.rows[0].n_layers} "
-            f"layers, makes these steps {min(shares):+.1f} to {max(shares):+.1f} % longer than the "
-            "same pages without it."
+            f"layers, changes these steps by {min(shares):+.1f} to {max(shares):+.1f} %."
         )
     ]
 

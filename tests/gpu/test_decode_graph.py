@@ -102,6 +102,29 @@ def test_a_replayed_step_is_the_step(family: str) -> None:
     assert 2 <= captures <= 6
 
 
+def test_another_batch_through_the_same_graph_finds_its_kernels_loaded() -> None:
+    """Vectors are framed so many rows at a time, and no kernel can be loaded during a capture."""
+    from sphkv_cli.generation.decode_graph import DecodeGraph
+    from sphkv_kernels import framing
+
+    model = random_model("llama").to(torch.bfloat16)
+    cache = cache_of(model)
+    step = DecodeGraph(model, cache)
+    framing._function.cache_clear()
+    for n_sequences in (1, 3):
+        ids = torch.randint(1, 256, (n_sequences, 60), device="cuda")
+        cache.reset()
+        with torch.inference_mode():
+            model(ids[:, :50], past_key_values=cache)
+            rows = [step(ids[:, at : at + 1])[:, -1].clone() for at in range(50, 60)]
+            expected = cache_of(model)
+            plain = [model(ids[:, :50], past_key_values=expected).logits[:, -1:]]
+            plain += [
+                model(ids[:, at : at + 1], past_key_values=expected).logits for at in range(50, 60)
+            ]
+        assert_near(torch.stack(rows), torch.stack([one[:, -1] for one in plain[1:]]))
+
+
 def test_generate_through_the_graph_writes_the_same_tokens() -> None:
     from sphkv_cli.generation.decode_graph import DecodeGraph
 

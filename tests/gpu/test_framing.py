@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from sphkv_kernels.framing import FrameTensors, frame_tokens, unframe_outputs
+from sphkv_kernels.frame_tensors import FrameTensors
+from sphkv_kernels.framing import frame_tokens, unframe_outputs
+from sphkv_kernels.framing_reference import frame_tokens_reference, unframe_outputs_reference
 from sphkv_kernels.tier import PageError
 from tests.gpu.cases import needs_cuda
 
@@ -48,6 +50,12 @@ def frame_of(
     )
 
 
+def widened(frame: FrameTensors) -> FrameTensors:
+    tensors = {one.name: getattr(frame, one.name) for one in fields(frame)}
+    wide = {name: x.double() for name, x in tensors.items() if isinstance(x, Tensor)}
+    return replace(frame, **wide)
+
+
 def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
     assert torch.isfinite(found).all()
     assert float((found.double() - expected).abs().max()) <= relative * float(expected.abs().max())
@@ -83,26 +91,22 @@ def test_tokens_enter_the_frame(
     rows = torch.arange(2 * n * n_kv, device="cuda") * CAPACITY + 17
     found = frame_tokens(frame, query, key, value, tail=tail, rows=rows, turns=turns)
 
-    q, k, v = (x.double() for x in (query, key, value))
-    asked = torch.einsum("nhd,hde->nhe", q, frame.query.double().expand(n_q, -1, -1))
-    assert_near(found.query, asked, RELATIVE)
-    if full:
-        assert frame.centre is not None and frame.mean is not None and frame.turned is not None
-        assert frame.offset is not None and turns is not None and found.offset is not None
-        k = k - frame.centre.double() - turns[0].double() * frame.mean.double()
-        k = k - turns[1].double() * frame.turned.double()
-        assert_near(found.offset, (q * frame.offset.double()).sum(-1), RELATIVE)
-    else:
-        assert found.offset is None
-    if frame.position is not None:
-        assert found.coefficients is not None
-        expected = torch.einsum("nhd,hdip->nhip", q, frame.position.double())
-        assert_near(found.coefficients, expected, RELATIVE)
-    else:
-        assert found.coefficients is None
-    keys = torch.einsum("nhd,hde->nhe", k, frame.key.double().expand(n_kv, -1, -1))
-    assert_near(tail[0, :, :, 17], keys, BFLOAT16)
-    assert_near(tail[1, :, :, 17], v @ frame.value.double(), BFLOAT16)
+    wide_turns = None if turns is None else (turns[0].double(), turns[1].double())
+    wide_tail = tail.new_full(tail.shape, torch.nan)
+    expected = frame_tokens_reference(
+        widened(frame), query, key, value, tail=wide_tail, rows=rows, turns=wide_turns
+    )
+    assert_near(found.query, expected.query, RELATIVE)
+    for one, other in (
+        (found.offset, expected.offset),
+        (found.coefficients, expected.coefficients),
+    ):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert_near(one, other, RELATIVE)
+    assert (found.offset is not None) == full and (found.coefficients is not None) == (n_pairs > 0)
+    for new, other in zip(tail[:, :, :, 17], wide_tail[:, :, :, 17], strict=True):
+        assert_near(new, other.double(), BFLOAT16)
     assert int(tail.isfinite().sum()) == 2 * n * n_kv * d
 
     if full:
@@ -120,8 +124,9 @@ def test_outputs_leave_the_frame(n: int, d: int, dtype: torch.dtype) -> None:
     outputs = gaussian(n, 6, d, seed=n)
     found = unframe_outputs(frame, outputs, dtype)
     assert found.dtype == dtype and found.shape == outputs.shape
+    expected = unframe_outputs_reference(widened(frame), outputs.double(), torch.float64)
     rounding = {torch.float32: RELATIVE, torch.bfloat16: BFLOAT16, torch.float16: 2.0**-11}
-    assert_near(found, outputs.double() @ frame.output.double(), rounding[dtype])
+    assert_near(found, expected, rounding[dtype])
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -84,28 +84,27 @@ def test_new_tokens_enter_the_frame_as_the_frame_set_says(frames: Frames, centri
     if centring == "balanced":
         balancing = np.eye(HEAD_DIM) + 0.1 * rng.normal(size=(3, 2, HEAD_DIM, HEAD_DIM))
         framed = FrameSet(Rotation("haar", HEAD_DIM, 42), balancing=balancing)
-    layer = LayerFrame.of(framed, 1, 4, 2, torch.device("cpu"), torch.float64)
+    layer = LayerFrame.of(framed, 1, 4, 2, torch.device("cpu"), by_kernel=False)
     q, k, v = (torch.from_numpy(rng.normal(size=(5, n, HEAD_DIM))) for n in (4, 2, 2))
     positions = torch.tensor([0, 3, 99, 70_000, 131_071])
     turns = Turns(positions.to(torch.int32))
     tail = torch.full((2, 5, 2, 7, HEAD_DIM), torch.nan, dtype=torch.bfloat16)
     rows = 7 * torch.arange(20) + 3
-    asked = layer.enter(q, k, v, turns, tail, rows, with_offset=True)
+    asked = layer.enter(q, k, v, tail=tail, rows=rows, turns=turns, with_offset=True)
     torch.testing.assert_close(asked.query, framed.queries_to_frame(1, q), rtol=0, atol=1e-5)
     expected = torch.stack([framed.keys_to_frame(1, k, positions), framed.values_to_frame(v)])
-    torch.testing.assert_close(
-        layer.new_tokens(k, v, turns), expected.to(torch.float64), rtol=0, atol=1e-5
-    )
     torch.testing.assert_close(tail[:, :, :, 3].double(), expected.double(), rtol=8e-3, atol=1e-5)
     assert bool(tail.isfinite().sum() == 20 * HEAD_DIM)
     assert (asked.term is not None) == (centring == "pre_rope")
     assert (asked.offset is not None) == (centring == "post_rope")
     if centring == "pre_rope":
         # Another layer that turns alike does not make the angles again.
-        other = LayerFrame.of(framed, 2, 4, 2, torch.device("cpu"), torch.float64)
+        other = LayerFrame.of(framed, 2, 4, 2, torch.device("cpu"), by_kernel=False)
         assert layer.turning is not None and other.turning is not None
-        assert turns.of(layer.turning) is turns.of(other.turning)
-        assert turns.of(replace(layer.turning, digest=b"others")) is not turns.of(layer.turning)
+        made = turns.of(layer.turning, torch.float64)
+        assert turns.of(other.turning, torch.float64) is made
+        assert turns.of(replace(layer.turning, digest=b"others"), torch.float64) is not made
+        assert turns.of(layer.turning, torch.float32) is not made
 
 
 @pytest.mark.parametrize(
@@ -124,6 +123,21 @@ def test_steps_into_slots_are_steps_of_new_states(
         found[stepping, "counts"] = counts(cache)
     assert_near(found[True], found[False])
     assert found[True, "counts"] == found[False, "counts"]
+
+
+def test_new_slots_leave_out_unused_ones_in_every_layer(
+    random_model: Model, frames: Frames
+) -> None:
+    model, ids, found = random_model("llama"), ids_of(2, 90), {}
+    for stepping in (False, True):
+        cache = cache_of(model, frames("none"), stepping)
+        before = run(model, cache, ids, [20, *[1] * 15])
+        if stepping:
+            assert cache._steps is not None
+            cache._steps.make_room()
+            assert [one.reserve.is_twin for one in cache._steps._layers] == [False, True, True]
+        found[stepping] = torch.cat([before, run(model, cache, ids, [1] * 40, start=35)])
+    assert_near(found[True], found[False])
 
 
 def test_sequences_of_their_own_lengths_seal_when_they_are_due(

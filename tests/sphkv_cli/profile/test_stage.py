@@ -249,7 +249,7 @@ def test_what_a_position_term_takes_is_said(report: ProfileReport) -> None:
     for n_layers, said in ((4, True), (0, False)):
         speed = SpeedReport(3000.0, 3000.0, rows, n_layers, {}, "No fp8 attention ran.")
         shown = repr(view(replace(report, content=replace(report.content, speed=speed))))
-        assert ("in 4 of 6 layers, makes these steps -1.8 to +10.0 % longer" in shown) == said
+        assert ("in 4 of 6 layers, changes these steps by -1.8 to +10.0 %" in shown) == said
 
 
 def test_only_the_named_tiers_are_measured(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""One layer's frame as matrices, and what a decode step's queries become in it.
+
+    q' = q M_h,  (a, b) = q W_h,  offset = q . mu_h,  o = o' S'
+    k' = (k - c_h - cos m_h - sin n_h) K_h,  v' = v S
+
+`framing` multiplies on a GPU, `framing_reference` anywhere.  Source: ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sphkv_kernels.tier import PageError
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTensors:
+    """Contiguous, of one device and one dtype: float32 for the kernel, float64 for the reference.
+
+    query (n_q_heads or 1, d, d), key (n_kv_heads or 1, d, d), value and output (d, d): what rows
+    are multiplied with.  centre (n_kv_heads, d): what every key loses, or None; mean and turned
+    (n_kv_heads, d): what it loses times the cosine and the sine of its turn, or None.  position
+    (n_q_heads, d, 2, n_pairs): from a query to its coefficients, or None.  offset (n_q_heads, d):
+    from a query to what all its logits get, or None.
+
+    Raises PageError at construction: shapes, dtypes or devices that do not fit.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    n_q_heads: int
+    n_kv_heads: int
+    centre: Tensor | None = None
+    mean: Tensor | None = None
+    turned: Tensor | None = None
+    position: Tensor | None = None
+    offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        d = self.head_dim
+        of_keys, of_queries = (self.n_kv_heads, d), (self.n_q_heads, d)
+        shapes = {
+            "query": (self.query.shape[0] if self.query.shape[0] == 1 else self.n_q_heads, d, d),
+            "key": (self.key.shape[0] if self.key.shape[0] == 1 else self.n_kv_heads, d, d),
+            "value": (d, d),
+            "output": (d, d),
+            "centre": of_keys,
+            "mean": of_keys,
+            "turned": of_keys,
+            "position": (*of_queries, 2, self.n_pairs),
+            "offset": of_queries,
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require(f"frame.{name}", tensor, shape, self.dtype, self.device)
+        if (self.mean is None) != (self.turned is None):
+            raise PageError("a mean that turns needs both of its parts")
+
+    @property
+    def head_dim(self) -> int:
+        """d."""
+        return self.value.shape[-1]
+
+    @property
+    def n_pairs(self) -> int:
+        """RoPE pairs of the position term, 0 without one."""
+        return 0 if self.position is None else self.position.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every tensor."""
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.value.device
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of every tensor."""
+        given = (self.query, self.key, self.value, self.output, self.centre, self.mean)
+        tensors = (*given, self.turned, self.position, self.offset)
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class FramedQueries:
+    """query (n, n_q_heads, d), coefficients (n, n_q_heads, 2, n_pairs) or None, offset
+    (n, n_q_heads) or None, in the frame's dtype."""
+
+    query: Tensor
+    coefficients: Tensor | None
+    offset: Tensor | None
+
+
+def check_tokens(
+    frame: FrameTensors,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tail: Tensor,
+    rows: Tensor,
+    turns: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Refuse what does not fit `frame_tokens`: PageError."""
+    n, d, device = query.shape[0], frame.head_dim, frame.device
+    vectors = {"query": (query, frame.n_q_heads)}
+    vectors |= {"key": (key, frame.n_kv_heads), "value": (value, frame.n_kv_heads)}
+    for name, (tensor, n_heads) in vectors.items():
+        require(name, tensor, (n, n_heads, d), query.dtype, device, whole=False)
+    require("rows", rows, (2 * n * frame.n_kv_heads,), torch.int64, device)
+    require("tail", tail, (*tail.shape[:-1], d), torch.bfloat16, device)
+    if (turns is None) != (frame.mean is None):
+        raise PageError("turns are for frames whose mean turns, and for them alone")
+    for name, turn in zip(("cosine", "sine"), turns or (), strict=False):
+        require(name, turn, (n, 1, d), frame.dtype, device)
+
+
+def require(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    whole: bool = True,
+) -> None:
+    """Refuse a tensor of another shape, dtype or device, or strided (whole: at all): PageError."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+        raise PageError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected {shape} "
+            f"{dtype} on {device}"
+        )
+    if not (tensor.is_contiguous() if whole else tensor.stride(-1) == 1):
+        raise PageError(f"{name} is not contiguous; call .contiguous()")
