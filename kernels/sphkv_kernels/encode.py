@@ -60,6 +60,17 @@ def encode(
     return pages
 
 
+def prepare_encode(tier: TierFormat, head_dim: int, device: torch.device) -> None:
+    """Load what `encode` of pages in the frame launches, if a kernel does it: the first call will
+    not wait for NVRTC.
+
+    Raises:
+        PageError: a head_dim that the kernel does not have.
+    """
+    if device.type == "cuda" and has_encoder(tier):
+        encoder_for(tier, head_dim, None, False, device)
+
+
 def encode_counted(
     tier: TierFormat, keys: Tensor, values: Tensor, *, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor]:

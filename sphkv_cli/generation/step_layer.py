@@ -20,7 +20,7 @@ from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.store_state import PagePlan, StoreState
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import ada_decode
-from sphkv_kernels.encode import encode_counted
+from sphkv_kernels.encode import encode_counted, prepare_encode
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.reference import ada_decode_reference
 
@@ -96,9 +96,11 @@ class StepLayer:
         return made
 
     def _load_kernels(self) -> None:
-        """A step that a CUDA graph captures cannot."""
+        """A step that a CUDA graph captures cannot, and no seal should wait for a compiler."""
         frame, described, plan = self.reader.frame, self.reader.described, self.reserve.plan
         frame.prepare(self.tail.shape[1])
+        rule = self.store.rule
+        prepare_encode(rule.tiers[rule.later_tier], self.tail.shape[4], self.tail.device)
         if plan is not None:
             plan.kernel(
                 logits=False,

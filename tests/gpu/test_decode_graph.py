@@ -125,6 +125,29 @@ def test_another_batch_through_the_same_graph_finds_its_kernels_loaded() -> None
         assert_near(torch.stack(rows), torch.stack([one[:, -1] for one in plain[1:]]))
 
 
+def test_nothing_is_built_once_the_steps_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at a seal nor when slots run out."""
+    from sphkv_kernels import encode_launch, framing, launch
+
+    model = random_model("llama").to(torch.bfloat16)
+    cache, ids = cache_of(model), torch.randint(1, 256, (2, 160), device="cuda")
+    encode_launch.encoder_for.cache_clear()
+    framing._function.cache_clear()
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a kernel is loaded")
+
+    with torch.inference_mode():
+        model(ids[:, :50], past_key_values=cache)
+        model(ids[:, 50:51], past_key_values=cache)
+        for module in (encode_launch, framing, launch):
+            monkeypatch.setattr(module, "load_function", refused)
+        sealed = cache._steps.n_sealed[0]
+        for at in range(51, 160):
+            model(ids[:, at : at + 1], past_key_values=cache)
+    assert cache._steps.n_sealed[0] >= sealed + 96
+
+
 def test_generate_through_the_graph_writes_the_same_tokens() -> None:
     from sphkv_cli.generation.decode_graph import DecodeGraph
 
