@@ -34,7 +34,7 @@ LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
 POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
 """By RoPE pairs: what the position term adds to the time of a step. H100, 3/2/2/2 with two-bit
 radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4, an earlier kernel. Today's takes 0.09,
-0.13 and 0.40 for 4, 8 and 16 pairs where every eighth position is left out, 0.17 for 8 where the
+0.13 and 0.40 for 4, 8 and 16 pairs where every eighth position is left out, 0.16 for 8 where the
 tokens of a page are spread over the context, and 0.03, 0.07, 0.27 and 0.54 for 4 to 32 where they
 follow one another (H100)."""
 

@@ -6,8 +6,9 @@ New tokens wait in the dense tail of a cache; when page_size of them are there, 
 with `encode`. `encode_rows` writes tokens one by one into their pages instead. On a GPU one kernel
 rotates (Hadamard), recurses, quantises and packs (`cuda/encode.cuh`): 16 coordinates a thread, read
 once and written as codes. The codes are defined by float32 operations that every IEEE device
-rounds alike (`sphkv_codebooks.encoder`), so the bytes are those of the CPU. On a CPU, and for codes
-without a native layout, the same runs as torch operations. Source: ours.
+rounds alike (`sphkv_codebooks.encoder`), so the bytes are those of the CPU. On a CPU, for codes
+without a native layout and for other sizes of a head, the same runs as torch operations. Source:
+ours.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sphkv_kernels.encode_launch import encoder_for
 from sphkv_kernels.encode_source import has_encoder
 from sphkv_kernels.pages import pack_keys, pack_values, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
+from sphkv_kernels.variant import SUPPORTED_HEAD_DIMS
 from sphkv_kernels.vectors import encode_vectors
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,19 +67,30 @@ def prepare_encode(tier: TierFormat, head_dim: int, device: torch.device) -> Non
     not wait for NVRTC.
 
     Raises:
-        PageError: a head_dim that the kernel does not have.
+        PageError: codebooks too large for a launch.
+        KernelBuildError: NVRTC is missing or refuses the encoder.
     """
-    if device.type == "cuda" and has_encoder(tier):
+    if _has_kernel(tier, head_dim, device):
         encoder_for(tier, head_dim, None, False, device)
 
 
+def _has_kernel(tier: TierFormat, head_dim: int, device: torch.device) -> bool:
+    return device.type == "cuda" and head_dim in SUPPORTED_HEAD_DIMS and has_encoder(tier)
+
+
 def encode_counted(
-    tier: TierFormat, keys: Tensor, values: Tensor, *, rotation: Rotation | None = None
+    tier: TierFormat,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    rotation: Rotation | None = None,
+    uses_kernel: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `encode` without waiting for the device, and how many vectors cannot be stored.
 
     The count, ``() integer``, is on the device; the codes of what it counts are arbitrary.  Where
-    torch operations encode, such vectors are refused at once.
+    torch operations encode, such vectors are refused at once.  uses_kernel: False for torch
+    operations everywhere.
 
     Raises:
         PageError: as `encode`.
@@ -91,7 +104,7 @@ def encode_counted(
         )
     page_size, head_dim = keys.shape[-2:]
     n_bytes = page_bytes(tier, head_dim, page_size)  # refuses a foreign page_size or head_dim
-    if keys.device.type != "cuda" or not has_encoder(tier) or not keys.numel():
+    if not (uses_kernel and _has_kernel(tier, head_dim, keys.device)) or not keys.numel():
         pages = (
             _encode_torch(tier, *_rotated(keys, values, rotation))
             if keys.numel()

@@ -1,8 +1,9 @@
 """One layer's frame as matrices, and what a decode step's queries become in it.
 
-    q' = q M_h,  (a, b) = q W_h,  offset = q . mu_h,  o = o' S'
-    k' = (k - c_h - cos m_h - sin n_h) K_h,  v' = v S
+    q' = q M_h   offset = q . c_h   (a, b) = q W_h   v' = v S   o = o' S^T
+    k' = (k - c_h - R_t mu_h) K_h,   R_t mu_h = cos(w t) mu_h + sin(w t) nu_h
 
+c_h: the mean after RoPE, or what a truncated one before RoPE leaves; mu_h: the mean before RoPE.
 `framing` multiplies on a GPU, `framing_reference` anywhere.  Source: ours.
 """
 
@@ -21,8 +22,8 @@ class FrameTensors:
     """Contiguous, of one device and one dtype: float32 for the kernel, float64 for the reference.
 
     query (n_q_heads or 1, d, d), key (n_kv_heads or 1, d, d), value and output (d, d): what rows
-    are multiplied with.  centre (n_kv_heads, d): what every key loses, or None; mean and turned
-    (n_kv_heads, d): what it loses times the cosine and the sine of its turn, or None.  position
+    are multiplied with.  centre (n_kv_heads, d): c, or None; mean and turned (n_kv_heads, d): mu
+    and nu, or None.  position
     (n_q_heads, d, 2, n_pairs): from a query to its coefficients, or None.  offset (n_q_heads, d):
     from a query to what all its logits get, or None.
 

@@ -1,6 +1,6 @@
 """A decode step's vectors into the frame and its outputs out of it, one launch each.
 
-    q' = q M_h   k' = (k - c_h - R_t mu_h) K_h   v' = v S   o = o' S'
+    q' = q M_h   k' = (k - c_h - R_t mu_h) K_h   v' = v S   o = o' S^T
 
 with the coefficients of a position term and the offset of a soft-capped logit where a frame has
 them (`frame_tensors`); new keys and values go straight to their rows of a dense tail.  Torch
@@ -50,6 +50,7 @@ def frame_tokens(
 
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
+        KernelBuildError: as `prepare_framing`, at the first call.
     """
     _require_servable(frame)
     check_tokens(frame, query, key, value, tail, rows, turns)
@@ -71,7 +72,7 @@ def frame_tokens(
         "query": query, "key": key, "value": value, "query_matrix": frame.query,
         "key_matrix": frame.key, "value_matrix": frame.value, "centre": frame.centre,
         "mean": frame.mean, "turned": frame.turned, "cosine": turns and turns[0],
-        "sine": turns and turns[1], "position": frame.position, "mean_logit": of_queries,
+        "sine": turns and turns[1], "position": frame.position, "offset": of_queries,
         "framed": framed, "coefficients": coefficients, "offsets": offsets, "tail": tail,
         "rows": rows,
     }  # fmt: skip
@@ -96,6 +97,7 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
 
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
+        KernelBuildError: as `prepare_framing`, at the first call.
     """
     _require_servable(frame)
     d, device = frame.head_dim, frame.device
@@ -171,7 +173,7 @@ class _FrameParams(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 "query", "key", "value", "query_matrix", "key_matrix", "value_matrix", "centre",
-                "mean", "turned", "cosine", "sine", "position", "mean_logit", "framed",
+                "mean", "turned", "cosine", "sine", "position", "offset", "framed",
                 "coefficients", "offsets", "tail", "rows",
             )
         ),

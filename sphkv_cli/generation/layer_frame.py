@@ -1,7 +1,7 @@
 """A layer's frame as matrices on the model's device, for what every step turns.
 
-    q' = q M_h,   offset = q . mu_h,   (a, b) = q W_h,   o = o' S        all linear in q or o'
-    k' = (k - c_h(t)) K_h,   v' = v S'
+    q' = q M_h   offset = q . c_h   (a, b) = q W_h   all linear in q
+    k' = (k - c_h - R_t mu_h) K_h   v' = v S   o = o' S^T
 
 read off `FrameSet` by sending it the identity, so that there is one definition of a frame.
 Source: ours.
@@ -69,13 +69,13 @@ class LayerFrame:
     """tensors: the matrices; turning: of what is centred before RoPE, or None; frequencies
     (n_kv_heads, n_pairs) float32 of the position term, or None.
 
-    by_kernel: whether the CUDA kernel multiplies in steps, else torch operations.
+    uses_kernel: whether the CUDA kernel multiplies in steps, else torch operations.
     """
 
     tensors: FrameTensors
     turning: Turning | None
     frequencies: Tensor | None
-    by_kernel: bool
+    uses_kernel: bool
 
     @staticmethod
     def of(
@@ -85,10 +85,10 @@ class LayerFrame:
         n_kv_heads: int,
         device: torch.device,
         *,
-        by_kernel: bool,
+        uses_kernel: bool,
     ) -> "LayerFrame":
         """One layer's matrices: float32 for the kernel, else float64."""
-        d, dtype = frames.head_dim, torch.float32 if by_kernel else torch.float64
+        d, dtype = frames.head_dim, torch.float32 if uses_kernel else torch.float64
         eye = torch.eye(d, dtype=torch.float64)
         per_head = eye[:, None].expand(d, n_q_heads, d)
         query = frames.queries_to_frame(layer, per_head).transpose(0, 1)
@@ -128,7 +128,7 @@ class LayerFrame:
             tensors,
             None if inv_freq is None else Turning.of(inv_freq.to(device)),
             None if term is None else term[1].to(device, torch.float32).contiguous(),
-            by_kernel,
+            uses_kernel,
         )
 
     def prepare(self, n_sequences: int) -> None:
@@ -138,7 +138,7 @@ class LayerFrame:
             PageError: the kernel does not have this head_dim.
             KernelBuildError: it cannot be built here.
         """
-        if self.by_kernel:
+        if self.uses_kernel:
             prepare_framing(self.tensors, n_sequences)
 
     def enter(
@@ -160,7 +160,7 @@ class LayerFrame:
             turns: at the tokens' positions.
             with_offset: whether what all logits of a head get is asked for.
         """
-        take = frame_tokens if self.by_kernel else frame_tokens_reference
+        take = frame_tokens if self.uses_kernel else frame_tokens_reference
         turned = None if self.turning is None else turns.of(self.turning, self.tensors.dtype)
         found = take(
             self.tensors,
@@ -176,7 +176,7 @@ class LayerFrame:
 
     def leave(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
         """(n, n_q_heads, d) out of the frame, in another dtype."""
-        take = unframe_outputs if self.by_kernel else unframe_outputs_reference
+        take = unframe_outputs if self.uses_kernel else unframe_outputs_reference
         return take(self.tensors, outputs, dtype)
 
     def queries(self, queries: Tensor) -> Asked:

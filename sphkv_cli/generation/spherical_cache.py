@@ -465,11 +465,12 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self.geometry.n_q_heads,
             self.geometry.n_kv_heads,
             device,
-            by_kernel=self._uses_kernel,
+            uses_kernel=self._uses_kernel,
         )
 
     def _try(self, model: Any) -> None:
-        """Run a few tokens through the model and this cache, so that nothing fails later."""
+        """Try the pages of every kind of layer, then a few tokens through the model and this cache,
+        so that nothing fails later."""
         tried = set()
         for layer, described in enumerate(self.geometry.layers):
             kind = (

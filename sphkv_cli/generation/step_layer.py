@@ -99,8 +99,9 @@ class StepLayer:
         """A step that a CUDA graph captures cannot, and no seal should wait for a compiler."""
         frame, described, plan = self.reader.frame, self.reader.described, self.reserve.plan
         frame.prepare(self.tail.shape[1])
-        rule = self.store.rule
-        prepare_encode(rule.tiers[rule.later_tier], self.tail.shape[4], self.tail.device)
+        if self.store.uses_kernel:
+            rule = self.store.rule
+            prepare_encode(rule.tiers[rule.later_tier], self.tail.shape[4], self.tail.device)
         if plan is not None:
             plan.kernel(
                 logits=False,
@@ -118,8 +119,8 @@ class StepLayer:
         scale, softcap = described.softmax_scale, described.logit_softcap
         asked = frame.enter(
             query[:, :, 0],
-            key[:, :, 0],
-            value[:, :, 0],
+            key[:, :, 0].to(query.dtype),
+            value[:, :, 0].to(query.dtype),
             tail=self.tail,
             rows=clock.rows,
             turns=clock.turns,
@@ -167,7 +168,8 @@ class StepLayer:
         rows = self.tail[:, index].flatten(1, 2)
         keys, values = rows[:, :, :n].view(2, rows.shape[1], n_pages, rule.page_size, d)
         try:
-            pages, refused = encode_counted(rule.tiers[rule.later_tier], keys, values)
+            tier = rule.tiers[rule.later_tier]
+            pages, refused = encode_counted(tier, keys, values, uses_kernel=self.store.uses_kernel)
         except ValueError as error:
             raise uncodable(self.store.layer, str(error)) from error
         return pages.view(-1, self.tail.shape[2], n_pages, pages.shape[-1]), refused

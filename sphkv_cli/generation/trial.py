@@ -1,6 +1,7 @@
-"""A page of every tier, sealed and read: what cannot be read fails now, not at the first seal.
+"""A page of every tier, sealed and read, and a step into the frame and out of it: what cannot be
+read fails now, not at the first seal.
 
-The CUDA kernels of the tiers are built on the way.
+The CUDA kernels of the tiers, of the frame and of the encoder are built on the way.
 """
 
 from typing import Any
@@ -16,11 +17,12 @@ from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_cli.generation.store_state import NewTokens
 from sphkv_cli.models.geometry import ModelGeometry
 from sphkv_kernels.build import KernelBuildError
+from sphkv_kernels.encode import prepare_encode
 from sphkv_kernels.tier import PageError
 
 
 def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, model: Any) -> None:
-    """Seal and read in one layer.
+    """Seal and read in one layer, and take a token into the frame.
 
     Raises:
         SphkvError: the pages cannot be read here; names the layer and the reason.
@@ -43,7 +45,9 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
         state = store.appended(state, new, new, step)
         asked = drawn(shape.n_q_heads, 1)
         output = reader.attend(state, asked, step)
-        _try_step(reader, asked, new)
+        if store.uses_kernel:
+            prepare_encode(rule.tiers[rule.later_tier], shape.head_dim, device)
+        _try_step(reader, asked.bfloat16(), new.bfloat16())
     except (PageError, KernelBuildError) as error:
         raise SphkvError(
             f"layer {store.layer}: its pages cannot be read here ({error})",
@@ -56,7 +60,7 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
 
 
 def _try_step(reader: LayerReader, query: Tensor, key: Tensor) -> None:
-    """What a decode step does before and after it attends."""
+    """What a decode step, of bfloat16 vectors, does before and after it attends."""
     frame, device = reader.frame, query.device
     n_kv_heads, d = key.shape[1], key.shape[3]
     entered = frame.enter(

@@ -105,13 +105,14 @@ def test_a_replayed_step_is_the_step(family: str) -> None:
 def test_another_batch_through_the_same_graph_finds_its_kernels_loaded() -> None:
     """Vectors are framed so many rows at a time, and no kernel can be loaded during a capture."""
     from sphkv_cli.generation.decode_graph import DecodeGraph
-    from sphkv_kernels import framing
+    from sphkv_kernels import framing, launch
 
     model = random_model("llama").to(torch.bfloat16)
     cache = cache_of(model)
     step = DecodeGraph(model, cache)
-    framing._function.cache_clear()
     for n_sequences in (1, 3):
+        framing._function.cache_clear()
+        launch._load.cache_clear()
         ids = torch.randint(1, 256, (n_sequences, 60), device="cuda")
         cache.reset()
         with torch.inference_mode():
@@ -133,6 +134,7 @@ def test_nothing_is_built_once_the_steps_have_begun(monkeypatch: pytest.MonkeyPa
     cache, ids = cache_of(model), torch.randint(1, 256, (2, 160), device="cuda")
     encode_launch.encoder_for.cache_clear()
     framing._function.cache_clear()
+    launch._load.cache_clear()
 
     def refused(*_: object) -> None:
         raise AssertionError("a kernel is loaded")
@@ -146,6 +148,26 @@ def test_nothing_is_built_once_the_steps_have_begun(monkeypatch: pytest.MonkeyPa
         for at in range(51, 160):
             model(ids[:, at : at + 1], past_key_values=cache)
     assert cache._steps.n_sealed[0] >= sealed + 96
+
+
+def test_a_head_that_the_kernel_does_not_have_is_refused_and_the_reference_reads_it() -> None:
+    from sphkv_cli.errors import SphkvError
+    from sphkv_cli.generation.placement import UniformRule
+    from sphkv_cli.generation.spherical_cache import SphericalCache
+
+    model = random_model("llama", head_dim=32).to(torch.bfloat16)
+    ids = torch.randint(1, 256, (1, 90), device="cuda")
+    frame = FrameSet(Rotation("hadamard", 32, 42))
+    rule = UniformRule.of(TierFormat.int8(), frame, page_size=32, window=8, first_tokens=0)
+    with pytest.raises(SphkvError, match="cannot be read here"):
+        SphericalCache(model, rule, backend="cuda")
+    cache = SphericalCache(model, rule, backend="reference")
+    with torch.inference_mode():
+        model(ids[:, :20], past_key_values=cache)
+        for at in range(20, 90):
+            found = model(ids[:, at : at + 1], past_key_values=cache).logits
+    assert torch.isfinite(found).all()
+    assert cache._steps.n_sealed[0] >= 64
 
 
 def test_generate_through_the_graph_writes_the_same_tokens() -> None:

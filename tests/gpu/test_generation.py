@@ -21,7 +21,7 @@ HEAD_DIM, N_LAYERS = 64, 2
 RELATIVE = 2e-2
 
 
-def random_model(family: str) -> Any:
+def random_model(family: str, head_dim: int = HEAD_DIM) -> Any:
     import transformers
 
     shape = {
@@ -31,7 +31,7 @@ def random_model(family: str) -> Any:
         "num_hidden_layers": N_LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -44,7 +44,7 @@ def random_model(family: str) -> Any:
             **shape,
             layer_types=["sliding_attention", "full_attention"],
             sliding_window=100,
-            query_pre_attn_scalar=HEAD_DIM,
+            query_pre_attn_scalar=head_dim,
         )
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().to("cuda")

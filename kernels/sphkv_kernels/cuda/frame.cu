@@ -1,6 +1,6 @@
 // A decode step's vectors into the frame and its outputs out of it: rows times small float32 matrices.
 //
-//   q' = q M_h   (a, b) = q W_h   offset = q . mu_h   k' = (k - c_h - cos mu_h - sin nu_h) K_h   v' = v S   o = o' S
+//   q' = q M_h   offset = q . c_h   (a, b) = q W_h   k' = (k - c_h - R_t mu_h) K_h   v' = v S   o = o' S^T
 //
 // A block has the columns of one head's matrix, 64 at a time, and ROWS vectors of that head, one a sequence.
 // Four threads share a column, a quarter of the sum each. What matters is latency: the matrix is asked for
@@ -24,7 +24,7 @@ struct FrameParams {
   const float* cosine;
   const float* sine;
   const float* position;
-  const float* mean_logit;
+  const float* offset;
   float* framed;
   float* coefficients;
   float* offsets;
@@ -118,9 +118,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) frame_tokens(const __
     if (beyond < p.n_term_columns) {
       stride = p.n_term_columns;
       column = p.position + (long long)head * HEAD_DIM * stride + beyond;
-    } else if (beyond == p.n_term_columns && p.mean_logit != nullptr) {
+    } else if (beyond == p.n_term_columns && p.offset != nullptr) {
       stride = 1;
-      column = p.mean_logit + head * HEAD_DIM;
+      column = p.offset + head * HEAD_DIM;
     }
   }
   auto load = [&](int row, int k) {
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) frame_tokens(const __
     const long long asked = (long long)s * p.n_q_heads + head;
     if (after < 0) p.framed[asked * HEAD_DIM + at] = x;
     else if (after < p.n_term_columns) p.coefficients[asked * p.n_term_columns + after] = x;
-    else if (after == p.n_term_columns && p.mean_logit != nullptr) p.offsets[asked] = x;
+    else if (after == p.n_term_columns && p.offset != nullptr) p.offsets[asked] = x;
   };
   rows_times_columns(column, stride, n_rows, load, store);
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sphkv_cli.errors import SphkvError
-from sphkv_cli.generation import page_reserve
+from sphkv_cli.generation import page_reserve, step_layer
 from sphkv_cli.generation.decode_graph import DecodeGraph
 from sphkv_cli.generation.decode_steps import DecodeSteps
 from sphkv_cli.generation.layer_frame import LayerFrame, Turns
@@ -28,6 +28,7 @@ from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.page_table import PageTable
+from sphkv_kernels.reference import ada_decode_reference
 from sphkv_kernels.tier import TierFormat
 
 PAGE, HEAD_DIM = 16, 32
@@ -77,14 +78,17 @@ def counts(cache: SphericalCache) -> list[tuple[Any, ...]]:
     return [(s.n_tail, s.n_sealed, s.next_position) for s in cache.states() if s is not None]
 
 
-@pytest.mark.parametrize("centring", ["none", "post_rope", "pre_rope", "balanced"])
+@pytest.mark.parametrize("centring", ["none", "post_rope", "pre_rope", "residual", "balanced"])
 def test_new_tokens_enter_the_frame_as_the_frame_set_says(frames: Frames, centring: str) -> None:
     rng = np.random.default_rng(1)
-    framed = frames("none" if centring == "balanced" else centring)
+    framed = frames({"balanced": "none", "residual": "pre_rope"}.get(centring, centring))
+    if centring == "residual":
+        residual = rng.normal(size=(3, 2, HEAD_DIM)).astype(np.float32)
+        framed = replace(framed, residual_mean=residual)
     if centring == "balanced":
         balancing = np.eye(HEAD_DIM) + 0.1 * rng.normal(size=(3, 2, HEAD_DIM, HEAD_DIM))
         framed = FrameSet(Rotation("haar", HEAD_DIM, 42), balancing=balancing)
-    layer = LayerFrame.of(framed, 1, 4, 2, torch.device("cpu"), by_kernel=False)
+    layer = LayerFrame.of(framed, 1, 4, 2, torch.device("cpu"), uses_kernel=False)
     q, k, v = (torch.from_numpy(rng.normal(size=(5, n, HEAD_DIM))) for n in (4, 2, 2))
     positions = torch.tensor([0, 3, 99, 70_000, 131_071])
     turns = Turns(positions.to(torch.int32))
@@ -95,13 +99,28 @@ def test_new_tokens_enter_the_frame_as_the_frame_set_says(frames: Frames, centri
     expected = torch.stack([framed.keys_to_frame(1, k, positions), framed.values_to_frame(v)])
     torch.testing.assert_close(tail[:, :, :, 3].double(), expected.double(), rtol=8e-3, atol=1e-5)
     assert bool(tail.isfinite().sum() == 20 * HEAD_DIM)
-    assert (asked.term is not None) == (centring == "pre_rope")
-    assert (asked.offset is not None) == (centring == "post_rope")
+    assert (asked.term is not None) == (centring in ("pre_rope", "residual"))
+    assert (asked.offset is not None) == (centring in ("post_rope", "residual"))
+    # The law: what the frame takes from a key comes back with the query.
+    exact = torch.einsum("ngsd,msd->ngsm", q.view(5, 2, 2, HEAD_DIM).transpose(1, 2), k)
+    of_frame = asked.query.view(5, 2, 2, HEAD_DIM).transpose(1, 2)
+    logits = torch.einsum("ngsd,msd->ngsm", of_frame, expected[0].double())
+    logits = logits.transpose(1, 2).reshape(5, 4, 5)
+    if asked.offset is not None:
+        logits = logits + asked.offset[:, :, None]
+    if asked.term is not None:
+        rows = positions.expand(10, 5)
+        logits = logits + asked.term.logits(torch.arange(10), rows).view(5, 4, 5)
+    torch.testing.assert_close(logits, exact.transpose(1, 2).reshape(5, 4, 5), rtol=0, atol=3e-4)
     if centring == "pre_rope":
         # Another layer that turns alike does not make the angles again.
-        other = LayerFrame.of(framed, 2, 4, 2, torch.device("cpu"), by_kernel=False)
+        other = LayerFrame.of(framed, 2, 4, 2, torch.device("cpu"), uses_kernel=False)
         assert layer.turning is not None and other.turning is not None
         made = turns.of(layer.turning, torch.float64)
+        assert framed.inv_freq is not None
+        angles = positions[:, None] * torch.from_numpy(framed.inv_freq[1].copy()).double()
+        for found, of_angle in zip(made, (angles.cos(), angles.sin()), strict=True):
+            torch.testing.assert_close(found[:, 0], of_angle.repeat(1, 2), rtol=0, atol=1e-12)
         assert turns.of(other.turning, torch.float64) is made
         assert turns.of(replace(layer.turning, digest=b"others"), torch.float64) is not made
         assert turns.of(layer.turning, torch.float32) is not made
@@ -138,6 +157,22 @@ def test_new_slots_leave_out_unused_ones_in_every_layer(
             assert [one.reserve.is_twin for one in cache._steps._layers] == [False, True, True]
         found[stepping] = torch.cat([before, run(model, cache, ids, [1] * 40, start=35)])
     assert_near(found[True], found[False])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_a_step_asks_for_offsets_where_logits_are_capped(
+    random_model: Model, frames: Frames, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        given.append(options["logit_offset"] is not None)
+        return ada_decode_reference(*args, **options)
+
+    monkeypatch.setattr(step_layer, "ada_decode_reference", recorded)
+    model = random_model(family)
+    run(model, cache_of(model, frames("post_rope"), True), ids_of(1, 22), [20, 1, 1])
+    assert len(given) >= 6 and set(given) == {family == "gemma2"}
 
 
 def test_sequences_of_their_own_lengths_seal_when_they_are_due(

@@ -95,7 +95,11 @@ def test_a_layer_laid_out_alike_has_its_own_bytes_and_the_table_of_the_other(
 
 def test_a_layer_laid_out_otherwise_is_no_twin() -> None:
     pages = with_dead_slots(1)
+    pages = replace(pages, tiers=pages.tiers * 2)
     table = pages.page_table
+    other_tiers, other_starts = table.tiers.clone(), table.starts.clone()
+    other_tiers[1] = 1
+    other_starts[1] -= 1
     fewer = table.live_tokens.clone()
     fewer[0] -= 1
     longer = torch.cat([pages.pool, pages.pool[:16]])
@@ -103,6 +107,8 @@ def test_a_layer_laid_out_otherwise_is_no_twin() -> None:
     for other in (
         replace(pages, page_table=replace(table, live_tokens=fewer)),
         replace(pages, page_table=replace(table, offsets=table.offsets.flip(0))),
+        replace(pages, page_table=replace(table, tiers=other_tiers)),
+        replace(pages, page_table=replace(table, starts=other_starts)),
         replace(pages, pool=longer),
         replace(pages, positions=following),
     ):
