@@ -8,25 +8,14 @@ centring before RoPE) their positions are stored.  Source: ours; paging after vL
 (arXiv 2309.06180).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sphkv_kernels.cache_builder import (
-    PageSlots,
-    SequenceTokens,
-    pack_pages,
-    place_tokens,
-    table_of,
-)
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import PAGE_SIZES, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
-
-__all__ = ["PageTable", "PagedCache", "SequenceTokens", "build_cache"]
 
 POSITION_DTYPES = (torch.int32, torch.uint16)
 
@@ -182,77 +171,6 @@ class PagedCache:
             tail_tokens=chosen_rows(self.tail_tokens, chosen),
             tail_positions=chosen_rows(self.tail_positions, chosen),
         )
-
-
-def build_cache(
-    tiers: Sequence[TierFormat],
-    page_size: int,
-    sequences: Sequence[SequenceTokens],
-    *,
-    dead_rows: Literal["zero", "poison"] = "zero",
-    position_dtype: torch.dtype = torch.int32,
-) -> PagedCache:
-    """Encode and lay out tokens whose tier and page are decided.
-
-    dead_rows: what the unused rows of partial pages hold: zeros, or "poison" (NaN wherever the
-    format has a floating-point field), for tests that such rows are never read.  Positions are
-    stored as position_dtype (one of POSITION_DTYPES) when every sequence has them.  Raises
-    PageError on shapes that do not fit, a position that does not fit its dtype, a page of two tiers
-    or with more tokens than page_size, and on NaN or Inf in a kept token.
-    """
-    if not sequences:
-        raise PageError("a cache needs at least one sequence (it may have no tokens)")
-    n_kv_heads, head_dim = sequences[0].keys.shape[1:]
-    for index, tokens in enumerate(sequences):
-        _check_tokens(index, tokens, n_kv_heads, head_dim)
-    slots = place_tokens(sequences, len(tiers), page_size)
-    pool, offsets = pack_pages(tiers, page_size, sequences, slots, dead_rows)
-    positions: Tensor | None = None
-    if all(tokens.positions is not None for tokens in sequences):
-        positions = _stored_positions(sequences, slots, page_size, position_dtype)
-    return PagedCache(
-        tiers=tuple(tiers),
-        page_size=page_size,
-        n_sequences=len(sequences),
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        pool=pool,
-        page_table=table_of(slots, offsets, len(sequences) * n_kv_heads),
-        positions=positions,
-    )
-
-
-def _stored_positions(
-    sequences: Sequence[SequenceTokens], slots: PageSlots, page_size: int, dtype: torch.dtype
-) -> Tensor:
-    """``(n_entries, page_size)`` in dtype, all bits set where no token is."""
-    if dtype not in POSITION_DTYPES:
-        raise PageError(f"positions cannot be stored as {dtype}: choose int32 or uint16")
-    flat = torch.cat([t.positions for t in sequences if t.positions is not None]).to(torch.int64)
-    limit = 1 << (16 if dtype == torch.uint16 else 31)
-    if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < limit):
-        raise PageError(f"a position lies outside 0..{limit - 1}, it cannot be stored as {dtype}")
-    n_entries = slots.entry_tiers.shape[0]
-    positions = torch.full((n_entries, page_size), -1, dtype=torch.int64, device=flat.device)
-    n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=flat.device)
-    first = torch.cumsum(n_tokens, 0) - n_tokens
-    positions[slots.entry, slots.row] = flat[first[slots.sequence] + slots.token]
-    return (positions & 0xFFFF if dtype == torch.uint16 else positions).to(dtype)
-
-
-def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim: int) -> None:
-    n_tokens = tokens.keys.shape[0]
-    expected = {
-        "keys": (tokens.keys, (n_tokens, n_kv_heads, head_dim)),
-        "values": (tokens.values, (n_tokens, n_kv_heads, head_dim)),
-        "tier_of_token": (tokens.tier_of_token, (n_tokens, n_kv_heads)),
-        "page_of_token": (tokens.page_of_token, (n_tokens, n_kv_heads)),
-    }
-    if tokens.positions is not None:
-        expected["positions"] = (tokens.positions, (n_tokens,))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise PageError(f"sequence {index}: {name} is {tuple(tensor.shape)}, expected {shape}")
 
 
 def chosen_rows(rows: Tensor | None, which: Tensor) -> Tensor | None:

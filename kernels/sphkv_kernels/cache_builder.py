@@ -1,103 +1,99 @@
 """From tokens with a tier and a page each to a `PagedCache`.
 
-Inside one (sequence, KV head) the tokens that carry one page number share a page; all tiers are
-encoded in one call per tier.  Entries of a head are ordered by tier, then by page number; pages
-lie in the pool in the order of the entries.  Source: ours.
+The full pages of a tier are encoded in one call, on a GPU by its kernel, and those with dead rows
+in another; pages lie in the pool in the order of the entries.  Source: ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache import POSITION_DTYPES, PagedCache
 from sphkv_kernels.code_fields import radius_bits
+from sphkv_kernels.encode import encode
 from sphkv_kernels.layout import Operand
-from sphkv_kernels.page_table import PageTable
+from sphkv_kernels.page_slots import PageSlots, SequenceTokens, place_tokens, table_of
 from sphkv_kernels.pages import pack_region, page_bytes
-from sphkv_kernels.tier import DROPPED, PageError, RegionFormat, TierFormat
+from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 from sphkv_kernels.vectors import encode_vectors, placed_rows, poisoned_rows, reshape_rows
 
 
-@dataclass(frozen=True)
-class SequenceTokens:
-    """The tokens of one sequence in the frame, and where each goes.
+def build_cache(
+    tiers: Sequence[TierFormat],
+    page_size: int,
+    sequences: Sequence[SequenceTokens],
+    *,
+    dead_rows: Literal["zero", "poison"] = "zero",
+    position_dtype: torch.dtype = torch.int32,
+    uses_kernel: bool = True,
+) -> PagedCache:
+    """Encode and lay out tokens whose tier and page are decided.
 
-    keys, values: ``(n_tokens, n_kv_heads, head_dim)`` floating.  tier_of_token: ``(n_tokens,
-    n_kv_heads)`` integer, -1 = dropped.  page_of_token: ``(n_tokens, n_kv_heads)`` integer, a page
-    number unique inside the KV head (ignored for dropped tokens).  positions: ``(n_tokens)``
-    integer, or None.
+    dead_rows: what the unused rows of partial pages hold: zeros, or "poison" (NaN wherever the
+    format has a floating-point field), for tests that such rows are never read.  Positions are
+    stored as position_dtype (one of POSITION_DTYPES) when every sequence has them.  uses_kernel:
+    False for torch operations where tokens on a GPU would be encoded by its kernel.  Raises
+    PageError on shapes that do not fit, a position that does not fit its dtype, a page of two tiers
+    or with more tokens than page_size, and on NaN or Inf in a kept token.
     """
-
-    keys: Tensor
-    values: Tensor
-    tier_of_token: Tensor
-    page_of_token: Tensor
-    positions: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PageSlots:
-    """Where every kept token lies: parallel arrays over tokens and over page-table entries."""
-
-    sequence: Tensor  # (n_kept) int64
-    token: Tensor
-    kv_head: Tensor
-    entry: Tensor
-    row: Tensor
-    entry_tiers: Tensor  # (n_entries) int64
-    entry_heads: Tensor  # sequence * n_kv_heads + kv_head
-    live_tokens: Tensor
-
-
-def place_tokens(sequences: Sequence[SequenceTokens], n_tiers: int, page_size: int) -> PageSlots:
-    """Entry and row of every kept token.  Raises PageError on a mixed or overfull page."""
-    columns: list[Tensor] = []
+    if not sequences:
+        raise PageError("a cache needs at least one sequence (it may have no tokens)")
+    n_kv_heads, head_dim = sequences[0].keys.shape[1:]
     for index, tokens in enumerate(sequences):
-        kept = torch.nonzero(tokens.tier_of_token != DROPPED)
-        tier = tokens.tier_of_token[kept[:, 0], kept[:, 1]].to(torch.int64)
-        page = tokens.page_of_token[kept[:, 0], kept[:, 1]].to(torch.int64)
-        if tier.numel() and not (int(tier.min()) >= 0 and int(tier.max()) < n_tiers):
-            raise PageError(f"sequence {index}: a tier index lies outside 0..{n_tiers - 1}")
-        if page.numel() and int(page.min()) < 0:
-            raise PageError(f"sequence {index}: a kept token has page {int(page.min())}")
-        head = index * tokens.keys.shape[1] + kept[:, 1]
-        columns.append(torch.stack([head, tier, page, kept[:, 0]]))
-    n_kv_heads = sequences[0].keys.shape[1]
-    head, tier, page, token = torch.cat(columns, dim=1)
-    # Sort by (head, tier, page, token): the last key varies fastest, so sort it first.
-    order = torch.argsort(token, stable=True)
-    for key in (page, tier, head):
-        order = order[torch.argsort(key[order], stable=True)]
-    head, tier, page, token = head[order], tier[order], page[order], token[order]
-    starts_page = torch.ones(head.shape[0], dtype=torch.bool, device=head.device)
-    starts_page[1:] = (head[1:] != head[:-1]) | (tier[1:] != tier[:-1]) | (page[1:] != page[:-1])
-    first = torch.nonzero(starts_page).flatten()
-    entry = torch.cumsum(starts_page, 0) - 1
-    row = torch.arange(head.shape[0], device=head.device) - first[entry]
-    live = torch.bincount(entry, minlength=first.shape[0])
-    if live.numel() and int(live.max()) > page_size:
-        worst = int(live.argmax())
-        raise PageError(
-            f"page {int(page[first[worst]])} of sequence {int(head[first[worst]]) // n_kv_heads}, "
-            f"KV head {int(head[first[worst]]) % n_kv_heads} has {int(live[worst])} tokens; a page "
-            f"holds {page_size}"
-        )
-    pair = torch.stack([head[first], page[first]], dim=1)
-    if torch.unique(pair, dim=0).shape[0] != pair.shape[0]:
-        raise PageError("a page holds tokens of two tiers; a page belongs to one tier")
-    return PageSlots(
-        sequence=head // n_kv_heads,
-        token=token,
-        kv_head=head % n_kv_heads,
-        entry=entry,
-        row=row,
-        entry_tiers=tier[first],
-        entry_heads=head[first],
-        live_tokens=live,
+        _check_tokens(index, tokens, n_kv_heads, head_dim)
+    slots = place_tokens(sequences, len(tiers), page_size)
+    pool, offsets = pack_pages(
+        tiers, page_size, sequences, slots, dead_rows, uses_kernel=uses_kernel
     )
+    positions: Tensor | None = None
+    if all(tokens.positions is not None for tokens in sequences):
+        positions = _stored_positions(sequences, slots, page_size, position_dtype)
+    return PagedCache(
+        tiers=tuple(tiers),
+        page_size=page_size,
+        n_sequences=len(sequences),
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        pool=pool,
+        page_table=table_of(slots, offsets, len(sequences) * n_kv_heads),
+        positions=positions,
+    )
+
+
+def _stored_positions(
+    sequences: Sequence[SequenceTokens], slots: PageSlots, page_size: int, dtype: torch.dtype
+) -> Tensor:
+    """``(n_entries, page_size)`` in dtype, all bits set where no token is."""
+    if dtype not in POSITION_DTYPES:
+        raise PageError(f"positions cannot be stored as {dtype}: choose int32 or uint16")
+    flat = torch.cat([t.positions for t in sequences if t.positions is not None]).to(torch.int64)
+    limit = 1 << (16 if dtype == torch.uint16 else 31)
+    if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < limit):
+        raise PageError(f"a position lies outside 0..{limit - 1}, it cannot be stored as {dtype}")
+    n_entries = slots.entry_tiers.shape[0]
+    positions = torch.full((n_entries, page_size), -1, dtype=torch.int64, device=flat.device)
+    n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=flat.device)
+    first = torch.cumsum(n_tokens, 0) - n_tokens
+    positions[slots.entry, slots.row] = flat[first[slots.sequence] + slots.token]
+    return (positions & 0xFFFF if dtype == torch.uint16 else positions).to(dtype)
+
+
+def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim: int) -> None:
+    n_tokens = tokens.keys.shape[0]
+    expected = {
+        "keys": (tokens.keys, (n_tokens, n_kv_heads, head_dim)),
+        "values": (tokens.values, (n_tokens, n_kv_heads, head_dim)),
+        "tier_of_token": (tokens.tier_of_token, (n_tokens, n_kv_heads)),
+        "page_of_token": (tokens.page_of_token, (n_tokens, n_kv_heads)),
+    }
+    if tokens.positions is not None:
+        expected["positions"] = (tokens.positions, (n_tokens,))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise PageError(f"sequence {index}: {name} is {tuple(tensor.shape)}, expected {shape}")
 
 
 def pack_pages(
@@ -106,8 +102,10 @@ def pack_pages(
     sequences: Sequence[SequenceTokens],
     slots: PageSlots,
     dead_rows: Literal["zero", "poison"],
+    *,
+    uses_kernel: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``(pool uint8, offsets (n_entries) int64)``."""
+    """``(pool uint8, offsets (n_entries) int64)``; uses_kernel: as `encode`."""
     head_dim = sequences[0].keys.shape[2]
     device = sequences[0].keys.device
     sizes = torch.tensor(
@@ -120,11 +118,24 @@ def pack_pages(
     values = torch.cat([s.values for s in sequences])
     n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=device)
     token_row = (torch.cumsum(n_tokens, 0) - n_tokens)[slots.sequence] + slots.token
+    is_full = slots.live_tokens == page_size
+
+    def written(entries: Tensor, pages: Tensor) -> None:
+        columns = torch.arange(pages.shape[1], device=device)
+        pool[offsets[entries][:, None] + columns] = pages
+
     for index, tier in enumerate(tiers):
-        entries = torch.nonzero(slots.entry_tiers == index).flatten()
+        entries = torch.nonzero((slots.entry_tiers == index) & is_full).flatten()
+        if entries.numel():
+            # Tokens are ordered by entry, then by row.
+            chosen = (slots.entry_tiers[slots.entry] == index) & is_full[slots.entry]
+            where, shape = (token_row[chosen], slots.kv_head[chosen]), (-1, page_size, head_dim)
+            full = (x[where].view(shape) for x in (keys, values))
+            written(entries, encode(tier, *full, uses_kernel=uses_kernel))
+        entries = torch.nonzero((slots.entry_tiers == index) & ~is_full).flatten()
         if entries.numel() == 0:
             continue
-        chosen = slots.entry_tiers[slots.entry] == index
+        chosen = (slots.entry_tiers[slots.entry] == index) & ~is_full[slots.entry]
         page_of_entry = torch.zeros_like(slots.entry_tiers)
         page_of_entry[entries] = torch.arange(entries.numel(), device=device)
         places = page_of_entry[slots.entry[chosen]] * page_size + slots.row[chosen]
@@ -137,9 +148,7 @@ def pack_pages(
             _pack(region_format, operand, x[where], places, entries.numel(), page_size, dead_rows)
             for region_format, operand, x in operands
         ]
-        pages = torch.cat(regions, dim=1)
-        columns = torch.arange(pages.shape[1], device=device)
-        pool[offsets[entries][:, None] + columns] = pages
+        written(entries, torch.cat(regions, dim=1))
     return pool, offsets
 
 
@@ -161,16 +170,3 @@ def _pack(
         stored = poisoned_rows(stored, dead, bits)
     stored = reshape_rows(stored, n_pages, page_size)
     return pack_region(region_format, operand, stored)
-
-
-def table_of(slots: PageSlots, offsets: Tensor, n_heads: int) -> PageTable:
-    """The page table over all (sequence, KV head) pairs."""
-    counts = torch.bincount(slots.entry_heads, minlength=n_heads)
-    starts = torch.zeros(n_heads + 1, dtype=torch.int64, device=offsets.device)
-    starts[1:] = counts.cumsum(0)
-    return PageTable(
-        offsets=offsets,
-        tiers=slots.entry_tiers.to(torch.int8),
-        live_tokens=slots.live_tokens.to(torch.int16),
-        starts=starts.to(torch.int32),
-    )

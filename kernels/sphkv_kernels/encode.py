@@ -42,6 +42,7 @@ def encode(
     *,
     rotation: Rotation | None = None,
     check: bool = True,
+    uses_kernel: bool = True,
 ) -> Tensor:
     """Whole pages of one tier: ``(..., page_bytes) uint8`` on the device of keys.
 
@@ -50,13 +51,14 @@ def encode(
     viewed as pages is read in place). rotation: applied first, in float32; without it they are in
     the frame already. Hadamard rotations are part of the kernel, Haar ones a matrix product before.
     check: wait for the device and refuse what cannot be stored; without it (in a CUDA graph) such
-    radii saturate and NaN gives arbitrary codes.
+    radii saturate and NaN gives arbitrary codes. uses_kernel: False for torch operations
+    everywhere.
 
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
         ValueError: NaN, Inf or radii that the code cannot store.
     """
-    pages, refused = encode_counted(tier, keys, values, rotation=rotation)
+    pages, refused = encode_counted(tier, keys, values, rotation=rotation, uses_kernel=uses_kernel)
     if check and int(refused):
         _refuse(tier, keys, values, rotation)
     return pages

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.tier import PageError, TierFormat
 

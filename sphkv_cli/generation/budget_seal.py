@@ -64,7 +64,7 @@ def sealed_within(
             moves = [{e: to for (i, e), to in m.items() if i == layer} for _, m in decided]
             if state.pages is not None:
                 try:
-                    pages = _demoted_by_sequence(state.pages, moves)
+                    pages = _demoted_by_sequence(state.pages, moves, store.uses_kernel)
                 except ValueError as error:
                     raise SphkvError(
                         f"layer {layer}: a key or value does not fit a smaller code ({error})",
@@ -79,21 +79,23 @@ def sealed_within(
         raise
 
 
-def _demoted_by_sequence(pages: PagedCache, moves: Sequence[dict[int, int]]) -> PagedCache:
+def _demoted_by_sequence(
+    pages: PagedCache, moves: Sequence[dict[int, int]], uses_kernel: bool
+) -> PagedCache:
     """As `demoted`; moves: of every sequence, by entry counted from its first."""
     if not any(moves):
         return pages
     firsts = pages.page_table.starts[:: pages.n_kv_heads].tolist()
-    return demoted(
-        pages, {firsts[s] + e: to for s, found in enumerate(moves) for e, to in found.items()}
-    )
+    by_entry = {firsts[s] + e: to for s, found in enumerate(moves) for e, to in found.items()}
+    return demoted(pages, by_entry, uses_kernel=uses_kernel)
 
 
-def demoted(pages: PagedCache, moves: dict[int, int]) -> PagedCache:
+def demoted(pages: PagedCache, moves: dict[int, int], *, uses_kernel: bool = True) -> PagedCache:
     """Pages with some in smaller tiers, or gone.
 
     Args:
         moves: option by entry of the page table; 0 drops, option j is tier j - 1.
+        uses_kernel: as `encode`.
     """
     if not moves:
         return pages
@@ -108,7 +110,7 @@ def demoted(pages: PagedCache, moves: dict[int, int]) -> PagedCache:
         if not where.numel():
             continue
         keys, values = _read_back(kept(pages, option == tier + 1))
-        new = encode(pages.tiers[tier], keys, values)
+        new = encode(pages.tiers[tier], keys, values, uses_kernel=uses_kernel)
         offsets[where] = end + new.shape[1] * torch.arange(where.numel(), device=pages.device)
         tiers[where] = tier
         pools.append(new.flatten())

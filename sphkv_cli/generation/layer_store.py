@@ -18,7 +18,9 @@ from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_cli.generation.placement import PlacementRule
 from sphkv_cli.generation.store_state import NewTokens, PagePlan, StoreState
 from sphkv_codebooks.errors import CodeError
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 
 _TAIL_STEP = 32
 
@@ -183,6 +185,7 @@ class LayerStore:
                 self.rule.page_size,
                 sequences,
                 position_dtype=self.position_dtype,
+                uses_kernel=self.uses_kernel,
             )
         except (CodeError, ValueError) as error:
             raise uncodable(self.layer, str(error)) from error

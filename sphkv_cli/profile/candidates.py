@@ -16,7 +16,9 @@ from sphkv_cli.artifacts.allocation import AllocationReader, PlanInfo
 from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
 from sphkv_cli.profile.layer_inputs import LayerInputs
 from sphkv_codebooks.errors import CodeError
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.tier import PageError, TierFormat
 
 Kind = Literal["plan", "policy", "uniform"]

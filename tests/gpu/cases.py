@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.decode import AttentionPlan, ada_decode, plan
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.reference import DecodeResult, ada_decode_reference, ada_logits_reference
 from sphkv_kernels.tier import TierFormat
 from tests.kernels.cases import native_tiers, random_tokens

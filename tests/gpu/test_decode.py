@@ -280,7 +280,7 @@ def test_adversarial_inputs_stay_finite_and_right(case: str, tier: int) -> None:
     tiers = tier_set(128, tier)
     sequence_length, seed = 333, 14
     cache = ragged_cache(tiers, lengths=(sequence_length,), seed=seed)
-    from sphkv_kernels.cache import build_cache
+    from sphkv_kernels.cache_builder import build_cache
     from tests.kernels.cases import random_tokens
 
     tokens = random_tokens(sequence_length, 2, 128, 1, 32, seed, drop_fraction=0.0)

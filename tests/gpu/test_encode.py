@@ -11,10 +11,12 @@ import torch
 from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.encode import encode, encode_rows
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.tier import PageError, TierFormat
 from tests.gpu.cases import needs_cuda, tier_set
-from tests.kernels.cases import NATIVE_CODES, native_tiers
+from tests.kernels.cases import NATIVE_CODES, native_tiers, random_tokens
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
@@ -59,6 +61,36 @@ def test_hadamard_rotation_is_exact_too(head_dim: int, tier: int) -> None:
     x = vectors(50, 32, head_dim, tier)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert n_differing(one, x.to(dtype), Rotation("hadamard", head_dim, seed=3)) == 0
+
+
+def test_a_cache_built_there_is_that_of_the_cpu() -> None:
+    """Full pages by the kernel, pages with dead rows and codes it does not have by torch."""
+    tiers = native_tiers(128)
+    tokens = random_tokens(1500, 2, 128, len(tiers), 32, seed=3)
+    there = SequenceTokens(
+        *(x.cuda() for x in (tokens.keys, tokens.values)),
+        *(x.cuda() for x in (tokens.tier_of_token, tokens.page_of_token)),
+        tokens.positions.cuda(),
+    )
+    here = build_cache(tiers, 32, [tokens])
+    for uses_kernel in (True, False):
+        found = build_cache(tiers, 32, [there], uses_kernel=uses_kernel)
+        for name in ("offsets", "tiers", "live_tokens", "starts"):
+            assert torch.equal(
+                getattr(found.page_table, name).cpu(), getattr(here.page_table, name)
+            )
+        full = torch.nonzero(here.page_table.live_tokens == 32).flatten().tolist()
+        assert len(full) > 50
+        sizes = here.tier_page_bytes()
+        n_other = 0
+        for entry in full:
+            first = int(here.page_table.offsets[entry])
+            page = slice(first, first + sizes[int(here.page_table.tiers[entry])])
+            n_other += int((found.pool[page].cpu() != here.pool[page]).sum())
+        if uses_kernel:
+            assert n_other == 0
+        else:  # torch's sums on the device have another order
+            assert n_other <= 1e-2 * here.pool.numel()
 
 
 @pytest.mark.parametrize("gain", ["least_squares", "unbiased"])

@@ -8,9 +8,10 @@ from sphkv_codebooks.codebook import Codebook
 from sphkv_codebooks.encoded import EncodedVectors
 from sphkv_codebooks.radius import MinifloatRadius, RadiusCoding, radius_coding_from_spec
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.cache import PagedCache, SequenceTokens
+from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import AttentionPlan
 from sphkv_kernels.int8_code import Int8Vectors
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import RegionFormat, TierFormat
 from sphkv_kernels.vectors import StoredVectors

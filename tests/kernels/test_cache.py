@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.pages import unpack_keys, unpack_values
 from sphkv_kernels.tier import PageError
 from sphkv_kernels.vectors import decode_vectors, encode_vectors
@@ -61,9 +63,16 @@ def test_the_table_holds_every_kept_token_once(
             assert found == expected
 
 
-def test_rows_hold_the_codes_of_their_own_token() -> None:
-    tokens = random_tokens(70, 2, 64, len(TIERS), 16, seed=5)
+@pytest.mark.parametrize("n_tokens", [70, 900])
+def test_rows_hold_the_codes_of_their_own_token(n_tokens: int) -> None:
+    """On full pages, which are encoded at once, as on those with dead rows."""
+    tokens = random_tokens(n_tokens, 2, 64, len(TIERS), 16, seed=5)
     cache = build_cache(TIERS, 16, [tokens])
+    full = cache.page_table.live_tokens == 16
+    if n_tokens == 900:
+        assert not bool(full.all())
+        for tier in range(len(TIERS)):
+            assert bool(full[cache.page_table.tiers == tier].any())
     assert cache.positions is not None
     heads = cache.page_table.head_of_entry()
     for entry, (offset, index, live) in enumerate(

@@ -14,7 +14,9 @@ from sphkv_codebooks.rotary import keep_strongest_pairs
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels import page_logits
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import (
     DecodeResult,

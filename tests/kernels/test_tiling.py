@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sphkv_kernels.cache import build_cache
+from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.cache_reader import logits_by_token, read_tokens
 from sphkv_kernels.reference import ada_decode_reference, ada_logits_reference
 from sphkv_kernels.tier import PageError

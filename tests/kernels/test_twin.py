@@ -7,7 +7,9 @@ import torch
 
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels import decode
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant
 from tests.kernels.cases import plan_without_kernels

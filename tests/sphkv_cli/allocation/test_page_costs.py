@@ -20,8 +20,8 @@ from sphkv_cli.allocation.page_costs import (
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.cache import build_cache
-from sphkv_kernels.cache_builder import SequenceTokens
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.tier import TierFormat
 
 HEAD_DIM, PAGE_SIZE, N_LAYERS, N_KV_HEADS, N_CONTEXT = 16, 16, 2, 3, 65

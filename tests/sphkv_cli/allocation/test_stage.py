@@ -22,8 +22,8 @@ from sphkv_cli.artifacts.capture_writer import write_fisher
 from sphkv_cli.artifacts.store import content_digest, verify_digest
 from sphkv_cli.blocks import Line, Table
 from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
-from sphkv_kernels.cache import build_cache
-from sphkv_kernels.cache_builder import SequenceTokens
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.page_slots import SequenceTokens
 
 from .conftest import OPTIONS, Chain
 

@@ -21,9 +21,10 @@ from sphkv_cli.generation.page_store import tensor_bytes
 from sphkv_cli.generation.placement import PolicyRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.cache import SequenceTokens, build_cache
+from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.cache_reader import read_tokens
 from sphkv_kernels.encode import encode
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.tier import TierFormat
 
 N_PROMPT, N_TOKENS = 96, 190

@@ -9,8 +9,10 @@ import torch
 
 from sphkv_cli.generation import page_reserve
 from sphkv_cli.generation.page_reserve import PageReserve, SlotMaker
-from sphkv_kernels.cache import PagedCache, SequenceTokens, build_cache
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.page_positions import PagePositions
+from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.tier import TierFormat
 from tests.kernels.cases import plan_without_kernels
 
