@@ -120,9 +120,12 @@ def pack_pages(
     token_row = (torch.cumsum(n_tokens, 0) - n_tokens)[slots.sequence] + slots.token
     is_full = slots.live_tokens == page_size
 
-    def written(entries: Tensor, pages: Tensor) -> None:
-        columns = torch.arange(pages.shape[1], device=device)
-        pool[offsets[entries][:, None] + columns] = pages
+    lines = pool.view(torch.int64).view(-1, 2)  # pages are whole lines of 16 bytes
+
+    def write(entries: Tensor, pages: Tensor) -> None:
+        within = torch.arange(pages.shape[1] // 16, device=device)
+        page_lines = pages.contiguous().view(torch.int64).view(entries.numel(), -1, 2)
+        lines[offsets[entries][:, None] // 16 + within] = page_lines
 
     for index, tier in enumerate(tiers):
         entries = torch.nonzero((slots.entry_tiers == index) & is_full).flatten()
@@ -131,7 +134,7 @@ def pack_pages(
             chosen = (slots.entry_tiers[slots.entry] == index) & is_full[slots.entry]
             where, shape = (token_row[chosen], slots.kv_head[chosen]), (-1, page_size, head_dim)
             full = (x[where].view(shape) for x in (keys, values))
-            written(entries, encode(tier, *full, uses_kernel=uses_kernel))
+            write(entries, encode(tier, *full, uses_kernel=uses_kernel))
         entries = torch.nonzero((slots.entry_tiers == index) & ~is_full).flatten()
         if entries.numel() == 0:
             continue
@@ -148,7 +151,7 @@ def pack_pages(
             _pack(region_format, operand, x[where], places, entries.numel(), page_size, dead_rows)
             for region_format, operand, x in operands
         ]
-        written(entries, torch.cat(regions, dim=1))
+        write(entries, torch.cat(regions, dim=1))
     return pool, offsets
 
 
