@@ -35,6 +35,7 @@ def frame_of_ones(n_q_heads: int, n_kv_heads: int, d: int, n_pairs: int) -> Fram
         mean=ones(n_kv_heads, d),
         turned=ones(n_kv_heads, d),
         position=ones(n_q_heads, d, 2, n_pairs),
+        frequencies=ones(n_kv_heads, n_pairs),
         offset=ones(n_q_heads, d),
     )
 

@@ -119,39 +119,31 @@ def pack_pages(
     n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=device)
     token_row = (torch.cumsum(n_tokens, 0) - n_tokens)[slots.sequence] + slots.token
     is_full = slots.live_tokens == page_size
-
     lines = pool.view(torch.int64).view(-1, 2)  # pages are whole lines of 16 bytes
-
-    def write(entries: Tensor, pages: Tensor) -> None:
-        within = torch.arange(pages.shape[1] // 16, device=device)
-        page_lines = pages.contiguous().view(torch.int64).view(entries.numel(), -1, 2)
-        lines[offsets[entries][:, None] // 16 + within] = page_lines
-
     for index, tier in enumerate(tiers):
-        entries = torch.nonzero((slots.entry_tiers == index) & is_full).flatten()
-        if entries.numel():
+        for full in (True, False):
+            is_chosen = (slots.entry_tiers == index) & (is_full == full)
+            n_pages = int(is_chosen.sum())
+            if not n_pages:
+                continue
             # Tokens are ordered by entry, then by row.
-            chosen = (slots.entry_tiers[slots.entry] == index) & is_full[slots.entry]
-            where, shape = (token_row[chosen], slots.kv_head[chosen]), (-1, page_size, head_dim)
-            full = (x[where].view(shape) for x in (keys, values))
-            write(entries, encode(tier, *full, uses_kernel=uses_kernel))
-        entries = torch.nonzero((slots.entry_tiers == index) & ~is_full).flatten()
-        if entries.numel() == 0:
-            continue
-        chosen = (slots.entry_tiers[slots.entry] == index) & ~is_full[slots.entry]
-        page_of_entry = torch.zeros_like(slots.entry_tiers)
-        page_of_entry[entries] = torch.arange(entries.numel(), device=device)
-        places = page_of_entry[slots.entry[chosen]] * page_size + slots.row[chosen]
-        where = (token_row[chosen], slots.kv_head[chosen])
-        operands: list[tuple[RegionFormat, Operand, Tensor]] = [
-            (tier.key_format, "key", keys),
-            (tier.value_format, "value", values),
-        ]
-        regions = [
-            _pack(region_format, operand, x[where], places, entries.numel(), page_size, dead_rows)
-            for region_format, operand, x in operands
-        ]
-        write(entries, torch.cat(regions, dim=1))
+            chosen = is_chosen[slots.entry]
+            where = (token_row[chosen], slots.kv_head[chosen])
+            if full:
+                rows = (x[where].view(-1, page_size, head_dim) for x in (keys, values))
+                pages = encode(tier, *rows, uses_kernel=uses_kernel)
+            else:
+                page_of_entry = torch.cumsum(is_chosen, 0) - 1
+                places = page_of_entry[slots.entry[chosen]] * page_size + slots.row[chosen]
+                regions: list[tuple[RegionFormat, Operand, Tensor]] = [
+                    (tier.key_format, "key", keys[where]),
+                    (tier.value_format, "value", values[where]),
+                ]
+                packed = [_pack(*one, places, n_pages, page_size, dead_rows) for one in regions]
+                pages = torch.cat(packed, dim=1)
+            within = torch.arange(pages.shape[1] // 16, device=device)
+            page_lines = pages.view(torch.int64).view(n_pages, -1, 2)
+            lines[offsets[is_chosen][:, None] // 16 + within] = page_lines
     return pool, offsets
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel, tables_fit
+from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
 from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.plan import DecodePlan, make_plan
 from sphkv_kernels.position_term import PositionTerm
@@ -30,7 +31,6 @@ from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant
 
 MAX_GROUP = 16
-_QUERY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOG2_E = math.log2(math.e)
 
 
@@ -240,7 +240,7 @@ def _checked_plan(query: Tensor, cache: PagedCache, given: AttentionPlan | None)
         raise PageError(
             f"{n_q_heads} query heads do not divide into groups over {cache.n_kv_heads} KV heads"
         )
-    if query.dtype not in _QUERY_TYPES:
+    if query.dtype not in FLOAT_TYPES:
         raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
     if query.device != cache.device:
         raise PageError(f"query lies on {query.device}, the cache on {cache.device}")
@@ -344,7 +344,7 @@ def launch_params(
     params.group_size = plan.group_size
     params.page_units_log2 = (cache.page_size // 16).bit_length() - 1
     params.tail_capacity = 0 if cache.tail_keys is None else cache.tail_keys.shape[2]
-    params.query_type = _QUERY_TYPES[query.dtype]
+    params.query_type = FLOAT_TYPES[query.dtype]
     params.window = window
     return params
 
@@ -374,15 +374,8 @@ def _check_optional(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device:
-        raise PageError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
-            f"{tuple(shape)} {dtype} on {device}"
-        )
-    if not tensor.is_contiguous():
-        raise PageError(f"{name} is not contiguous; call .contiguous()")
+    if tensor is not None:
+        require(name, tensor, shape, dtype, device)
 
 
 def _plan_of(handle: int) -> AttentionPlan:

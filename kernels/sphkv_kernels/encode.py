@@ -21,12 +21,11 @@ from torch import Tensor
 from sphkv_codebooks.rotation import Rotation
 from sphkv_kernels.encode_launch import encoder_for
 from sphkv_kernels.encode_source import has_encoder
+from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
 from sphkv_kernels.pages import pack_keys, pack_values, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import SUPPORTED_HEAD_DIMS
 from sphkv_kernels.vectors import encode_vectors
-
-INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Inputs(NamedTuple):
@@ -151,17 +150,10 @@ def encode_rows(
     if keys.ndim != 2:
         raise PageError(f"keys {tuple(keys.shape)}: expected (n_tokens, head_dim)")
     page_bytes(tier, keys.shape[1], page_size)
-    expected = {"pool": (pool, torch.uint8, pool.numel())}
-    expected["page_offsets"] = (page_offsets, torch.int64, keys.shape[0])
-    expected["rows"] = (rows, torch.int32, keys.shape[0])
-    for name, (tensor, dtype, size) in expected.items():
-        if tensor.dtype != dtype or tensor.shape != (size,) or tensor.device != keys.device:
-            raise PageError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
-                f"({size},) {dtype} on {keys.device}"
-            )
-        if not tensor.is_contiguous():
-            raise PageError(f"{name} is not contiguous; call .contiguous()")
+    per_token = (keys.shape[0],)
+    require("pool", pool, (pool.numel(),), torch.uint8, keys.device)
+    require("page_offsets", page_offsets, per_token, torch.int64, keys.device)
+    require("rows", rows, per_token, torch.int32, keys.device)
     if not keys.numel():
         return
     inputs = _kernel_inputs(keys, values, rotation)
@@ -196,7 +188,7 @@ def _kernel_inputs(keys: Tensor, values: Tensor, rotation: Rotation | None) -> _
     if rotation is not None and rotation.kind != "hadamard":
         keys, values = _rotated(keys, values, rotation)
         rotation = None
-    if keys.dtype not in INPUT_TYPES:
+    if keys.dtype not in FLOAT_TYPES:
         keys, values = keys.to(torch.float32), values.to(torch.float32)
     return _Inputs(_aligned(keys), _aligned(values), rotation)
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from sphkv_codebooks.rotation import Rotation
 from sphkv_kernels.encode_source import N_THREADS, encoder_source
 from sphkv_kernels.launch import capability_of, launch_function, load_function
+from sphkv_kernels.launch_arguments import FLOAT_TYPES
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import SUPPORTED_HEAD_DIMS
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_PARAMETER_BYTES = 4096
 
 
@@ -62,7 +62,7 @@ class Encoder:
         params.n_vectors = n_vectors
         params.page_bytes = page_bytes(self.tier, self.head_dim, page_size)
         params.pages_per_outer = keys.shape[1] if keys.ndim == 4 else max(n_vectors // page_size, 1)
-        params.page_size, params.type = page_size, _TYPES[keys.dtype]
+        params.page_size, params.type = page_size, FLOAT_TYPES[keys.dtype]
         params.signs[:] = self.signs
         ctypes.memmove(params.books, self.books, len(self.books))
         per_block = N_THREADS * 16 // self.head_dim

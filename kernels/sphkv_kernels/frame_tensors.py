@@ -14,17 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sphkv_kernels.launch_arguments import require
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.tier import PageError
 
 
 @dataclass(frozen=True, eq=False)
 class FrameTensors:
-    """Contiguous, of one device and one dtype: float32 for the kernel, float64 for the reference.
+    """Contiguous, on one device, in one dtype: float32 for the kernel, float64 for the reference.
 
     query (n_q_heads or 1, d, d), key (n_kv_heads or 1, d, d), value and output (d, d): what rows
     are multiplied with.  centre (n_kv_heads, d): c, or None; mean and turned (n_kv_heads, d): mu
     and nu, or None.  position
-    (n_q_heads, d, 2, n_pairs): from a query to its coefficients, or None.  offset (n_q_heads, d):
+    (n_q_heads, d, 2, n_pairs): from a query to the coefficients of its position term, and
+    frequencies (n_kv_heads, n_pairs) float32, that term's, or both None.  offset (n_q_heads, d):
     from a query to what all its logits get, or None.
 
     Raises PageError at construction: shapes, dtypes or devices that do not fit.
@@ -40,6 +43,7 @@ class FrameTensors:
     mean: Tensor | None = None
     turned: Tensor | None = None
     position: Tensor | None = None
+    frequencies: Tensor | None = None
     offset: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -60,8 +64,13 @@ class FrameTensors:
             tensor = getattr(self, name)
             if tensor is not None:
                 require(f"frame.{name}", tensor, shape, self.dtype, self.device)
+        if self.frequencies is not None:
+            of_term = (self.n_kv_heads, self.n_pairs)
+            require("frame.frequencies", self.frequencies, of_term, torch.float32, self.device)
         if (self.mean is None) != (self.turned is None):
             raise PageError("a mean that turns needs both of its parts")
+        if (self.position is None) != (self.frequencies is None):
+            raise PageError("a position term needs its matrix and its frequencies")
 
     @property
     def head_dim(self) -> int:
@@ -75,7 +84,7 @@ class FrameTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every tensor."""
+        """Of every tensor but the frequencies."""
         return self.value.dtype
 
     @property
@@ -87,17 +96,17 @@ class FrameTensors:
     def n_bytes(self) -> int:
         """Bytes of every tensor."""
         given = (self.query, self.key, self.value, self.output, self.centre, self.mean)
-        tensors = (*given, self.turned, self.position, self.offset)
+        tensors = (*given, self.turned, self.position, self.frequencies, self.offset)
         return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class FramedQueries:
-    """query (n, n_q_heads, d), coefficients (n, n_q_heads, 2, n_pairs) or None, offset
-    (n, n_q_heads) or None, in the frame's dtype."""
+    """What queries ask pages and tail, in the frame's dtype: query (n, n_q_heads, d), the position
+    term or None, offset (n, n_q_heads) or None."""
 
     query: Tensor
-    coefficients: Tensor | None
+    term: PositionTerm | None
     offset: Tensor | None
 
 
@@ -122,22 +131,3 @@ def check_tokens(
         raise PageError("turns are for frames whose mean turns, and for them alone")
     for name, turn in zip(("cosine", "sine"), turns or (), strict=False):
         require(name, turn, (n, 1, d), frame.dtype, device)
-
-
-def require(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    whole: bool = True,
-) -> None:
-    """Refuse a tensor of another shape, dtype or device, or strided (whole: at all): PageError."""
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
-        raise PageError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected {shape} "
-            f"{dtype} on {device}"
-        )
-    if not (tensor.is_contiguous() if whole else tensor.stride(-1) == 1):
-        raise PageError(f"{name} is not contiguous; call .contiguous()")

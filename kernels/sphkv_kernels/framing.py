@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphkv_kernels.frame_tensors import FramedQueries, FrameTensors, check_tokens, require
+from sphkv_kernels.frame_tensors import FramedQueries, FrameTensors, check_tokens
 from sphkv_kernels.launch import capability_of, launch_function, load_function
+from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
+from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.tier import PageError
 from sphkv_kernels.variant import SUPPORTED_HEAD_DIMS
 
 _SOURCES = ("intrinsics.cuh", "frame.cu")
 _FOLDER = Path(__file__).parent / "cuda"
 _N_THREADS, _N_COLUMNS, _MOST_ROWS = 256, 64, 8
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def frame_tokens(
@@ -54,18 +55,19 @@ def frame_tokens(
     """
     _require_servable(frame)
     check_tokens(frame, query, key, value, tail, rows, turns)
-    if query.dtype not in _TYPES:
+    if query.dtype not in FLOAT_TYPES:
         raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
     n, d, device = query.shape[0], frame.head_dim, frame.device
     framed = torch.empty((n, frame.n_q_heads, d), dtype=torch.float32, device=device)
-    coefficients = offsets = None
-    if frame.n_pairs:
+    coefficients = offsets = term = None
+    if frame.frequencies is not None:
         coefficients = framed.new_empty((n, frame.n_q_heads, 2, frame.n_pairs))
+        term = PositionTerm(coefficients, frame.frequencies)
     of_queries = frame.offset if with_offset else None
     if of_queries is not None:
         offsets = framed.new_empty((n, frame.n_q_heads))
     if not n:
-        return FramedQueries(framed, coefficients, offsets)
+        return FramedQueries(framed, term, offsets)
     n_columns = d + 2 * frame.n_pairs + (of_queries is not None)
     p = _FrameParams()
     pointers = {
@@ -84,12 +86,12 @@ def frame_tokens(
     p.key_matrix_stride = 0 if frame.key.shape[0] == 1 else d * d
     p.n_sequences, p.n_q_heads, p.n_kv_heads = n, frame.n_q_heads, frame.n_kv_heads
     p.n_term_columns, p.n_chunks = 2 * frame.n_pairs, -(-n_columns // _N_COLUMNS)
-    p.type = _TYPES[query.dtype]
+    p.type = FLOAT_TYPES[query.dtype]
     n_rows = _rows_at_once(n)
     function = _function("frame_tokens", d, n_rows, device)
     grid = ((frame.n_q_heads + 2 * frame.n_kv_heads) * p.n_chunks, -(-n // n_rows))
     launch_function(function, grid, _N_THREADS, 0, device, p)
-    return FramedQueries(framed, coefficients, offsets)
+    return FramedQueries(framed, term, offsets)
 
 
 def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,7 +104,7 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
     _require_servable(frame)
     d, device = frame.head_dim, frame.device
     require("outputs", outputs, (*outputs.shape[:-1], d), torch.float32, device)
-    if dtype not in _TYPES:
+    if dtype not in FLOAT_TYPES:
         raise PageError(f"outputs in {dtype}; use float32, bfloat16 or float16")
     result = torch.empty(outputs.shape, dtype=dtype, device=device)
     count = outputs.numel() // d
@@ -110,7 +112,7 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
         return result
     p = _UnframeParams()
     p.source, p.matrix, p.target = (x.data_ptr() for x in (outputs, frame.output, result))
-    p.n_rows, p.type = count, _TYPES[dtype]
+    p.n_rows, p.type = count, FLOAT_TYPES[dtype]
     n_rows = _rows_of_outputs(count)
     function = _function("unframe_outputs", d, n_rows, device)
     launch_function(function, (d // _N_COLUMNS, -(-count // n_rows)), _N_THREADS, 0, device, p)
@@ -139,10 +141,8 @@ def frame_source(head_dim: int, n_rows: int) -> str:
 
 
 def _rows_at_once(n: int) -> int:
-    n_rows = 1
-    while n_rows < min(n, _MOST_ROWS):
-        n_rows *= 2
-    return n_rows
+    """A power of two: few kernels."""
+    return 1 << (max(min(n, _MOST_ROWS), 1) - 1).bit_length()
 
 
 def _rows_of_outputs(n: int) -> int:

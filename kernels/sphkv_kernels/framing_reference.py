@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.frame_tensors import FramedQueries, FrameTensors, check_tokens
+from sphkv_kernels.position_term import PositionTerm
 
 
 def frame_tokens_reference(
@@ -37,12 +38,13 @@ def frame_tokens_reference(
 def frame_queries(frame: FrameTensors, query: Tensor, *, with_offset: bool = True) -> FramedQueries:
     """Queries (n, n_q_heads, d) of any dtype alone."""
     wide = query.to(frame.dtype)
-    coefficients = offset = None
-    if frame.position is not None:
+    term = offset = None
+    if frame.position is not None and frame.frequencies is not None:
         coefficients = torch.einsum("nhd,hdip->nhip", wide, frame.position).contiguous()
+        term = PositionTerm(coefficients, frame.frequencies)
     if frame.offset is not None and with_offset:
         offset = (wide * frame.offset).sum(-1)
-    return FramedQueries(_by_heads(wide, frame.query).contiguous(), coefficients, offset)
+    return FramedQueries(_by_heads(wide, frame.query).contiguous(), term, offset)
 
 
 def unframe_outputs_reference(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,9 @@
-"""Where the tokens of a plan's pages are, as a position term reads them (`cuda/position.cuh`)."""
+"""Where the tokens of a plan's pages are, as a position term reads them (`cuda/position.cuh`).
+
+    position of a live token = first of its page + its offset
+
+Source: ours.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from sphkv_kernels.framing_reference import (
     frame_tokens_reference,
     unframe_outputs_reference,
 )
-from sphkv_kernels.position_term import PositionTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,26 +54,14 @@ class Turns:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What queries ask pages and tail: query (n, n_q_heads, d), offset (n, n_q_heads) or None, and
-    the position term or None."""
-
-    query: Tensor
-    offset: Tensor | None
-    term: PositionTerm | None
-
-
-@dataclass(frozen=True, eq=False)
 class LayerFrame:
-    """tensors: the matrices; turning: of what is centred before RoPE, or None; frequencies
-    (n_kv_heads, n_pairs) float32 of the position term, or None.
+    """tensors: the matrices; turning: of what is centred before RoPE, or None.
 
     uses_kernel: whether the CUDA kernel multiplies in steps, else torch operations.
     """
 
     tensors: FrameTensors
     turning: Turning | None
-    frequencies: Tensor | None
     uses_kernel: bool
 
     @staticmethod
@@ -122,14 +109,11 @@ class LayerFrame:
             mean=moved_if_any(mean),
             turned=moved_if_any(None if mean is None else _quarter_turned(mean)),
             position=moved_if_any(None if term is None else term[0].transpose(0, 1)),
+            frequencies=None if term is None else term[1].to(device, torch.float32).contiguous(),
             offset=moved_if_any(offset),
         )
-        return LayerFrame(
-            tensors,
-            None if inv_freq is None else Turning.of(inv_freq.to(device)),
-            None if term is None else term[1].to(device, torch.float32).contiguous(),
-            uses_kernel,
-        )
+        turning = None if inv_freq is None else Turning.of(inv_freq.to(device))
+        return LayerFrame(tensors, turning, uses_kernel)
 
     def prepare(self, n_sequences: int) -> None:
         """Load what steps of so many sequences launch.
@@ -151,7 +135,7 @@ class LayerFrame:
         rows: Tensor,
         turns: Turns,
         with_offset: bool,
-    ) -> Asked:
+    ) -> FramedQueries:
         """One token of every sequence: its queries into the frame, keys and values into the tail.
 
         Args:
@@ -162,7 +146,7 @@ class LayerFrame:
         """
         take = frame_tokens if self.uses_kernel else frame_tokens_reference
         turned = None if self.turning is None else turns.of(self.turning, self.tensors.dtype)
-        found = take(
+        return take(
             self.tensors,
             query,
             key,
@@ -172,26 +156,19 @@ class LayerFrame:
             turns=turned,
             with_offset=with_offset,
         )
-        return self._asked(found)
 
     def leave(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
         """(n, n_q_heads, d) out of the frame, in another dtype."""
         take = unframe_outputs if self.uses_kernel else unframe_outputs_reference
         return take(self.tensors, outputs, dtype)
 
-    def queries(self, queries: Tensor) -> Asked:
+    def queries(self, queries: Tensor) -> FramedQueries:
         """(n, n_q_heads, d) of any dtype, any number of them, by torch operations."""
-        return self._asked(frame_queries(self.tensors, queries))
+        return frame_queries(self.tensors, queries)
 
     def outputs(self, outputs: Tensor) -> Tensor:
         """(n, n_q_heads, d) out of the frame, likewise."""
         return unframe_outputs_reference(self.tensors, outputs, self.tensors.dtype)
-
-    def _asked(self, found: FramedQueries) -> Asked:
-        term = None
-        if found.coefficients is not None and self.frequencies is not None:
-            term = PositionTerm(found.coefficients, self.frequencies)
-        return Asked(found.query, found.offset, term)
 
     @property
     def device(self) -> torch.device:
@@ -201,9 +178,8 @@ class LayerFrame:
     @property
     def n_bytes(self) -> int:
         """Bytes of its tensors."""
-        others = [self.frequencies, None if self.turning is None else self.turning.frequencies]
-        n_bytes = sum(t.untyped_storage().nbytes() for t in others if t is not None)
-        return self.tensors.n_bytes + n_bytes
+        turning = 0 if self.turning is None else self.turning.frequencies.untyped_storage().nbytes()
+        return self.tensors.n_bytes + turning
 
 
 def _centring(frames: FrameSet, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -89,10 +89,7 @@ class SlotMaker:
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
-        self._last: PageReserve | None = None
-        self._table: PageTable | None = None
-        self._pool_bytes = 0
-        self._moves: PoolMoves | None = None
+        self._last: _Made | None = None
 
     def reserve(self, pages: PagedCache, tier: int, group_size: int | None) -> PageReserve:
         """Slots of one tier behind the live pages; what else the pool holds is left out.
@@ -100,20 +97,20 @@ class SlotMaker:
         Args:
             group_size: query heads per KV head where the kernel reads, else None.
         """
-        last, table = self._last, self._table
-        if last is not None and table is not None and self._is_alike(last, table, pages):
-            return self._twin(last, pages)
+        if self._last is not None and self._last.was_of(pages):
+            return self._last.twin(pages)
         live = pages
         if bool((pages.page_table.live_tokens == 0).any()):
             live = kept(pages, pages.page_table.live_tokens > 0)
-        self._table, self._pool_bytes = pages.page_table, pages.pool.numel()
         moves = PoolMoves.of(live)
         if moves is not None:
             live = moves.applied(live)
-        # Pages with positions have no twins: what is moved, as large as the pool, is not kept.
-        self._moves = moves if pages.positions is None else None
-        self._last = self._with_slots(live, tier, group_size)
-        return self._last
+        reserve = self._with_slots(live, tier, group_size)
+        # Pages with positions have no twins: what was moved, as large as the pool, is not kept.
+        self._last = None
+        if pages.positions is None:
+            self._last = _Made(reserve, pages.page_table, pages.pool.numel(), moves)
+        return reserve
 
     def _with_slots(self, live: PagedCache, tier: int, group_size: int | None) -> PageReserve:
         heads = (live.n_sequences, live.n_kv_heads)
@@ -135,28 +132,38 @@ class SlotMaker:
         made.work.records[records.flatten(), 1] = 0
         return PageReserve(whole, made, entries, records, block, is_twin=False)
 
-    def _twin(self, last: PageReserve, pages: PagedCache) -> PageReserve:
-        live = pages.pool if self._moves is None else self._moves.made(pages.pool)
-        pool = torch.cat([live, torch.zeros_like(last.block).flatten()])
-        whole = replace(pages, pool=pool, page_table=last.pages.page_table)
-        block = pool[live.numel() :].view(last.block.shape)
-        shared = None
-        if last.plan is not None:
-            table = last.plan.cache.page_table
-            shared = last.plan.for_twin(replace(whole, page_table=table))
-        return PageReserve(whole, shared, last.entries, last.records, block, is_twin=True)
 
-    def _is_alike(self, last: PageReserve, table: PageTable, pages: PagedCache) -> bool:
-        """Whether the last one was made of pages laid out as these: all but its bytes is theirs."""
-        if last.pages.positions is not None or pages.positions is not None:
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A reserve, and the table and pool that it was made of (without positions), by `moves`."""
+
+    reserve: PageReserve
+    table: PageTable
+    pool_bytes: int
+    moves: PoolMoves | None
+
+    def was_of(self, pages: PagedCache) -> bool:
+        """Whether it was made of pages laid out as these: all but its bytes is theirs."""
+        if pages.positions is not None or pages.pool.numel() != self.pool_bytes:
             return False
-        if pages.pool.numel() != self._pool_bytes:
-            return False
-        a, b = table, pages.page_table
+        a, b = self.table, pages.page_table
         if a is b:
             return True
         pairs = ((a.starts, b.starts), (a.offsets, b.offsets), (a.tiers, b.tiers))
         return all(torch.equal(*pair) for pair in (*pairs, (a.live_tokens, b.live_tokens)))
+
+    def twin(self, pages: PagedCache) -> PageReserve:
+        """The reserve of these pages: its own bytes, and all else shared."""
+        like = self.reserve
+        live = pages.pool if self.moves is None else self.moves.made(pages.pool)
+        pool = torch.cat([live, torch.zeros_like(like.block).flatten()])
+        whole = replace(pages, pool=pool, page_table=like.pages.page_table)
+        block = pool[live.numel() :].view(like.block.shape)
+        shared = None
+        if like.plan is not None:
+            table = like.plan.cache.page_table
+            shared = like.plan.for_twin(replace(whole, page_table=table))
+        return PageReserve(whole, shared, like.entries, like.records, block, is_twin=True)
 
 
 def _dead(pages: PagedCache, tier: int, n_slots: int) -> PagedCache:

@@ -40,13 +40,14 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
     tokens, step = NewTokens(n, (tuple(range(n)),), (0,)), NewTokens(1, ((0,),), (n,))
     keys, values = drawn(shape.n_kv_heads, n), drawn(shape.n_kv_heads, n)
     try:
+        if store.uses_kernel:
+            for tier in rule.tiers:
+                prepare_encode(tier, shape.head_dim, device)
         state = store.sealed(store.appended(None, keys, values, tokens), [Placement(heads, heads)])
         new = drawn(shape.n_kv_heads, 1)
         state = store.appended(state, new, new, step)
         asked = drawn(shape.n_q_heads, 1)
         output = reader.attend(state, asked, step)
-        if store.uses_kernel:
-            prepare_encode(rule.tiers[rule.later_tier], shape.head_dim, device)
         _try_step(reader, asked.bfloat16(), new.bfloat16())
     except (PageError, KernelBuildError) as error:
         raise SphkvError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphkv_kernels.frame_tensors import FrameTensors
+from sphkv_kernels.frame_tensors import FramedQueries, FrameTensors
 from sphkv_kernels.framing import frame_tokens, unframe_outputs
 from sphkv_kernels.framing_reference import frame_tokens_reference, unframe_outputs_reference
 from sphkv_kernels.tier import PageError
@@ -38,6 +38,7 @@ def frame_of(
         n_q_heads=n_q,
         n_kv_heads=n_kv,
         position=gaussian(n_q, d, 2, n_pairs, seed=5) if n_pairs else None,
+        frequencies=gaussian(n_kv, n_pairs, seed=11) if n_pairs else None,
     )
     if not full:
         return frame
@@ -52,8 +53,16 @@ def frame_of(
 
 def widened(frame: FrameTensors) -> FrameTensors:
     tensors = {one.name: getattr(frame, one.name) for one in fields(frame)}
-    wide = {name: x.double() for name, x in tensors.items() if isinstance(x, Tensor)}
+    wide = {
+        name: x.double()
+        for name, x in tensors.items()
+        if isinstance(x, Tensor) and name != "frequencies"
+    }
     return replace(frame, **wide)
+
+
+def coefficients_of(found: FramedQueries) -> Tensor | None:
+    return None if found.term is None else found.term.coefficients
 
 
 def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
@@ -99,12 +108,12 @@ def test_tokens_enter_the_frame(
     assert_near(found.query, expected.query, RELATIVE)
     for one, other in (
         (found.offset, expected.offset),
-        (found.coefficients, expected.coefficients),
+        (coefficients_of(found), coefficients_of(expected)),
     ):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert_near(one, other, RELATIVE)
-    assert (found.offset is not None) == full and (found.coefficients is not None) == (n_pairs > 0)
+    assert (found.offset is not None) == full and (found.term is not None) == (n_pairs > 0)
     for new, other in zip(tail[:, :, :, 17], wide_tail[:, :, :, 17], strict=True):
         assert_near(new, other.double(), BFLOAT16)
     assert int(tail.isfinite().sum()) == 2 * n * n_kv * d
@@ -152,5 +161,7 @@ def test_what_does_not_fit_is_refused() -> None:
         unframe_outputs(frame, query.half(), torch.float16)
     with pytest.raises(PageError, match=r"frame\.position"):
         replace(frame, position=torch.zeros(3, 64, 2, 1, device="cuda"))
+    with pytest.raises(PageError, match="its matrix and its frequencies"):
+        replace(frame, position=torch.zeros(4, 64, 2, 1, device="cuda"))
     with pytest.raises(PageError, match="both of its parts"):
         replace(frame, turned=None)
