@@ -40,12 +40,12 @@ class DecodePlan:
 
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier, block); entries
     (n_pages) int32: the page-table entry of each record; positions: those of its tokens, None where
-    the cache has none; heads (n_blocks, HEAD_INTS) int32: the first segment of every block and the
-    range of its others in segments (n, SEGMENT_INTS) int32, each with the places of its first
-    pages; n_parts: partial results of rows cut into several; code_bytes: bytes of all pages;
-    used_tiers: the cache's tiers that occur, which segments number from 0 (a kernel is built for
-    these alone); tier_costs: cost of all pages of each of them; n_starts: how many times a block
-    begins a row.
+    the cache has none; heads (n_blocks, HEAD_INTS) int32: the first segment of every block, the
+    range of its others in segments (n, SEGMENT_INTS) int32 and its second tier; a segment comes
+    with the places of its first pages; n_parts: partial results of rows cut into several;
+    code_bytes: bytes of all pages; used_tiers: the cache's tiers that occur, which segments number
+    from 0 (a kernel is built for these alone); tier_costs: cost of all pages of each of them;
+    n_starts: how many times a block begins a row.
     """
 
     records: Tensor
@@ -211,6 +211,9 @@ def _split_heads(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Every block's first segment where the block finds it without a detour, and the others.
 
+    With the first segment come the range of the block's others and the next tier that it reads, -1
+    if there is none.
+
     A block without work gets a segment of no pages and no flags.
     """
     n_blocks = block_starts.size - 1
@@ -226,6 +229,11 @@ def _split_heads(
     padded = np.append(before, others.shape[0])
     heads[:, FIELDS] = padded[block_starts[:-1]]
     heads[:, FIELDS + 1] = padded[block_starts[1:]]
+    block, tier = np.repeat(np.arange(n_blocks), np.diff(block_starts)), segments[:, 1]
+    is_second = np.flatnonzero((tier >= 0) & (tier != heads[block, 1]))
+    with_second, first_of_them = np.unique(block[is_second], return_index=True)
+    heads[:, FIELDS + 2] = -1
+    heads[with_second, FIELDS + 2] = tier[is_second[first_of_them]]
     if not others.shape[0]:
         others = np.zeros((1, SEGMENT_INTS), dtype=np.int32)  # never read; null would be
     return heads, others

@@ -16,7 +16,7 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.layout import NativeLayout, Scheme
 from sphkv_kernels.lookup_tables import CodeTables, Table, code_tables, wide_tables
-from sphkv_kernels.table_space import TableSpace
+from sphkv_kernels.table_space import ROW_BYTES, TableSpace
 from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 
 TABLE_HEAD_DIMS = (64, 128)
@@ -58,6 +58,15 @@ class TierDispatch:
         """Place the tables of a tier and add its statement; PageError where it has none."""
         if reconstruct and tier.kind != "spherical":
             raise PageError(f"tier {tier.name!r}: only spherical tiers are reconstructed")
+        if self.space.n_shared_rows:
+            alone = TierDispatch(TableSpace(self.space.replicas), self.table_heads, self.wide)
+            alone.add(tier, reconstruct=reconstruct)
+            self.space.begin_set(alone.space.n_bytes // ROW_BYTES)
+        self._add(tier, reconstruct=reconstruct)
+        if self.space.n_shared_rows:
+            self.space.end_set()
+
+    def _add(self, tier: TierFormat, *, reconstruct: bool) -> None:
         arguments = "state, segment, p, lane, warp"
         if tier.kind != "spherical":
             name = "DenseRow" if tier.kind == "dense" else "Int8Row"
@@ -112,12 +121,16 @@ class TierDispatch:
         self.space.registers.append(tables.registers)
         return len(self.space.registers) - 1
 
-    def table_rows(self) -> tuple[Table, int, int]:
-        """All rows that the kernel reads, and the first ones of the registers and of the book."""
-        registers = np.stack([*self.space.registers, np.zeros(4, np.float16)])
-        book = np.zeros((0, 4), np.float16) if self.book is None else self.book
-        rows = np.concatenate([*self.space.tables, registers, book])
-        return rows, self.space.n_rows, self.space.n_rows + registers.shape[0]
+    def table_rows(self) -> tuple[Table, int]:
+        """All rows that the kernel reads: tables, registers, and from the second on the book or,
+        where sets take turns, the place of every table row (uint32 byte offsets)."""
+        space = self.space
+        registers = np.stack([*space.registers, np.zeros(4, np.float16)])
+        last = np.zeros((0, 4), np.float16) if self.book is None else self.book
+        if space.sets:
+            last = space.row_places().view(np.float16).reshape(-1, 4)
+        rows = np.concatenate([*space.tables, registers, last])
+        return rows, space.n_rows + registers.shape[0]
 
     def function(self, *, reconstruct: bool) -> str:
         """The C++ function that runs a segment by its tier."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sphkv_kernels.block_words import native_layout_of
 from sphkv_kernels.plan import FIRST_PAGES, SEGMENT_INTS
-from sphkv_kernels.table_space import TableSpace
+from sphkv_kernels.table_space import ROW_BYTES, TableSet, TableSpace
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.tier_dispatch import TABLE_HEAD_DIMS, TierDispatch
 
@@ -33,6 +34,8 @@ LISTED_SEGMENTS = (64, 16)
 more would leave no room for better tables."""
 SHARED_QUERY_BYTES = 4 * 1024 + 32
 """Fragments of one query tile at head_dim 128, the heads' scales, and the book."""
+PRESENT_BYTES = 16
+"""Which tiers' tables are there, where they take turns."""
 MIN_BUFFERS = 4
 
 
@@ -120,11 +123,18 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     columns = 2 if variant.head_dim == 256 else 1
     fragments = variant.group_tiles * columns * 8 * 32
     limit = SHARED_BYTES[capability]
-    for runs, listed, (replicas, wide) in _shared_choices(variant):
-        dispatch = TierDispatch(TableSpace(replicas), variant.table_heads, wide)
+    for runs, listed, copies in _shared_choices(variant):
+        n_shared = 0
+        if copies.in_turn:
+            without = _shared_layout(variant, TableSpace(2, 1), fragments, limit, listed, runs=runs)
+            if without is None:
+                continue
+            n_shared = (limit - without.least_bytes) // ROW_BYTES
+        space = TableSpace(copies.replicas, n_shared)
+        dispatch = TierDispatch(space, variant.table_heads, copies.wide)
         for tier in variant.tiers:
             dispatch.add(tier, reconstruct=variant.reconstruct)
-        layout = _shared_layout(variant, dispatch.space, fragments, limit, listed, runs=runs)
+        layout = _shared_layout(variant, space, fragments, limit, listed, runs=runs)
         if layout is not None:
             break
     else:
@@ -132,7 +142,7 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         raise PageError(f"the {what} of these tiers do not fit into shared memory")
     if variant.table_heads and dispatch.book is None:
         raise PageError("no tier of this cache has a key code that query tables serve")
-    rows, _, book_row = dispatch.table_rows()
+    rows, last_rows = dispatch.table_rows()
     name = "ada_logits" if variant.logits else "ada_decode"
     sources: tuple[str, ...] = DECODE_SOURCES
     if variant.reconstruct:
@@ -147,23 +157,26 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
     ]
     offsets = {
         **layout.offsets,
-        "BOOK_ROW": book_row,
+        "BOOK_ROW": last_rows,
+        "PLACES_ROW": last_rows,
         "TABLE_SUMS": int(dispatch.sums),
         "N_BUFFERS": layout.n_buffers,
         "POSITION_RUNS": int(runs),
     }
-    preamble = _preamble(variant, capability, replicas, dispatch.space, offsets, name)
+    preamble = _preamble(variant, capability, space, offsets, name)
     text = "\n".join([preamble, *texts])
     return KernelSource(text, name, 32 * variant.n_warps, layout.n_bytes, fragments, rows)
 
 
 @dataclass(frozen=True)
 class _SharedLayout:
-    """Places in a block's shared memory, as the CUDA source names them."""
+    """Places in a block's shared memory, as the CUDA source names them; least_bytes: n_bytes with
+    the fewest buffers."""
 
     offsets: dict[str, int]
     n_buffers: int
     n_bytes: int
+    least_bytes: int
 
 
 def _shared_layout(
@@ -177,13 +190,15 @@ def _shared_layout(
     position = shared_query + (SHARED_QUERY_BYTES if variant.table_heads else 0)
     of_group = variant.group_tiles * COEFFICIENT_BYTES + FREQUENCY_BYTES + runs * RUN_FEATURE_BYTES
     segments = position + variant.position_groups * of_group
-    totals = segments + listed * SEGMENT_BYTES
+    present = segments + listed * SEGMENT_BYTES
+    totals = present + (PRESENT_BYTES if space.n_shared_rows else 0)
     if variant.logits or variant.reconstruct:  # no sums to add up
-        scratch, n_buffers, end = totals, 1, totals
+        scratch, n_buffers, end, least = totals, 1, totals, totals
     else:
         scratch = totals + (variant.n_warps + 1) * heads * 8 + 16
         n_buffers = min(variant.n_warps, (limit - scratch) // (fragments * 16))
         end = scratch + n_buffers * fragments * 16
+        least = scratch + MIN_BUFFERS * fragments * 16
         if n_buffers < (MIN_BUFFERS if space.replicas > 2 and not variant.table_heads else 1):
             return None
     offsets = {
@@ -193,23 +208,45 @@ def _shared_layout(
         "POSITION_OFFSET": position,
         "SEGMENTS_OFFSET": segments,
         "LISTED_SEGMENTS": listed,
+        "PRESENT_OFFSET": present,
         "TOTALS_OFFSET": totals,
         "SCRATCH_OFFSET": scratch,
     }
-    return _SharedLayout(offsets, n_buffers, end) if end <= limit else None
+    return _SharedLayout(offsets, n_buffers, end, least) if end <= limit else None
 
 
-def _shared_choices(variant: Variant) -> list[tuple[bool, int, tuple[int, bool]]]:
-    """(features of runs of tokens, segments listed, (copies of a table row, wide tables)) to try,
-    best first: nothing takes the place of better tables, which gain more. Without the features
-    every token makes its own, as where pages have gaps; segments beyond the list are read from
-    memory."""
-    tables = [(16, False)]
+class _Copies(NamedTuple):
+    """How tables lie: copies of every row, wide tables where a code has them, and whether those of
+    the tiers take turns in the same places."""
+
+    replicas: int
+    wide: bool
+    in_turn: bool
+
+
+def _shared_choices(variant: Variant) -> list[tuple[bool, int, _Copies]]:
+    """(features of runs of tokens, segments listed, tables) to try, best first: nothing takes the
+    place of better tables, which gain more. Tables with fewer copies cost every lookup, those that
+    take turns a barrier where a block goes from one tier to another. Without the features every
+    token makes its own, as where pages have gaps; segments beyond the list are read from memory."""
+    tables = [_Copies(16, wide=False, in_turn=False)]
     if not variant.table_heads:
-        tables = [(16, True), (16, False), (8, False), (4, False), (2, False)]
+        may_turn = 1 < len(variant.tiers) <= 32 and not variant.reconstruct
+        tables.insert(0, _Copies(16, wide=True, in_turn=False))
+        tables += [_Copies(16, wide=False, in_turn=True)] if may_turn else []
+        tables += [
+            _Copies(replicas, wide=False, in_turn=in_turn)
+            for replicas in (8, 4, 2)
+            for in_turn in ((False, True) if may_turn else (False,))
+        ]
     features = (True, False) if variant.position_groups and not variant.offset_bytes else (False,)
     lists = LISTED_SEGMENTS if len(variant.tiers) > 1 else (0,)
     return [(runs, listed, one) for one in tables for runs in features for listed in lists]
+
+
+def _overwritten(space: TableSpace, by: TableSet) -> int:
+    """A bit for every other set that lies in the same places."""
+    return sum(1 << i for i, one in enumerate(space.sets) if one is not by and one.overlaps(by))
 
 
 def _read(source: str) -> str:
@@ -219,7 +256,6 @@ def _read(source: str) -> str:
 def _preamble(
     variant: Variant,
     capability: int,
-    replicas: int,
     space: TableSpace,
     offsets: dict[str, int],
     name: str,
@@ -236,7 +272,7 @@ def _preamble(
         "N_WARPS": variant.n_warps,
         "N_THREADS": 32 * variant.n_warps,
         "GROUP_TILES": variant.group_tiles,
-        "REPLICAS": replicas,
+        "REPLICAS": space.replicas,
         # Shared memory starts after 1 KB that sm_90 reserves; the kernel traps if it does not.
         "SHARED_BASE": 1024 if capability >= 90 else 0,
         "SOFTCAP": int(variant.softcap),
@@ -250,6 +286,7 @@ def _preamble(
         "FIRST_PAGES": FIRST_PAGES,
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": space.n_rows,
+        "TABLE_SETS": len(space.sets),
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
         "OFFSET_BYTES": variant.offset_bytes,
@@ -270,5 +307,8 @@ def _preamble(
             array("TABLE_FIRST_ROW", space.first_rows),
             array("TABLE_OFFSET", space.offsets),
             array("TABLE_TURNED", [int(turned) for turned in space.turned]),
+            array("SET_FIRST_ROW", [one.first_row for one in space.sets]),
+            array("SET_ROWS", [one.n_rows for one in space.sets]),
+            array("SETS_OVERWRITTEN", [_overwritten(space, one) for one in space.sets]),
         ]
     )

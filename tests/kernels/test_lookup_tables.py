@@ -50,3 +50,38 @@ def test_tables_never_overlap_and_equal_ones_are_stored_once() -> None:
     take(space.reserve(256), 256)
     take(space.place(tables[4]), 256)
     assert space.n_bytes == ROW_BYTES * (1 + max(row for _, row in taken))
+
+
+def test_sets_of_tables_take_turns_and_neighbours_stay_together() -> None:
+    generator = np.random.default_rng(6)
+    space = TableSpace(16, n_shared_rows=800)
+    sets = []
+    for heights in ((256, 256), (256, 16), (512, 512), (512, 64), ()):
+        space.begin_set(max(heights, default=0))
+        tables = [generator.random((n, 4)).astype(np.float16) for n in heights]
+        offsets = [space.place(table) for table in tables]
+        assert [space.place(table) for table in tables] == offsets
+        space.end_set()
+        sets.append(space.sets[-1])
+    assert [one.base for one in sets] == [0, 256, 0, 0, 512]
+    pairs = [(i, j) for i in range(5) for j in range(i) if sets[i].overlaps(sets[j])]
+    assert pairs == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    assert all(a.overlaps(b) == b.overlaps(a) for a in sets for b in sets)
+    assert space.n_bytes == 512 * ROW_BYTES
+    # What a block copies: a set's compact rows, each to its place.
+    places = space.row_places()
+    assert places.size == sum(one.n_rows for one in sets) + space.n_rows % 2
+    second = places[sets[1].first_row :][: sets[1].n_rows].astype(np.int64)
+    assert (second // ROW_BYTES).tolist() == [*range(256, 512), *range(256, 272)]
+    assert (second % ROW_BYTES).tolist() == [0] * 256 + [128] * 16
+
+
+def test_a_table_of_an_earlier_set_is_not_taken_to_be_there() -> None:
+    table = np.ones((256, 4), np.float16)
+    space = TableSpace(16, n_shared_rows=600)
+    offsets = []
+    for _ in range(2):
+        space.begin_set(256)
+        offsets.append(space.place(table))
+        space.end_set()
+    assert offsets == [0, 256 * ROW_BYTES]

@@ -61,6 +61,16 @@ def test_a_segment_says_where_its_first_pages_lie(n_blocks: int) -> None:
         assert segment[FIELDS:] == places + places[-1:] * (FIRST_PAGES - len(places))
 
 
+@pytest.mark.parametrize("n_blocks", [1, 3, 8, 20])
+def test_a_block_knows_the_second_tier_that_it_reads(n_blocks: int) -> None:
+    plan = make_plan(empty_pages([[3, 40], [0, 0], [1, 90], [5, 0]]), n_blocks)
+    seconds = plan.heads[:, FIELDS + 2].tolist()
+    for block, second in zip(segments_of(plan), seconds, strict=True):
+        tiers = [segment[1] for segment in block]
+        assert second == next((t for t in tiers if t not in (tiers[0], -1)), -1)
+    assert max(seconds) >= 0
+
+
 def test_a_record_is_that_of_its_entry() -> None:
     cache = empty_pages([[3, 400], [60, 340], [0, 1]])
     table = cache.page_table

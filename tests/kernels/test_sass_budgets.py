@@ -169,6 +169,36 @@ def test_mixed_tiers_and_logits_build(tmp_path: Path) -> None:
     assert compile_cubin(source.text, 90, folder=tmp_path)
 
 
+# Loops of 3/1/1/1, 3/2/2/2, 4/2/2/2, 4/3/3/3 and 5/3/3/3, shortest first, as in a real plan.
+SIX_TIERS = {64: (605, 610, 705, 715, 725), 128: (705, 710, 905, 915, 920)}
+
+
+@needs_tools
+@pytest.mark.parametrize(("head_dim", "budgets"), SIX_TIERS.items(), ids=str)
+def test_tables_of_many_tiers_take_turns_at_full_copies(
+    head_dim: int, budgets: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Fewer copies would make lanes of a warp wait for each other in every lookup."""
+    codes = (
+        ((3, 1, 1, 1), "lloyd_max:1"),
+        ((3, 2, 2, 2), "lloyd_max:2"),
+        ((4, 2, 2, 2), "lloyd_max:2"),
+        ((4, 3, 3, 3), "lloyd_max:3"),
+        ((5, 3, 3, 3), "lloyd_max:3"),
+    )
+    tiers = (*(tier_of(*code, head_dim) for code in codes), TierFormat.int8())
+    variant = Variant(tiers, head_dim, 1)
+    text = kernel_source(variant, 90).text
+    assert "#define REPLICAS 16\n" in text
+    assert "#define TABLE_SETS 6\n" in text
+    loops = decode_loops(disassemble(built(variant, 90, tmp_path)))
+    assert len(loops) == len(budgets)
+    for loop, total in zip(sorted(loops, key=lambda one: one.total), budgets, strict=True):
+        assert loop.total <= total
+    # 5/3/3/3 spilled these before there were sets; bringing them in adds none.
+    assert sum(loop.local_memory for loop in loops) <= 10
+
+
 def test_query_tables_fit_beside_two_codes_and_a_position_term() -> None:
     """Sums of one warp at a time are room enough."""
     tiers = (tier_of((4, 2, 2, 2), "fp16"), tier_of((4, 3, 3, 3), "lloyd_max:3"))

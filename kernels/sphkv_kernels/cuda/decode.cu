@@ -262,7 +262,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   const Lane lane = lane_of_thread();
   // Tables, the block's first segment, its query and what each warp reads first are under way together:
   // what waits here is a third of a short decode.
+#if !TABLE_SETS
   const TableRows rows = load_tables(p);
+#endif
 #if TABLE_HEADS
   const BookRows book = load_book(p);
 #endif
@@ -273,7 +275,11 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
                       reinterpret_cast<const u32*>(head + 3), warp, lane);
   Query query;
   load_query(query, p, segment.row, lane);
+#if TABLE_SETS
+  bring_tables<4>(p, 0u, segment.tier, rest.z);
+#else
   store_tables(rows);
+#endif
 #if TABLE_HEADS
   store_book(book);
 #endif
@@ -302,6 +308,14 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   int next = rest.x;
 #pragma unroll 1
   while (true) {
+#if TABLE_SETS
+    const u32 present = *present_sets();
+    if (segment.tier >= 0 && !(present & bit_of(segment.tier))) {
+      __syncthreads();  // no warp reads what is overwritten any more
+      bring_tables<1>(p, present, segment.tier, -1);
+      __syncthreads();
+    }
+#endif
 #if LISTED_SEGMENTS
     const int then_turn = segment.flags & LAST ? 0 : (turn + steps_of(segment, p)) % N_WARPS;
     // The next segment begins to come while this one is worked on.

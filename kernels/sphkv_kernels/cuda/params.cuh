@@ -6,7 +6,8 @@ struct Params {
   const int* entries;       // per page: its entry in the page table (logits, window)
   const int* first_positions;  // per page: its lowest position, or null
   const u8* position_offsets;  // per page, OFFSET_BYTES a token: how far after that, in the order of norms
-  const int* heads;         // per block HEAD_INTS: its first segment, the range of the others, pages
+  const int* heads;         // per block HEAD_INTS: its first segment, the range of the others, its second
+                            // tier (-1: none), pages
   const int* segments;      // SEGMENT_INTS per further segment: the segment, pages
   const uint2* tables;      // compact table rows, one after the other
   const void* query;        // (n_sequences, n_q_heads, head_dim)
