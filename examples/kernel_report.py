@@ -1,6 +1,6 @@
 """Measures the decode kernel on this machine's GPU and writes a JSON report with its provenance.
 
-    python examples/kernel_report.py --output examples/results/kernel-h100.json
+    python examples/kernel_report.py --output examples/results/kernel-h100.json --force
 
 Codes x shapes with the dense baselines of the same run (FlashInfer's where it is installed), mixed
 caches against the byte-weighted time of their tiers, metadata over page sizes, position terms, and
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from script import commit, require_gpu, run
 
+from sphkv_cli.artifacts.report import write_text
+from sphkv_cli.artifacts.store import check_output
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.benchmark import (
@@ -231,25 +233,15 @@ def line(report: CaseReport) -> str:
     )
 
 
-def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it; ends the program where
-    there is no history."""
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    name = git("rev-parse", "HEAD")
-    if not name:
-        raise SystemExit("no git history here: name the commit with --commit")
-    return name + ("-modified" if git("status", "--porcelain", "-uno") else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--force", action="store_true", help="overwrite an existing --output")
     parser.add_argument("--commit", default="", help="where the checkout has no git history")
     arguments = parser.parse_args()
+    # Minutes of measurement end in this file: refuse now what could not be written then.
+    check_output(arguments.output, force=arguments.force)
+    require_gpu()
     of_commit = arguments.commit or commit()
     started = time.time()
     rates = memory_rates()
@@ -278,10 +270,9 @@ def main() -> None:
         "encode": encode_cases(),
     }  # fmt: skip
     report["provenance"]["seconds"] = round(time.time() - started, 1)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

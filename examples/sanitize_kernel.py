@@ -1,4 +1,4 @@
-"""Small framing, encode, decode and logit launches over mixed tiers, for NVIDIA's checkers:
+"""Small framing, encode, decode and logit launches over mixed tiers, for NVIDIA's checkers.
 
 compute-sanitizer --tool memcheck python examples/sanitize_kernel.py
 compute-sanitizer --tool racecheck python examples/sanitize_kernel.py
@@ -6,7 +6,10 @@ compute-sanitizer --tool racecheck python examples/sanitize_kernel.py
 
 from __future__ import annotations
 
+import argparse
+
 import torch
+from script import require_gpu, run
 
 from sphkv_codebooks.rotation import Rotation
 from sphkv_codebooks.spherical_code import SphericalCode
@@ -41,6 +44,8 @@ def frame_of_ones(n_q_heads: int, n_kv_heads: int, d: int, n_pairs: int) -> Fram
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    require_gpu()
     codes = [
         SphericalCode.analytic("a", 128, (4, 2, 2, 2), "fp16"),
         SphericalCode.analytic("b", 128, (3, 2, 2, 2), "lloyd_max:2"),
@@ -94,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -34,11 +34,13 @@ from typing import Any
 
 import torch
 import transformers
-from kernel_report import commit
+from script import commit, require_gpu, run
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
+from sphkv_cli.artifacts.report import write_text
+from sphkv_cli.artifacts.store import check_output
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.generation.decode_graph import DecodeGraph
 from sphkv_cli.generation.placement import UniformRule
@@ -61,6 +63,13 @@ SHAPES = {
     "random-7b": (4096, 14336, 32, 32, 8, 128, 32000, 131072 + 4096),
     "random-smollm2": (576, 1536, 30, 9, 3, 64, 49152, 8192 + 4096),
 }
+DEFAULTS: dict[str, Any] = {
+    "model": "smollm2",
+    "batch": [1, 8, 32],
+    "context": [4096, 32768, 131072],
+    "steps": 8,
+}
+SMOKE: dict[str, Any] = {"model": "tiny", "batch": [1, 2], "context": [48, 100], "steps": 4}
 TINY = (64, 96, 2, 4, 2, 32, 128, 512)
 
 
@@ -88,14 +97,14 @@ class Cell:
 
 def main() -> None:
     asked = _arguments()
-    if asked.smoke:
-        asked.batch, asked.context, asked.steps = [1, 2], [48, 100], 4
-    elif not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: only --smoke runs here")
+    if asked.output:
+        check_output(asked.output, force=asked.force)
+    if not asked.smoke:
+        require_gpu("run it where there is one, or pass --smoke")
     if asked.output and not asked.commit:
         asked.commit = commit()
     device = torch.device("cpu" if asked.smoke else "cuda")
-    model = _model("tiny" if asked.smoke else asked.model, device)
+    model = _model(asked.model, device)
     names = list(EAGER)
     if device.type == "cuda":
         names += [DENSE_GRAPH, *(f"{tier}{way}" for tier in asked.tier for way in ("", GRAPH))]
@@ -128,22 +137,39 @@ def _write(asked: Any, model: Any, cells: list["Cell"]) -> None:
         "dtype": str(model.dtype),
         "cells": [asdict(cell) for cell in cells],
     }
-    Path(asked.output).write_text(json.dumps(report, indent=1) + "\n")
+    write_text(asked.output, json.dumps(report, indent=1) + "\n")
 
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", choices=("smollm2", *SHAPES))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--context", type=int, nargs="+", default=[4096, 32768, 131072])
     parser.add_argument(
-        "--steps", type=int, default=8, help="of the dense caches, after two that warm up"
+        "--model", choices=("smollm2", *SHAPES), help=f"default: {DEFAULTS['model']}"
+    )
+    parser.add_argument("--batch", type=_count, nargs="+", help=f"default: {DEFAULTS['batch']}")
+    parser.add_argument("--context", type=_count, nargs="+", help=f"default: {DEFAULTS['context']}")
+    parser.add_argument(
+        "--steps",
+        type=_count,
+        help=f"of the dense caches, after three that warm up; default: {DEFAULTS['steps']}",
     )
     parser.add_argument("--tier", nargs="+", default=["polar-4222-r2"], choices=(*CODES, "int8"))
-    parser.add_argument("--output")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--force", action="store_true", help="overwrite an existing --output")
     parser.add_argument("--commit", default="", help="where the checkout has no git history")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    for name, value in (SMOKE if asked.smoke else DEFAULTS).items():
+        if getattr(asked, name) is None:
+            setattr(asked, name, value)
+        elif asked.smoke:
+            parser.error(f"--smoke has a --{name} of its own: leave one of them out")
+    return asked
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _model(name: str, device: torch.device) -> Any:
@@ -423,4 +449,4 @@ def _table(cells: list[Cell], names: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
