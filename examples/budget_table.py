@@ -8,10 +8,11 @@ jointly; KL in nats, geometric means over documents with their 95 % intervals.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from records import recorded
 
 JOINT = ("policy", "plan", "oracle", "joint")
 
@@ -60,16 +61,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reports", nargs="+", type=Path, help="reports of sphkv evaluate")
     asked = parser.parse_args()
-    print(
+    lines = [
         "| budget | model | policy: KL [95 %] | perplexity | top-1 | over the plan's KL | "
-        "best method that is not joint |\n|---|---|---|---|---|---|---|"
-    )
+        "best method that is not joint |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for report in asked.reports:
-        evaluation = json.loads(report.read_text())["content"]["evaluation"]
-        found = lines_of(evaluation)
+        found = lines_of(recorded(parser, report, "sphkv evaluate"))
         if not found:
             parser.error(f"{report} holds no policy at a budget; evaluate with --budget, repeated")
-        print("\n".join(found))
+        lines += found
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from records import recorded, require_families
+from script import run
+
+from sphkv_cli.artifacts.store import replaced_when_whole
 from sphkv_cli.evaluation.rate_plot import image_format, rate_figure, require_drawable
 from sphkv_cli.evaluation.result import EvaluationResult
 from sphkv_cli.plots.draw import draw
@@ -28,15 +32,14 @@ def main() -> None:
     def named(found: dict[str, Any]) -> Any:
         return SimpleNamespace(**found)
 
-    report = json.loads(asked.report.read_text(), object_hook=named)
-    evaluation = report.content.evaluation
-    known = {row.family for row in evaluation.rows}
-    for family in set(asked.leave_out) - known:
-        parser.error(f"no rows of the family {family!r}; there is {', '.join(sorted(known))}")
-    evaluation.rows = [row for row in evaluation.rows if row.family not in asked.leave_out]
+    found = recorded(parser, asked.report, "sphkv evaluate")
+    require_families(parser, asked.leave_out, found["rows"])
+    found["rows"] = [row for row in found["rows"] if row["family"] not in asked.leave_out]
+    evaluation = json.loads(json.dumps(found), object_hook=named)
     figure = rate_figure(cast("EvaluationResult", evaluation))
-    draw(figure, asked.picture, image_format(asked.picture))
+    with replaced_when_whole(asked.picture) as temporary:
+        draw(figure, temporary, image_format(asked.picture))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

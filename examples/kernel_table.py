@@ -4,9 +4,10 @@ python examples/kernel_table.py examples/results/kernel-h100.json examples/resul
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from records import recorded
 
 CODES = {
     "4222-fp16": "4/2/2/2 fp16 (the paper's)",
@@ -70,8 +71,10 @@ def main() -> None:
     """Print the tables of the reports named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reports", type=Path, nargs="+")
-    for path in parser.parse_args().reports:
-        print("\n".join([*table(json.loads(path.read_text())), ""]))
+    paths = parser.parse_args().reports
+    reports = [recorded(parser, path, "examples/kernel_report.py") for path in paths]
+    for report in reports:
+        print("\n".join([*table(report), ""]))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ bytes of a similar mix of tiers, shows the plan's; `-` where nothing was timed.
 """
 
 import argparse
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from records import recorded, require_families
 
 FAMILIES = (
     "dense",
@@ -60,9 +61,9 @@ def kernel_speeds(report: Mapping[str, Any], shape: str) -> dict[str, float]:
     return found
 
 
-def plan_speed(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def plan_speed(profile: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The row of the plan that a profile timed, at the most tokens that it ran."""
-    speed = report["content"]["profile"]["speed"]
+    speed = profile["speed"]
     if not speed:
         return None
     row: Mapping[str, Any] = max(speed["rows"], key=lambda row: row["batch"] * row["n_context"])
@@ -141,14 +142,15 @@ def main() -> None:
     )
     parser.add_argument("--family", action="append", help="rows to print, repeatable")
     asked = parser.parse_args()
-    evaluation = json.loads(asked.evaluation.read_text())["content"]["evaluation"]
-    speeds, of_plan, shapes = {}, {}, set()
+    evaluation = recorded(parser, asked.evaluation, "sphkv evaluate")
+    require_families(parser, asked.family or (), evaluation["rows"])
+    speeds, of_plan, shapes, lines = {}, {}, set(), []
     if asked.kernel is not None:
-        report = json.loads(asked.kernel.read_text())
+        report = recorded(parser, asked.kernel, "examples/kernel_report.py")
         speeds = kernel_speeds(report, asked.shape)
         if not speeds:
             parser.error(f"{asked.kernel} has no case {asked.shape} of head_dim 128")
-        print(
+        lines.append(
             f"Attention step: against bf16 on one {report['provenance']['gpu']}, {asked.shape}, "
             "head_dim 128,\nwithout the term that frames centred before RoPE add.\n"
         )
@@ -156,15 +158,15 @@ def main() -> None:
         budget, _, path = profile.partition("=")
         if not path:
             parser.error(f"--profile {profile} names no budget: give it as 2b={profile}")
-        found = plan_speed(json.loads(Path(path).read_text()))
+        found = plan_speed(recorded(parser, Path(path), "sphkv profile"))
         if found is None:
             parser.error(f"{path} holds no speed; profile the allocation on a GPU")
         of_plan[budget] = float(found["speedup"])
         shapes.add(f"{found['batch']} x {found['n_context']}")
     if shapes:
-        print(f"Of plans and policies: {', '.join(sorted(shapes))} tokens of the model.\n")
+        lines.append(f"Of plans and policies: {', '.join(sorted(shapes))} tokens of the model.\n")
     families = tuple(asked.family) if asked.family else FAMILIES
-    print("\n".join(table(evaluation, families, speeds, of_plan)))
+    print("\n".join([*lines, *table(evaluation, families, speeds, of_plan)]))
 
 
 if __name__ == "__main__":

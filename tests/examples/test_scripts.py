@@ -1,4 +1,4 @@
-"""Scripts of examples/ refuse bad input in one line, before they measure."""
+"""Scripts of examples/ refuse bad input in one line, before they measure and before they print."""
 
 import importlib
 import json
@@ -15,6 +15,16 @@ import torch
 from sphkv_kernels.timing import MemoryRates
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TABLE, NEEDLE = (EXAMPLES / "results" / "smollm2" / f"{name}.json" for name in ("table", "needle"))
+KERNEL, TOKENS = (
+    EXAMPLES / "results" / f"{name}-h100.json" for name in ("kernel", "tokens-random-7b")
+)
+WRITERS = {
+    "kernel_table.py": "examples/kernel_report.py",
+    "one_table.py": "sphkv evaluate",
+    "budget_table.py": "sphkv evaluate",
+    "draw_evaluation.py": "sphkv evaluate",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,10 @@ class Ended:
     code: int
     out: str
     err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.err.splitlines()[-1]
 
 
 Script = Callable[..., Ended]
@@ -121,3 +135,73 @@ def test_without_git_history_the_commit_is_asked_for(
     ended = script("kernel_report.py", "--output", tmp_path / "report.json")
     sentence = "kernel_report.py: no git history here; name the commit with --commit\n"
     assert (ended.code, ended.err) == (2, sentence)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_no_report_of_the_writer_is_named_in_one_line(
+    name: str, script: Script, tmp_path: Path
+) -> None:
+    if name == "draw_evaluation.py":
+        pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    files = {"text": b"no JSON", "bytes": b"\xff\xfe\x00", "list": b"[]", "number": b"1"}
+    files |= {"empty": b"{}", "null": b'{"content": null}', "string": b'{"content": "evaluation"}'}
+    for key, content in files.items():
+        (tmp_path / key).write_bytes(content)
+    picture = [tmp_path / "picture.png"] if name == "draw_evaluation.py" else []
+    another = TABLE if name == "kernel_table.py" else KERNEL
+    others = [*map(tmp_path.joinpath, files), NEEDLE, TOKENS, another]
+    reasons = {tmp_path / "missing": ": No such file or directory", tmp_path: ": Is a directory"}
+    for path, reason in {**dict.fromkeys(others, ""), **reasons}.items():
+        ended = script(name, path, *picture)
+        line = f"{name}: error: {path} is no report of {WRITERS[name]}{reason}"
+        assert (ended.code, ended.last_line) == (2, line)
+        assert not ended.out and "Traceback" not in ended.err
+    assert not any(path.exists() for path in picture)
+
+
+@pytest.mark.parametrize(
+    ("name", "good"), [("kernel_table.py", KERNEL), ("budget_table.py", TABLE)]
+)
+def test_a_table_is_printed_whole_or_not_at_all(
+    name: str, good: Path, script: Script, tmp_path: Path
+) -> None:
+    ended = script(name, good, tmp_path / "missing")
+    assert ended.code == 2 and not ended.out
+    assert script(name, good).out.startswith("|" if good is TABLE else "NVIDIA")
+
+
+@pytest.mark.parametrize(
+    ("option", "writer"),
+    [("--kernel={}", "examples/kernel_report.py"), ("--profile=2b={}", "sphkv profile")],
+)
+def test_speeds_of_the_one_table_come_from_reports_of_their_kind(
+    option: str, writer: str, script: Script
+) -> None:
+    ended = script("one_table.py", TABLE, f"--kernel={KERNEL}", option.format(TABLE))
+    assert ended.code == 2 and not ended.out
+    assert ended.last_line == f"one_table.py: error: {TABLE} is no report of {writer}"
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("one_table.py", "--family"), ("draw_evaluation.py", "--leave-out")]
+)
+def test_a_family_that_no_row_has_is_refused_and_those_there_are_named(
+    name: str, option: str, script: Script, tmp_path: Path
+) -> None:
+    picture = []
+    if name == "draw_evaluation.py":
+        pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+        picture = [tmp_path / "picture.png"]
+    ended = script(name, TABLE, *picture, option, "KIVI", option, "nosuch")
+    assert ended.code == 2 and not ended.out
+    assert "no rows of the family 'nosuch'; there is 'Ada-KV, bf16', 'KIVI'," in ended.last_line
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_in_one_line(
+    script: Script, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    for picture, code in ((tmp_path / "x.gif", 2), (tmp_path / "no" / "x.png", 1)):
+        ended = script("draw_evaluation.py", TABLE, picture)
+        assert ended.code == code and len(ended.err.splitlines()) == 1
+        assert ended.err.startswith("draw_evaluation.py: ") and picture.name in ended.err

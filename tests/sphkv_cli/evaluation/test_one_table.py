@@ -24,6 +24,13 @@ from sphkv_codebooks.comparators.kivi import KiviKeys, KiviValues
 from sphkv_codebooks.comparators.turboquant_mse import TurboQuantMse
 from sphkv_codebooks.rotation import Rotation
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -140,11 +147,10 @@ def test_the_readme_table_joins_quality_with_speed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    examples = Path(__file__).parents[3] / "examples"
-    kernel = examples / "results" / "kernel-h100.json"
+    kernel = EXAMPLES / "results" / "kernel-h100.json"
     arguments = ["one_table.py", str(report), "--kernel", str(kernel), "--family", "PolarQuant"]
     monkeypatch.setattr("sys.argv", [*arguments, "--family", "KIVI", "--family", "dense"])
-    runpy.run_path(str(examples / "one_table.py"), run_name="__main__")
+    runpy.run_path(str(EXAMPLES / "one_table.py"), run_name="__main__")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     cells = {line.split(" | ")[0]: line.rstrip(" |").split(" | ") for line in lines}
     assert len(cells) == 1 + 2 + 1
@@ -171,7 +177,7 @@ def test_a_profile_gives_plan_and_policy_of_its_budget_a_speed_and_no_other_row(
     rows[1]["speedup"] = 1.75
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps({"content": {"profile": {"speed": {"rows": rows}}}}))
-    script = Path(__file__).parents[3] / "examples" / "one_table.py"
+    script = EXAMPLES / "one_table.py"
     monkeypatch.setattr("sys.argv", ["one_table.py", str(report), "--profile", f"3b={profile}"])
     runpy.run_path(str(script), run_name="__main__")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
@@ -276,7 +282,7 @@ def test_the_budget_table_sets_the_policy_beside_the_best_that_is_not_joint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = Path(__file__).parents[3] / "examples" / "budget_table.py"
+    script = EXAMPLES / "budget_table.py"
     monkeypatch.setattr("sys.argv", ["budget_table.py", str(report)])
     runpy.run_path(str(script), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -299,7 +305,7 @@ def test_a_recorded_report_is_drawn_as_the_command_draws_it(
 ) -> None:
     assert "KIVI" in {row.family for row in table.rows}
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    script = Path(__file__).parents[3] / "examples" / "draw_evaluation.py"
+    script = EXAMPLES / "draw_evaluation.py"
     for name, others in (("all.png", []), ("few.png", ["--leave-out", "KIVI"])):
         monkeypatch.setattr("sys.argv", ["draw", str(report), str(tmp_path / name), *others])
         runpy.run_path(str(script), run_name="__main__")
