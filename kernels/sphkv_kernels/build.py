@@ -1,6 +1,6 @@
 """CUDA source -> cubin: NVRTC through cuda-core, on a machine with or without a GPU.
 
-    key = SHA-256(source, architecture, options, NVRTC version)
+    key = SHA-256(source, architecture, standard, NVRTC version)
 
 A build is a pure function of that key, so its cubin is kept on disk under it. Cubin and never PTX:
 a driver older than NVRTC cannot load its PTX. The sources include no header, so that nothing but
@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
-OPTIONS = ("-std=c++17",)
+STANDARD = "c++17"
 
 
 class KernelBuildError(RuntimeError):
@@ -32,8 +33,8 @@ def compile_cubin(
 ) -> bytes:
     """The cubin of `source` for a compute capability (90 = sm_90).
 
-    folder: of the cache, `cache_folder()` by default. Raises KernelBuildError with the compiler's
-    text, or with what to install.
+    folder: of the cache, `cache_folder()` by default; where it cannot be written a warning says so.
+    Raises KernelBuildError with the compiler's text, or with what to install.
     """
     folder = cache_folder() if folder is None else folder
     path = folder / f"{build_key(source, capability)}.cubin"
@@ -41,13 +42,20 @@ def compile_cubin(
         return path.read_bytes()
     cubin = _compile(source, capability)
     if use_cache:
-        _write_atomically(path, cubin)
+        try:
+            _write_atomically(path, cubin)
+        except OSError as error:
+            warnings.warn(
+                f"a kernel could not be kept in {folder} ({error}) and will be compiled again; set "
+                "XDG_CACHE_HOME to a folder that can be written",
+                stacklevel=2,
+            )
     return cubin
 
 
 def build_key(source: str, capability: int) -> str:
     """Hex digest of everything a build depends on."""
-    parts = (source, f"sm_{capability}", *OPTIONS, nvrtc_version())
+    parts = (source, f"sm_{capability}", STANDARD, nvrtc_version())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -71,7 +79,7 @@ def _compile(source: str, capability: int) -> bytes:
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise KernelBuildError(_missing(error)) from error
-    options = ProgramOptions(arch=f"sm_{capability}", std="c++17")
+    options = ProgramOptions(arch=f"sm_{capability}", std=STANDARD)
     try:
         code = Program(source, "c++", options).compile("cubin").code
     except Exception as error:  # cuda-core raises its own types; its text is NVRTC's log

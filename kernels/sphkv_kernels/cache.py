@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sphkv_kernels.launch_arguments import require
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import PAGE_SIZES, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
@@ -50,8 +51,10 @@ class PagedCache:
         n = table.n_entries
         if self.page_size not in PAGE_SIZES:
             raise PageError(f"page_size {self.page_size}: choose one of {PAGE_SIZES}")
+        require(
+            "cache.pool", self.pool, (self.pool.numel(),), torch.uint8, self.device, aligned=True
+        )
         expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
-            "pool": (self.pool, (self.pool.numel(),), torch.uint8),
             "page_table.offsets": (table.offsets, (n,), torch.int64),
             "page_table.tiers": (table.tiers, (n,), torch.int8),
             "page_table.live_tokens": (table.live_tokens, (n,), torch.int16),
@@ -70,7 +73,7 @@ class PagedCache:
             raise PageError("tail_keys, tail_values and tail_tokens come together or not at all")
         if self.tail_keys is not None:
             assert self.tail_values is not None and self.tail_tokens is not None
-            size = self.tail_keys.shape[2]
+            size = self.tail_keys.shape[2] if self.tail_keys.ndim == 4 else 0
             tail_shape = (self.n_sequences, self.n_kv_heads, size, self.head_dim)
             expected["tail_keys"] = (self.tail_keys, tail_shape, torch.bfloat16)
             expected["tail_values"] = (self.tail_values, tail_shape, torch.bfloat16)
@@ -78,16 +81,13 @@ class PagedCache:
         if self.tail_positions is not None:
             expected["tail_positions"] = (self.tail_positions, (self.n_sequences,), torch.int32)
         for name, (tensor, shape, dtype) in expected.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise PageError(
-                    f"cache.{name} is {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"expected {shape} {dtype}"
-                )
             if tensor.device != self.pool.device:
                 raise PageError(
                     f"cache.{name} lies on {tensor.device}, the pool on {self.pool.device}; "
                     "move the whole cache with .to(device)"
                 )
+            aligned = name in ("tail_keys", "tail_values")
+            require(f"cache.{name}", tensor, shape, dtype, self.device, aligned=aligned)
 
     @property
     def device(self) -> torch.device:

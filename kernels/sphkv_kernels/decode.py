@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.launch import KernelParams, LoadedKernel, load_kernel, tables_fit
+from sphkv_kernels.kernel_structs import KernelParams
+from sphkv_kernels.launch import LoadedKernel, capability_of, load_kernel, tables_fit
 from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
 from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.plan import DecodePlan, make_plan
@@ -28,9 +29,11 @@ from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import DecodeResult, LogitResult
 from sphkv_kernels.score_form import ScoreForm, table_heads
 from sphkv_kernels.tier import PageError, TierFormat
-from sphkv_kernels.variant import Variant
+from sphkv_kernels.tier_dispatch import require_readable
+from sphkv_kernels.variant import Variant, output_fragments
 
 MAX_GROUP = 16
+_MOST_TOKENS = (1 << 31) - 1
 _LOG2_E = math.log2(math.e)
 
 
@@ -40,8 +43,9 @@ class AttentionPlan:
 
     Made by `plan`. It stays valid while the page table, the tiers and the positions stay as they
     are: contents of the pool and the tail (tail_tokens included) may change between steps. Steps
-    that share a plan must not run at the same time (they share scratch memory). table_heads: heads
-    of the query tables that score the keys, 0 where fragments do (`score_form`).
+    that share a plan must not run at the same time (they share scratch memory). A CUDA graph that
+    holds a step reads plan and cache at every replay: both must outlive it. table_heads: heads of
+    the query tables that score the keys, 0 where fragments do (`score_form`).
     """
 
     cache: PagedCache
@@ -81,11 +85,14 @@ class AttentionPlan:
         overlap.
 
         Raises:
-            PageError: another format of pages, for which other kernels are built.
+            PageError: another format of pages, for which other kernels are built, or other places
+                of pages.
         """
         mine, other = _format(self.cache), _format(cache)
         if mine != other:
             raise PageError(f"a twin's pages are {other}, the plan is for {mine}")
+        if not self.cache.page_table.equals(cache.page_table):
+            raise PageError("a twin's pages lie in other places than those that the plan is for")
         work = replace(self.work, positions=PagePositions.of(cache, self.work.entries))
         twin = replace(self, cache=cache, work=work, handle=next(_handles))
         _plans[twin.handle] = twin
@@ -145,7 +152,8 @@ def plan(
     tables made from it (groups of 1 and 2), "auto" whichever measured faster (`score_form`).
     check: read the page table back and refuse entries that cannot be right (offsets outside the
     pool, unknown tiers, too many tokens). Raises PageError if the cache is not on a CUDA device, or
-    holds a code, head_dim or group that the kernel does not have.
+    on one that the kernel is not built for, or holds a code, head_dim or group that it does not
+    have.
     """
     if cache.device.type != "cuda":
         raise PageError(
@@ -154,13 +162,17 @@ def plan(
         )
     if not 1 <= group_size <= MAX_GROUP:
         raise PageError(f"group_size {group_size}: the CUDA kernel serves 1 to {MAX_GROUP}")
+    if n_warps is not None and not 2 <= n_warps <= 16:
+        raise PageError(f"n_warps {n_warps}: a block has 2 to 16")
+    capability_of(cache.device)  # raises
     if n_blocks is None:
         n_blocks = torch.cuda.get_device_properties(cache.device).multi_processor_count
     work = make_plan(cache, n_blocks, check=check)
     tiles = _group_tiles(group_size)
     n_warps = _default_warps(cache.head_dim, tiles) if n_warps is None else n_warps
-    fragments = tiles * (2 if cache.head_dim == 256 else 1) * 8 * 32
+    fragments = output_fragments(cache.head_dim, tiles)
     used = tuple(cache.tiers[index] for index in work.used_tiers)
+    require_readable(used)
     heads = table_heads(
         score_form, used, work.tier_costs, work.n_starts, group_size, cache.head_dim
     )
@@ -200,7 +212,14 @@ def ada_decode(
     for this call alone (a copy of the page table to the host, a millisecond or more), which a CUDA
     graph cannot capture. position_term: float32, on the cache's device, coefficients times
     softmax_scale log2 e within fp16's range; it errs by up to 4 x 10^-6 of its coefficients at any
-    position below 2^31. Raises PageError before the launch where an argument does not fit.
+    position below 2^31. Vectors become fp16 in registers: elements of the query, of the tail and of
+    dense pages must lie within +-65504, and those below 3 x 10^-8 are zero.
+
+    Raises:
+        PageError: an argument that does not fit, before the launch.
+        KernelBuildError: the first step of a mode, where NVRTC is missing.
+        KernelLaunchError: the driver refuses, or the first step of a mode in a CUDA graph: run it
+            once before the capture.
     """
     plan = _checked_plan(query, cache, plan)
     output, log_sum_exp = torch.ops.sphkv.ada_decode(
@@ -236,19 +255,13 @@ def _checked_plan(query: Tensor, cache: PagedCache, given: AttentionPlan | None)
             f"head_dim {cache.head_dim})"
         )
     n_q_heads = query.shape[1]
-    if n_q_heads == 0 or n_q_heads % cache.n_kv_heads:
+    if n_q_heads == 0 or n_q_heads % max(cache.n_kv_heads, 1):
         raise PageError(
             f"{n_q_heads} query heads do not divide into groups over {cache.n_kv_heads} KV heads"
         )
-    if query.dtype not in FLOAT_TYPES:
-        raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
     if query.device != cache.device:
         raise PageError(f"query lies on {query.device}, the cache on {cache.device}")
-    if not query.is_contiguous():
-        raise PageError("query is not contiguous; call .contiguous()")
-    if query.data_ptr() % 16:
-        raise PageError("query does not start at a multiple of 16 bytes; call .clone()")
-    group_size = n_q_heads // cache.n_kv_heads
+    group_size = n_q_heads // max(cache.n_kv_heads, 1)
     if given is None:
         return plan(cache, group_size)
     if given.cache is not cache:
@@ -269,13 +282,10 @@ def _default_warps(head_dim: int, group_tiles: int) -> int:
 
 def _format(cache: PagedCache) -> tuple[object, ...]:
     """What decides which kernels read a cache, comparable."""
-    tiers = tuple(
-        (tier.name, *(code and code.digest for code in (tier.key_code, tier.value_code)))
-        for tier in cache.tiers
-    )
+    tiers = tuple(tier.content for tier in cache.tiers)
     positions = None if cache.positions is None else cache.positions.dtype
     sizes = (cache.page_size, cache.head_dim, cache.n_sequences, cache.n_kv_heads)
-    return (tiers, *sizes, positions)
+    return (tiers, *sizes, positions, cache.pool.numel(), cache.device)
 
 
 def _position_bytes(cache: PagedCache) -> int:
@@ -302,9 +312,15 @@ def launch_params(
 ) -> KernelParams:
     """The struct of a launch, checked; results are filled in by the caller."""
     cache, work = plan.cache, plan.work
+    if query.dtype not in FLOAT_TYPES:
+        raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
+    of_query = (cache.n_sequences, cache.n_kv_heads * plan.group_size, cache.head_dim)
+    require("query", query, of_query, query.dtype, cache.device, aligned=True)
     _check_optional("logit_offset", logit_offset, query.shape[:2], torch.float32, query.device)
-    if window < 0:
-        raise PageError(f"window {window}: 0 for full attention, else a number of tokens")
+    if not 0 <= window <= _MOST_TOKENS:
+        raise PageError(
+            f"window {window}: 0 for full attention, else a number of tokens up to {_MOST_TOKENS}"
+        )
     if window:
         if query_positions is None or cache.positions is None:
             raise PageError(
@@ -314,6 +330,8 @@ def launch_params(
             raise PageError("a sliding window over a tail needs tail_positions")
         shape = (cache.n_sequences,)
         _check_optional("query_positions", query_positions, shape, torch.int32, query.device)
+    if (coefficients is None) != (frequencies is None):
+        raise PageError("coefficients and frequencies of a position term come together")
     if coefficients is not None and frequencies is not None:
         _check_position_term(query, cache, coefficients, frequencies)
     params = KernelParams()

@@ -21,6 +21,7 @@ from torch import Tensor
 from sphkv_codebooks.rotation import Rotation
 from sphkv_kernels.encode_launch import encoder_for
 from sphkv_kernels.encode_source import has_encoder
+from sphkv_kernels.launch import with_index
 from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
 from sphkv_kernels.pages import pack_keys, pack_values, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
@@ -72,7 +73,7 @@ def prepare_encode(tier: TierFormat, head_dim: int, device: torch.device) -> Non
         KernelBuildError: NVRTC is missing or refuses the encoder.
     """
     if _has_kernel(tier, head_dim, device):
-        encoder_for(tier, head_dim, None, False, device)
+        encoder_for(tier, head_dim, None, False, with_index(device))
 
 
 def _has_kernel(tier: TierFormat, head_dim: int, device: torch.device) -> bool:
@@ -134,11 +135,13 @@ def encode_rows(
 
     keys, values: ``(n_tokens, head_dim)``, for example one new token of every sequence and KV head;
     pool: uint8; page_offsets: ``(n_tokens) int64``, first byte of each token's page; rows:
-    ``(n_tokens) int32``, its row. Two tokens must not share a row. rotation and check as `encode`;
-    page_offsets and rows are trusted. Needs a GPU and a tier with native layouts.
+    ``(n_tokens) int32``, its row. Two tokens must not share a row. rotation as `encode`. check:
+    also read page_offsets and rows back first, without it they are trusted. Needs a GPU and a tier
+    with native layouts.
 
     Raises:
-        PageError: shapes, dtypes or devices that do not fit, or a tier that has no CUDA encoder.
+        PageError: shapes, dtypes or devices that do not fit, a tier that has no CUDA encoder, or a
+            row outside the pool's pages (nothing is written).
         ValueError: NaN, Inf or radii that the code cannot store (they are written nevertheless).
     """
     _check_pair(keys, values)
@@ -149,13 +152,23 @@ def encode_rows(
         )
     if keys.ndim != 2:
         raise PageError(f"keys {tuple(keys.shape)}: expected (n_tokens, head_dim)")
-    page_bytes(tier, keys.shape[1], page_size)
+    n_bytes = page_bytes(tier, keys.shape[1], page_size)
     per_token = (keys.shape[0],)
-    require("pool", pool, (pool.numel(),), torch.uint8, keys.device)
+    require("pool", pool, (pool.numel(),), torch.uint8, keys.device, aligned=True)
     require("page_offsets", page_offsets, per_token, torch.int64, keys.device)
     require("rows", rows, per_token, torch.int32, keys.device)
     if not keys.numel():
         return
+    if check:
+        outside = (page_offsets < 0) | (page_offsets > pool.numel() - n_bytes)
+        outside |= (page_offsets % 16 != 0) | (rows < 0) | (rows >= page_size)
+        if bool(outside.any()):
+            first = int(outside.nonzero()[0])
+            raise PageError(
+                f"token {first}: row {int(rows[first])} of a page at byte "
+                f"{int(page_offsets[first])} is none of {page_size} rows of a page of {n_bytes} "
+                f"bytes on a 16-byte boundary inside the pool of {pool.numel()} bytes"
+            )
     inputs = _kernel_inputs(keys, values, rotation)
     encoder = encoder_for(tier, keys.shape[1], inputs.rotation, True, keys.device)
     refused = torch.ops.sphkv.encode_rows(

@@ -1,13 +1,14 @@
 """Launching the encoder: one compiled kernel per (tier's layouts, head_dim, rotation kind).
 
-The parameter struct mirrors `EncodeParams` of `cuda/encode.cuh` field by field; the books of the
-codes are its last member. Registered with torch.library as `sphkv::encode` and
-`sphkv::encode_rows`. Source: ours.
+The books of the codes are the last member of the parameter struct. Registered with torch.library as
+`sphkv::encode` and `sphkv::encode_rows`. Source: ours.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sphkv_codebooks.rotation import Rotation
-from sphkv_kernels.encode_source import N_THREADS, encoder_source
+from sphkv_kernels.encode_source import N_THREADS, encode_params, encoder_source
 from sphkv_kernels.launch import capability_of, launch_function, load_function
 from sphkv_kernels.launch_arguments import FLOAT_TYPES
 from sphkv_kernels.pages import page_bytes
@@ -49,7 +50,7 @@ class Encoder:
         rows: Tensor | None = None,
     ) -> None:
         """Enqueue one launch on torch's current stream of the keys' device."""
-        params = _params_type(len(self.books) // 4)()
+        params = encode_params(len(self.books) // 4)()
         for index, x in enumerate((keys, values)):
             strides = [0] * (4 - x.ndim) + list(x.stride())
             params.source[index] = x.data_ptr()
@@ -70,7 +71,8 @@ class Encoder:
         launch_function(self.function, grid, N_THREADS, 0, keys.device, params)
 
 
-_encoders: dict[int, Encoder] = {}
+_encoders: weakref.WeakValueDictionary[int, Encoder] = weakref.WeakValueDictionary()
+_handles = itertools.count()
 
 
 @lru_cache(maxsize=256)
@@ -81,13 +83,16 @@ def encoder_for(
     single_rows: bool,
     device: torch.device,
 ) -> Encoder:
-    """Compile (or find) and load; kept for the life of the process."""
+    """Compile (or find) and load; kept while it is among the last 256 that were asked for.
+
+    device: with its index.
+    """
     if head_dim not in SUPPORTED_HEAD_DIMS:
         raise PageError(f"head_dim {head_dim}: the CUDA encoder has {SUPPORTED_HEAD_DIMS}")
     if rotation is not None and rotation.head_dim != head_dim:
         raise PageError(f"the rotation has head_dim {rotation.head_dim}, the vectors {head_dim}")
     source = encoder_source(tier, head_dim, hadamard=rotation is not None, single_rows=single_rows)
-    if ctypes.sizeof(_params_type(source.books.size)) > _MAX_PARAMETER_BYTES:
+    if ctypes.sizeof(encode_params(source.books.size)) > _MAX_PARAMETER_BYTES:
         raise PageError(f"tier {tier.name!r}: its codebooks do not fit a launch's parameters")
     function = load_function(source.text, "encode", 0, capability_of(device), device)
     signs = np.zeros(256, dtype=bool)
@@ -95,36 +100,10 @@ def encoder_for(
         signs[:head_dim] = rotation.signs < 0
     words = np.packbits(signs, bitorder="little").view(np.uint32)
     encoder = Encoder(
-        tier, head_dim, tuple(words.tolist()), source.books.tobytes(), function, len(_encoders)
+        tier, head_dim, tuple(words.tolist()), source.books.tobytes(), function, next(_handles)
     )
     _encoders[encoder.handle] = encoder
     return encoder
-
-
-@lru_cache(maxsize=64)
-def _params_type(n_books: int) -> Any:
-    class EncodeParams(ctypes.Structure):
-        """`EncodeParams` of encode.cuh."""
-
-        _fields_ = (
-            ("source", ctypes.c_void_p * 2),
-            ("outer_stride", ctypes.c_longlong * 2),
-            ("page_stride", ctypes.c_longlong * 2),
-            ("row_stride", ctypes.c_longlong * 2),
-            ("pages", ctypes.c_void_p),
-            ("offsets", ctypes.c_void_p),
-            ("rows", ctypes.c_void_p),
-            ("refused", ctypes.c_void_p),
-            ("n_vectors", ctypes.c_longlong),
-            ("page_bytes", ctypes.c_longlong),
-            ("pages_per_outer", ctypes.c_int),
-            ("page_size", ctypes.c_int),
-            ("type", ctypes.c_int),
-            ("signs", ctypes.c_uint32 * 8),
-            ("books", ctypes.c_float * n_books),
-        )
-
-    return EncodeParams
 
 
 @torch.library.custom_op("sphkv::encode", mutates_args=())

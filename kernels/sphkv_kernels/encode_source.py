@@ -7,8 +7,11 @@ format need no other kernel. The packing expressions come from `layout.NativeLay
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +20,7 @@ from sphkv_codebooks.encoder import threshold_directions
 from sphkv_codebooks.radius import LloydMaxRadius
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.kernel_structs import agreement
 from sphkv_kernels.layout import Field, NativeLayout, unit_bytes
 from sphkv_kernels.tier import RegionFormat, TierFormat
 
@@ -73,7 +77,36 @@ def encoder_source(
         else (CUDA_FOLDER / source).read_text()
         for source in SOURCES
     ]
+    texts.append(agreement("EncodeParams", encode_params(numbers.size)))
     return EncoderSource("\n".join([preamble, *texts]), numbers)
+
+
+@lru_cache(maxsize=64)
+def encode_params(n_books: int) -> Any:
+    """The struct of a launch whose books are so many numbers."""
+
+    class EncodeParams(ctypes.Structure):
+        """`EncodeParams` of encode.cuh."""
+
+        _fields_ = (
+            ("source", ctypes.c_void_p * 2),
+            ("outer_stride", ctypes.c_longlong * 2),
+            ("page_stride", ctypes.c_longlong * 2),
+            ("row_stride", ctypes.c_longlong * 2),
+            ("pages", ctypes.c_void_p),
+            ("offsets", ctypes.c_void_p),
+            ("rows", ctypes.c_void_p),
+            ("refused", ctypes.c_void_p),
+            ("n_vectors", ctypes.c_longlong),
+            ("page_bytes", ctypes.c_longlong),
+            ("pages_per_outer", ctypes.c_int),
+            ("page_size", ctypes.c_int),
+            ("type", ctypes.c_int),
+            ("signs", ctypes.c_uint32 * 8),
+            ("books", ctypes.c_float * n_books),
+        )
+
+    return EncodeParams
 
 
 class _Books:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.frame_tensors import FramedQueries, FrameTensors, check_tokens
+from sphkv_kernels.kernel_structs import agreement
 from sphkv_kernels.launch import capability_of, launch_function, load_function
 from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
 from sphkv_kernels.position_term import PositionTerm
@@ -137,7 +138,10 @@ def frame_source(head_dim: int, n_rows: int) -> str:
     """CUDA text of both kernels; n_rows: vectors of a block."""
     constants = {"HEAD_DIM": head_dim, "ROWS": n_rows, "N_THREADS": _N_THREADS}
     preamble = "\n".join(f"#define {name} {value}" for name, value in constants.items())
-    return "\n".join([preamble, *((_FOLDER / name).read_text() for name in _SOURCES)])
+    structs = {"FrameParams": _FrameParams, "UnframeParams": _UnframeParams}
+    agreements = [agreement(name, struct) for name, struct in structs.items()]
+    texts = ((_FOLDER / name).read_text() for name in _SOURCES)
+    return "\n".join([preamble, *texts, *agreements])
 
 
 def _rows_at_once(n: int) -> int:

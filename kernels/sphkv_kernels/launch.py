@@ -1,7 +1,7 @@
 """Loading a cubin and launching it: the CUDA driver, one parameter struct, no copies.
 
-The struct mirrors `cuda/params.cuh` field by field. Launches go to torch's current stream, so that
-they order with torch's own work and are captured by a CUDA graph.
+Launches go to torch's current stream, so that they order with torch's own work and are captured by
+a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,31 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphkv_kernels.build import KernelBuildError, compile_cubin
+from sphkv_kernels.build import compile_cubin
+from sphkv_kernels.kernel_structs import KernelParams
 from sphkv_kernels.tier import PageError
-from sphkv_kernels.variant import KernelSource, Variant, kernel_source
-
-_POINTERS = (
-    "pool", "records", "entries", "first_positions", "position_offsets", "heads", "segments",
-    "tables", "query", "offset", "tail_keys", "tail_values", "tail_tokens", "positions",
-    "tail_positions", "query_positions", "position_coefficients", "position_frequencies",
-    "output", "log_sum_exp", "logits", "tail_logits", "partial_output", "partial_state", "arrivals",
-)  # fmt: skip
-_FLOATS = ("scale_log2", "softcap_log2", "softcap_inverse")
-_INTS = (
-    "n_kv_heads", "group_size", "page_units_log2", "tail_capacity", "query_type", "window",
-    "n_position_pairs",
-)  # fmt: skip
+from sphkv_kernels.variant import SHARED_BYTES, KernelSource, Variant, kernel_source
 
 
-class KernelParams(ctypes.Structure):
-    """`Params` of params.cuh."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(name, ctypes.c_float) for name in _FLOATS]
-        + [(name, ctypes.c_int) for name in _INTS]
-    )
+class KernelLaunchError(RuntimeError):
+    """The driver refused to load or launch a kernel; the message holds its status."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +31,6 @@ class LoadedKernel:
     source: KernelSource
     tables: Tensor
     function: Any
-    n_multiprocessors: int
 
     def launch(self, n_blocks: int, params: KernelParams) -> None:
         """Enqueue one launch on torch's current stream of this device."""
@@ -67,9 +49,18 @@ def launch_function(
     device: torch.device,
     params: ctypes.Structure,
 ) -> None:
-    """Enqueue a kernel whose one argument is a struct, on torch's current stream of `device`."""
+    """Enqueue a kernel whose one argument is a struct, on torch's current stream of `device`.
+
+    Raises:
+        KernelLaunchError: the driver refuses.
+    """
     from cuda.bindings import driver
 
+    # The driver launches in the current context, and a stream of number 0 is that context's own.
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch_function(function, grid, n_threads, shared_bytes, device, params)
+        return
     stream = torch.cuda.current_stream(device).cuda_stream
     argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     (status,) = driver.cuLaunchKernel(
@@ -79,9 +70,24 @@ def launch_function(
 
 
 def capability_of(device: torch.device) -> int:
-    """Compute capability as an integer (90 for sm_90)."""
+    """Compute capability as an integer (90 for sm_90).
+
+    Raises:
+        PageError: one that the kernels are not built for.
+    """
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    capability = 10 * major + minor
+    if capability not in SHARED_BYTES:
+        raise PageError(
+            f"{device} has compute capability {major}.{minor}: the CUDA kernels are built for "
+            f"{sorted(SHARED_BYTES)}; use the reference backend"
+        )
+    return capability
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device that "cuda" stands for now."""
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def tables_fit(variant: Variant, device: torch.device) -> bool:
@@ -95,8 +101,7 @@ def tables_fit(variant: Variant, device: torch.device) -> bool:
 
 def load_kernel(variant: Variant, device: torch.device) -> LoadedKernel:
     """Compile (or find) and load a variant; kept for the life of the process."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _load(_VariantKey(variant), index)
+    return _load(_VariantKey(variant), with_index(device))
 
 
 class _VariantKey:
@@ -104,14 +109,7 @@ class _VariantKey:
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
-        tiers = tuple(
-            (
-                tier.kind,
-                None if tier.key_code is None else tier.key_code.digest,
-                None if tier.value_code is None else tier.value_code.digest,
-            )
-            for tier in variant.tiers
-        )
+        tiers = tuple(tier.content for tier in variant.tiers)
         others = (getattr(variant, one.name) for one in fields(variant) if one.name != "tiers")
         self.key = (tiers, *others)
 
@@ -123,24 +121,32 @@ class _VariantKey:
 
 
 @lru_cache(maxsize=256)
-def _load(key: _VariantKey, index: int) -> LoadedKernel:
-    device = torch.device("cuda", index)
+def _load(key: _VariantKey, device: torch.device) -> LoadedKernel:
     capability = capability_of(device)
     source = kernel_source(key.variant, capability)
     function = load_function(
         source.text, source.kernel_name, source.shared_bytes, capability, device
     )
     tables = torch.from_numpy(source.table_rows.copy()).to(device)
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return LoadedKernel(source, tables, function, count)
+    return LoadedKernel(source, tables, function)
 
 
 def load_function(
     text: str, name: str, shared_bytes: int, capability: int, device: torch.device
 ) -> Any:
-    """Compile (or find) a CUDA source and load its kernel `name` into torch's context."""
+    """Compile (or find) a CUDA source and load its kernel `name` into torch's context.
+
+    Raises:
+        KernelBuildError: NVRTC is missing or refuses the source.
+        KernelLaunchError: the driver refuses the cubin, or a CUDA graph is being captured.
+    """
     from cuda.bindings import driver
 
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelLaunchError(
+            f"the kernel {name} is not loaded, and cannot be while a CUDA graph is captured: run "
+            "the same step once before"
+        )
     cubin = compile_cubin(text, capability)
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch's context is current from here on
@@ -156,4 +162,4 @@ def load_function(
 
 def _check(status: Any, what: str) -> None:
     if int(status) != 0:
-        raise KernelBuildError(f"{what} failed: {status!r}")
+        raise KernelLaunchError(f"{what} failed: {status!r}")

@@ -19,8 +19,10 @@ def require(
     device: torch.device,
     *,
     whole: bool = True,
+    aligned: bool = False,
 ) -> None:
-    """Refuse a tensor of another shape, dtype or device, or strided (whole: at all): PageError."""
+    """Refuse a tensor of another shape, dtype or device, strided (whole: at all), or (aligned) one
+    that does not start at a multiple of 16 bytes: PageError."""
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device:
         raise PageError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
@@ -28,3 +30,5 @@ def require(
         )
     if not (tensor.is_contiguous() if whole else tensor.stride(-1) == 1):
         raise PageError(f"{name} is not contiguous; call .contiguous()")
+    if aligned and tensor.device.type != "meta" and tensor.data_ptr() % 16:
+        raise PageError(f"{name} does not start at a multiple of 16 bytes; call .clone()")

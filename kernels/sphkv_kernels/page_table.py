@@ -36,6 +36,13 @@ class PageTable:
         tensors = (self.offsets, self.tiers, self.live_tokens, self.starts)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def equals(self, other: "PageTable") -> bool:
+        """Whether both name the same pages; waits for the device unless they are one object."""
+        mine, its = (
+            (table.offsets, table.tiers, table.live_tokens, table.starts) for table in (self, other)
+        )
+        return self is other or all(map(torch.equal, mine, its))
+
     def head_of_entry(self) -> Tensor:
         """``(n_entries) int64``: index ``sequence * n_kv_heads + kv_head`` of every entry."""
         counts = (self.starts[1:] - self.starts[:-1]).to(torch.int64)

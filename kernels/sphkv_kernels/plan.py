@@ -76,6 +76,8 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     """
     if n_blocks < 1:
         raise PageError(f"n_blocks {n_blocks}: a plan needs at least one block")
+    if not cache.n_sequences * cache.n_kv_heads:
+        raise PageError("the cache holds no sequence, or no KV head: there is nothing to decode")
     if check:
         cache.check()
     if cache.pool.numel() > MAX_OFFSET:

@@ -56,6 +56,13 @@ class TierFormat:
             raise PageError(f"tier name {self.name!r} is reserved; dropped tokens have no tier")
 
     @property
+    def content(self) -> tuple[str, str | None, str | None]:
+        """What decides the bytes and their meaning, comparable: kind and the codes' digests."""
+        codes = (self.key_code, self.value_code)
+        key, value = (None if code is None else code.digest for code in codes)
+        return self.kind, key, value
+
+    @property
     def key_format(self) -> "RegionFormat":
         """What the K region of a page holds."""
         return self._format(self.key_code)

@@ -8,6 +8,7 @@ that can use it; keys of other tiers meet the query in fragments. Source: ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -163,6 +164,14 @@ def has_query_table(region: RegionFormat, head_dim: int) -> bool:
         return False
     layout = native_layout_of(region)
     return layout is not None and layout.scheme in _SCORE_CLASS
+
+
+def require_readable(tiers: Sequence[TierFormat]) -> None:
+    """Refuse tiers that the kernel has no decoder for: PageError."""
+    for tier in tiers:
+        if tier.kind == "spherical":
+            _native(tier.key_format)
+            _native(tier.value_format)
 
 
 def _native(region: RegionFormat) -> tuple[SphericalCode, NativeLayout]:

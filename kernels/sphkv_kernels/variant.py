@@ -6,7 +6,7 @@ size, page size, batch and page order are run-time arguments. Source: ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.kernel_structs import KernelParams, agreement
 from sphkv_kernels.plan import FIRST_PAGES, SEGMENT_INTS
 from sphkv_kernels.table_space import ROW_BYTES, TableSet, TableSpace
 from sphkv_kernels.tier import PageError, TierFormat
@@ -45,14 +46,12 @@ class Variant:
 
     tiers: in the order of the cache's tier indices; group_tiles: 1 for groups up to 8, 2 for 16;
     logits: writes logits instead of attention; window, softcap: support them; n_warps: per block;
-    tile_units: units of 16 tokens that a warp decodes at a time; score_chains: 2 splits the
-    products of a score into two chains; small_pages: for pages of 16 tokens; prefetch: into L2, a
-    tile ahead; reconstruct: writes dense bf16 keys and values instead (a baseline; spherical tiers
-    only); position_groups: groups of four RoPE pairs of a position term, 0 without one, a power of
-    two; offset_bytes: of an offset of `PagePositions`, 4 or 2, or 0 where the tokens of every page
-    follow one another; near_offsets: none exceeds `NEAR`; position_bytes: of a position that a
-    window reads, 4 or 2; table_heads: 1 or 2 scores keys of groups of that size by tables made from
-    the query, 0 by fragments.
+    small_pages: for pages of 16 tokens; reconstruct: writes dense bf16 keys and values instead (a
+    baseline; spherical tiers only); position_groups: groups of four RoPE pairs of a position term,
+    0 without one, a power of two; offset_bytes: of an offset of `PagePositions`, 4 or 2, or 0 where
+    the tokens of every page follow one another; near_offsets: none exceeds `NEAR`; position_bytes:
+    of a position that a window reads, 4 or 2; table_heads: 1 or 2 scores keys of groups of that
+    size by tables made from the query, 0 by fragments.
     """
 
     tiers: tuple[TierFormat, ...]
@@ -62,10 +61,7 @@ class Variant:
     window: bool = False
     softcap: bool = False
     n_warps: int = 12
-    tile_units: int = 2
-    score_chains: int = 1
     small_pages: bool = False
-    prefetch: bool = True
     reconstruct: bool = False
     position_groups: int = 0
     offset_bytes: int = 0
@@ -98,19 +94,23 @@ class Variant:
             )
 
 
+def output_fragments(head_dim: int, group_tiles: int) -> int:
+    """float4 of one part's output, as lanes hold them."""
+    return group_tiles * (2 if head_dim == 256 else 1) * 8 * 32
+
+
 @dataclass(frozen=True)
 class KernelSource:
     """CUDA text and what its launch needs.
 
     table_rows: (n_rows, 4) fp16, the compact tables one after the other; shared_bytes: dynamic
-    shared memory; fragments: float4 of one part's output.
+    shared memory.
     """
 
     text: str
     kernel_name: str
     n_threads: int
     shared_bytes: int
-    fragments: int
     table_rows: npt.NDArray[np.float16] = field(repr=False)
 
 
@@ -120,26 +120,10 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         raise PageError(
             f"compute capability {capability}: the CUDA kernel is built for {sorted(SHARED_BYTES)}"
         )
-    columns = 2 if variant.head_dim == 256 else 1
-    fragments = variant.group_tiles * columns * 8 * 32
-    limit = SHARED_BYTES[capability]
-    for runs, listed, copies in _shared_choices(variant):
-        n_shared = 0
-        if copies.in_turn:
-            without = _shared_layout(variant, TableSpace(2, 1), fragments, limit, listed, runs=runs)
-            if without is None:
-                continue
-            n_shared = (limit - without.least_bytes) // ROW_BYTES
-        space = TableSpace(copies.replicas, n_shared)
-        dispatch = TierDispatch(space, variant.table_heads, copies.wide)
-        for tier in variant.tiers:
-            dispatch.add(tier, reconstruct=variant.reconstruct)
-        layout = _shared_layout(variant, space, fragments, limit, listed, runs=runs)
-        if layout is not None:
-            break
-    else:
-        what = "query tables beside those" if variant.table_heads else "tables"
-        raise PageError(f"the {what} of these tiers do not fit into shared memory")
+    placed = _placed(variant, SHARED_BYTES[capability])
+    if placed is None:
+        raise PageError(_too_large(variant, capability))
+    dispatch, layout, runs = placed
     if variant.table_heads and dispatch.book is None:
         raise PageError("no tier of this cache has a key code that query tables serve")
     rows, last_rows = dispatch.table_rows()
@@ -159,13 +143,51 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         **layout.offsets,
         "BOOK_ROW": last_rows,
         "PLACES_ROW": last_rows,
+        "TABLE_BYTES": rows.nbytes,
         "TABLE_SUMS": int(dispatch.sums),
         "N_BUFFERS": layout.n_buffers,
         "POSITION_RUNS": int(runs),
     }
-    preamble = _preamble(variant, capability, space, offsets, name)
-    text = "\n".join([preamble, *texts])
-    return KernelSource(text, name, 32 * variant.n_warps, layout.n_bytes, fragments, rows)
+    preamble = _preamble(variant, capability, dispatch.space, offsets, name)
+    text = "\n".join([preamble, *texts, agreement("Params", KernelParams)])
+    return KernelSource(text, name, 32 * variant.n_warps, layout.n_bytes, rows)
+
+
+def _placed(variant: Variant, limit: int) -> tuple[TierDispatch, _SharedLayout, bool] | None:
+    """The first of `_shared_choices` that fits: tables, places, whether runs have features."""
+    fragments = output_fragments(variant.head_dim, variant.group_tiles)
+    for runs, listed, copies in _shared_choices(variant):
+        n_shared = 0
+        if copies.in_turn:
+            without = _shared_layout(variant, TableSpace(2, 1), fragments, limit, listed, runs=runs)
+            if without is None:
+                continue
+            n_shared = (limit - without.least_bytes) // ROW_BYTES
+        space = TableSpace(copies.replicas, n_shared)
+        dispatch = TierDispatch(space, variant.table_heads, copies.wide)
+        for tier in variant.tiers:
+            dispatch.add(tier, reconstruct=variant.reconstruct)
+        layout = _shared_layout(variant, space, fragments, limit, listed, runs=runs)
+        if layout is not None:
+            return dispatch, layout, runs
+    return None
+
+
+def _too_large(variant: Variant, capability: int) -> str:
+    """What to say where no choice fits, and of which tiers."""
+    if variant.table_heads:
+        return "the query tables beside those of these tiers do not fit into shared memory"
+    limit = SHARED_BYTES[capability]
+    alone = [
+        tier.name
+        for tier in variant.tiers
+        if _placed(replace(variant, tiers=(tier,)), limit) is None
+    ]
+    return (
+        f"the tables of {', '.join(alone) or 'these tiers together'} do not fit into the "
+        f"{limit // 1024} KB of shared memory of compute capability {capability / 10:.1f}: "
+        "allocate with other tiers (4/3/3/3 takes most), or use the reference backend"
+    )
 
 
 @dataclass(frozen=True)
@@ -279,10 +301,8 @@ def _preamble(
         "WINDOW": int(variant.window),
         "LOGITS": int(variant.logits),
         "ANY_VALUE_NORM": int(any(has_norm(tier) for tier in variant.tiers)),
-        "TILE_UNITS": variant.tile_units,
-        "SCORE_CHAINS": variant.score_chains,
+        "FRAGMENTS": output_fragments(variant.head_dim, variant.group_tiles),
         "SMALL_PAGES": int(variant.small_pages),
-        "PREFETCH": int(variant.prefetch),
         "FIRST_PAGES": FIRST_PAGES,
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": space.n_rows,

@@ -15,18 +15,27 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.int8_code import Int8Vectors, decode_int8, encode_int8
 from sphkv_kernels.tier import PageError, RegionFormat
 
+_LARGEST_HALF = 65504.0
 StoredVectors = EncodedVectors | Int8Vectors | Tensor
 
 
 def encode_vectors(region_format: RegionFormat, x: Tensor) -> StoredVectors:
-    """Encode ``x (..., head_dim)`` in the frame.  Raises ValueError on NaN and Inf."""
+    """Encode ``x (..., head_dim)`` in the frame.
+
+    Raises:
+        ValueError: NaN, Inf, or what the format cannot hold.
+    """
     if isinstance(region_format, SphericalCode):
         return region_format.encode(x)
     if region_format == "int8":
         return encode_int8(x)
-    if not bool(torch.isfinite(x).all()):
-        raise PageError("dense tier: a vector holds NaN or Inf; check the captured activations")
-    return x.to(torch.bfloat16)
+    stored = x.to(torch.bfloat16)
+    if not bool((stored.abs() <= _LARGEST_HALF).all()):
+        raise PageError(
+            f"dense tier: a vector holds NaN, Inf or more than {_LARGEST_HALF:g}, which fp16 "
+            "fragments do not hold; check the captured activations"
+        )
+    return stored
 
 
 def decode_vectors(region_format: RegionFormat, stored: StoredVectors) -> Tensor:

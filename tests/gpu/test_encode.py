@@ -14,6 +14,7 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.encode import encode, encode_rows
 from sphkv_kernels.page_slots import SequenceTokens
+from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
 from tests.gpu.cases import needs_cuda, tier_set
 from tests.kernels.cases import NATIVE_CODES, native_tiers, random_tokens
@@ -159,12 +160,33 @@ def test_what_cannot_be_stored_is_refused(tier: int, bad: float) -> None:
     (one,) = tier_set(128, tier) if tier != 1 else (TierFormat.dense(),)
     x = vectors(4, 32, 128, 1).cuda()
     x[1, 2, 30, 127] = bad
-    if tier == 1 and bad == 3e38:
-        encode(one, x[0], x[1])  # bf16 holds it
-        return
-    with pytest.raises(ValueError, match=r"NaN or Inf|does not fit|needs a scale"):
+    with pytest.raises(ValueError, match=r"NaN|does not fit|needs a scale"):
         encode(one, x[0], x[1])
     encode(one, x[0], x[1], check=False)
+
+
+def test_dense_pages_hold_what_fp16_does() -> None:
+    dense, x = TierFormat.dense(), vectors(4, 32, 128, 1).cuda()
+    for limit in (65_400.0, 65_408.0):
+        x[0, 3, 31, 0] = -limit
+        for where in ("cuda", "cpu"):
+            if limit < 65_408:
+                encode(dense, *x.to(where))
+            else:
+                with pytest.raises(ValueError, match=r"more than 65504|too large"):
+                    encode(dense, *x.to(where))
+
+
+@pytest.mark.parametrize(("offset", "row"), [(0, 32), (0, -1), (8, 0), (-16, 0), (16, 0)])
+def test_a_row_outside_the_pool_is_refused_and_nothing_written(offset: int, row: int) -> None:
+    (one,) = tier_set(128, 3)
+    keys = torch.randn(2, 128, device="cuda")
+    pool = torch.full((page_bytes(one, 128, 32),), 7, dtype=torch.uint8, device="cuda")
+    offsets = torch.tensor([0, offset], device="cuda")
+    rows = torch.tensor([1, row], dtype=torch.int32, device="cuda")
+    with pytest.raises(PageError, match="token 1: row"):
+        encode_rows(one, keys, keys, pool, offsets, rows, page_size=32)
+    assert bool((pool == 7).all())
 
 
 def test_encoding_replays_in_a_graph() -> None:

@@ -187,3 +187,20 @@ def test_wrong_shapes_and_devices_of_a_cache_are_named() -> None:
         replace(cache, n_sequences=2)
     with pytest.raises(PageError, match="come together"):
         replace(cache, tail_tokens=torch.zeros(1, dtype=torch.int32))
+    tail = torch.zeros((1, 8, cache.n_kv_heads, cache.head_dim), dtype=torch.bfloat16)
+    one = torch.ones(1, dtype=torch.int32)
+    for keys, what in ((tail.transpose(1, 2), "not contiguous"), (tail[0, 0], r"tail_keys is")):
+        with pytest.raises(PageError, match=what):
+            replace(cache, tail_keys=keys, tail_values=keys, tail_tokens=one)
+
+
+def test_strided_and_unaligned_tensors_are_refused() -> None:
+    cache = small_cache((20,))
+    twice = torch.zeros(2 * cache.pool.numel() + 16, dtype=torch.uint8)
+    with pytest.raises(PageError, match=r"cache\.pool is not contiguous"):
+        replace(cache, pool=twice[::2])
+    with pytest.raises(PageError, match=r"cache\.pool does not start at a multiple of 16"):
+        replace(cache, pool=twice[8 - twice.data_ptr() % 16 :])
+    rows = torch.arange(cache.page_size, dtype=torch.int32)
+    with pytest.raises(PageError, match=r"cache\.positions is not contiguous"):
+        replace(cache, positions=rows.expand(cache.page_table.n_entries, -1))

@@ -7,6 +7,7 @@ with a few per cent of room: a change that costs more shows here before it shows
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import sphkv_kernels.variant as variant_module
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.build import compile_cubin
-from sphkv_kernels.tier import TierFormat
+from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant, kernel_source
 from tests.kernels.sass import (
     LoopStatistics,
@@ -197,6 +198,14 @@ def test_tables_of_many_tiers_take_turns_at_full_copies(
         assert loop.total <= total
     # 5/3/3/3 spilled these before there were sets; bringing them in adds none.
     assert sum(loop.local_memory for loop in loops) <= 10
+
+
+def test_a_tier_too_large_for_a_small_device_is_named() -> None:
+    tiers = (tier_of((4, 2, 2, 2), "fp16"), tier_of((4, 3, 3, 3), "lloyd_max:3"))
+    small, large = (replace(tier, name=name) for tier, name in zip(tiers, "ab", strict=True))
+    with pytest.raises(PageError, match=r"tables of b do not fit into the 99 KB .* 8\.9"):
+        kernel_source(Variant((small, large), 128, 1), 89)
+    kernel_source(Variant((small, TierFormat.int8()), 128, 1), 89)
 
 
 def test_query_tables_fit_beside_two_codes_and_a_position_term() -> None:

@@ -70,11 +70,16 @@ def test_twins_ask_for_the_kernels_of_their_own_positions(
     assert asked[4:] == [(0, True)]
 
 
-@pytest.mark.parametrize("change", ["code", "positions", "page_size"])
+@pytest.mark.parametrize("change", ["code", "kind", "positions", "page_size", "pool", "table"])
 def test_another_format_is_refused(change: str) -> None:
     mine = cache_of(code((4, 2, 2, 2)))
     other = {
         "code": lambda: cache_of(code((3, 2, 2, 2))),
+        "kind": lambda: replace(mine, tiers=(TierFormat("code", "int8"),)),
+        "pool": lambda: replace(mine, pool=mine.pool[:16]),
+        "table": lambda: replace(
+            mine, page_table=replace(mine.page_table, offsets=mine.page_table.offsets.flip(0))
+        ),
         "positions": lambda: cache_of(code((4, 2, 2, 2)), with_positions=True),
         "page_size": lambda: replace(mine, page_size=32),
     }[change]()

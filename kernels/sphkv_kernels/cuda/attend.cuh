@@ -60,29 +60,19 @@ static __device__ __forceinline__ void clear_scores(float (&s)[GROUP_TILES][4]) 
     for (int j = 0; j < 4; ++j) s[n][j] = 0.f;
 }
 
-// The four k-steps of a block: rows are tokens g and g + 8. Two chains of two, because each product
-// waits for the one before it.
+// The four k-steps of a block: rows are tokens g and g + 8. A product sums over k in any order, so lane t's
+// columns of K need not be coordinates 2t, 2t + 1 of the 16: they are two neighbours of its own block
+// 4 b + t, whose codes no other lane reads, and Q^T was loaded in that order (`load_query`).
 static __device__ __forceinline__ void score_block(float (&s)[GROUP_TILES][4], const State& state,
                                                    int block, const u32 (&low)[8],
                                                    const u32 (&high)[8]) {
 #pragma unroll
   for (int n = 0; n < GROUP_TILES; ++n) {
-#if SCORE_CHAINS == 2
-    float second[4] = {0.f, 0.f, 0.f, 0.f};
-#endif
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-#if SCORE_CHAINS == 2
-      mma_16x8x16(step % 2 ? second : s[n], low[2 * step], high[2 * step], low[2 * step + 1],
-#else
-      mma_16x8x16(s[n], low[2 * step], high[2 * step], low[2 * step + 1],
-#endif
-                  high[2 * step + 1], state.q[n][8 * block + 2 * step],
+      mma_16x8x16(s[n], low[2 * step], high[2 * step], low[2 * step + 1], high[2 * step + 1],
+                  state.q[n][8 * block + 2 * step],
                   state.q[n][8 * block + 2 * step + 1]);
-#if SCORE_CHAINS == 2
-#pragma unroll
-    for (int j = 0; j < 4; ++j) s[n][j] += second[j];
-#endif
   }
 }
 

@@ -4,7 +4,7 @@
 struct Totals { float m, l; };
 
 #if !LOGITS
-constexpr int FRAGMENTS = GROUP_TILES * COLUMNS * 8 * 32;  // float4 of one warp's O
+static_assert(FRAGMENTS == GROUP_TILES * COLUMNS * 8 * 32, "float4 of one warp's O");
 constexpr int HEADS = 8 * GROUP_TILES;
 constexpr int OWNED = (FRAGMENTS + N_THREADS - 1) / N_THREADS;
 
@@ -262,7 +262,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   const Lane lane = lane_of_thread();
   // Tables, the block's first segment, its query and what each warp reads first are under way together:
   // what waits here is a third of a short decode.
-#if !TABLE_SETS
+#if TABLE_SETS
+  prefetch_tables(p);  // the block's segment says which of them, and comes as late as they do
+#else
   const TableRows rows = load_tables(p);
 #endif
 #if TABLE_HEADS

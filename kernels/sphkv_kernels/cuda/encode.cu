@@ -70,7 +70,7 @@ static __device__ __forceinline__ bool store_block(u8* unit, const float (&x)[16
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-      fits = fits && fabsf(x[2 * i]) <= LARGEST_FLOAT && fabsf(x[2 * i + 1]) <= LARGEST_FLOAT;
+      fits = fits && fabsf(x[2 * i]) < DENSE_LIMIT && fabsf(x[2 * i + 1]) < DENSE_LIMIT;
     }
     uint4* target = reinterpret_cast<uint4*>(unit + 32 * (token * N_BLOCKS + block));
     if (live) {

@@ -9,6 +9,7 @@
 constexpr int N_BLOCKS = HEAD_DIM / 16;
 constexpr float LARGEST_HALF = 65504.f;
 constexpr float LARGEST_FLOAT = 3.4028234663852886e38f;
+constexpr float DENSE_LIMIT = 65408.f;  // from here on bf16 rounds to 65536, which fp16 fragments do not hold
 
 struct EncodeParams {
   const void* source[2];   // keys, values: rows of HEAD_DIM elements

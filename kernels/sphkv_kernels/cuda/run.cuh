@@ -1,5 +1,7 @@
 // The two loops over pages: spherical tiers with one tile of register prefetch, row-major tiers direct.
 
+constexpr int TILE_UNITS = 2;  // units of 16 tokens that a warp decodes at a time
+
 // A query as it is stored: a float32 pair in two words, a bf16 or fp16 pair in the first.
 struct Query { u32 word[GROUP_TILES][QUERY_REGISTERS][2]; };
 
@@ -183,7 +185,6 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 #endif
     }
   };
-#if PREFETCH
   // Into L2 as soon as this tile's keys are there: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
   const u32 line = lane.index & 7, second = (lane.index >> 3) & 1;
   const bool of_key = lane.index < 16;
@@ -196,7 +197,6 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     const u32 page = SMALL_PAGES && second ? found.of[TILE_PAGES - 1].x : found.of[0].x;
     prefetch_line_if(prefetched + u64(page + inside * step) * 16, wanted && prefetches);
   };
-#endif
 
 #if POSITION_GROUPS
   u32 first[TILE_UNITS];
@@ -261,11 +261,9 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
 
   while (true) {
     const bool more = next < n_tiles;
-#if PREFETCH
     // Waits for the record, which came with the keys: before the values are asked for, so that nothing
     // that waits for either waits for them.
     prefetch(next, ahead, more);
-#endif
     auto load_next = [&] {
       if (more) {
         place = place_of(next, ahead);
@@ -572,7 +570,8 @@ static __device__ __forceinline__ void run_row_pages(State& state, const Segment
 static __device__ __forceinline__ void run_tail(State& state, const Segment& segment, const Params& p,
                                                 const Lane& lane, u32 warp,
                                                 const float (&offset)[GROUP_TILES][2]) {
-  const int n_tokens = p.tail_tokens[segment.row / p.n_kv_heads];
+  // Counts change between steps without a plan: never beyond what is there.
+  const int n_tokens = min(p.tail_tokens[segment.row / p.n_kv_heads], p.tail_capacity);
   const int n_units = ((LOGITS ? p.tail_capacity : n_tokens) + 15) / 16;
 #if TABLE_HEADS
   fetch_query(state, lane);

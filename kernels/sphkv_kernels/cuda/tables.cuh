@@ -32,6 +32,12 @@ static __device__ __forceinline__ SetRows set_of(int tier) {
 
 static __device__ __forceinline__ u32 bit_of(int tier) { return tier < 0 ? 0u : 1u << tier; }
 
+// All compact rows and their places into L2, by the blocks together.
+static __device__ __forceinline__ void prefetch_tables(const Params& p) {
+  const int line = blockIdx.x + gridDim.x * threadIdx.x;
+  if (line * 128 < TABLE_BYTES) prefetch_line(reinterpret_cast<const u8*>(p.tables) + line * 128);
+}
+
 // The sets that are there, a bit each: in shared memory, registers are scarce where tiers are many.
 static __device__ __forceinline__ u32* present_sets() {
   return reinterpret_cast<u32*>(shared_memory + PRESENT_OFFSET);

@@ -1,0 +1,99 @@
+"""What a launch refuses before the driver sees it; no GPU is needed for that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels import launch
+from sphkv_kernels.build import compile_cubin
+from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.decode import launch_params
+from sphkv_kernels.plan import make_plan
+from sphkv_kernels.tier import PageError, TierFormat
+from sphkv_kernels.tier_dispatch import require_readable
+from sphkv_kernels.variant import Variant, kernel_source
+from tests.kernels.cases import even_code, plan_without_kernels, random_tokens
+
+TIER = TierFormat.spherical(SphericalCode.analytic("code", 64, (4, 2, 2, 2), "lloyd_max:2"))
+
+
+class _Loaded(launch.LoadedKernel):
+    """A kernel that nothing can launch."""
+
+
+def loaded() -> launch.LoadedKernel:
+    return _Loaded(kernel_source(Variant((TIER,), 64, 1), 90), torch.empty(0), None)
+
+
+def cache() -> PagedCache:
+    tokens = random_tokens(40, 2, 64, 1, 16, 3, drop_fraction=0.0)
+    return build_cache((TIER,), 16, (tokens,))
+
+
+def params(query: torch.Tensor, **options: object) -> object:
+    one = plan_without_kernels(cache())
+    arguments = {"logit_offset": None, "window": 0, "query_positions": None, **options}
+    return launch_params(query, one, loaded(), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_launch_is_for_the_plans_own_query() -> None:
+    params(torch.zeros(1, 8, 64))
+    for wrong in (torch.zeros(1, 2, 64), torch.zeros(1, 8, 8), torch.zeros(2, 8, 64)):
+        with pytest.raises(PageError, match="query is"):
+            params(wrong)
+    with pytest.raises(PageError, match="multiple of 16 bytes"):
+        params(torch.zeros(8 * 64 + 1)[1:].view(1, 8, 64))
+    with pytest.raises(PageError, match="use float32"):
+        params(torch.zeros(1, 8, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("window", [-1, 1 << 31, 1 << 32])
+def test_a_window_that_a_kernel_cannot_count_is_refused(window: int) -> None:
+    with pytest.raises(PageError, match="window"):
+        params(torch.zeros(1, 8, 64), window=window)
+
+
+def test_half_a_position_term_is_refused() -> None:
+    with pytest.raises(PageError, match="come together"):
+        params(torch.zeros(1, 8, 64), frequencies=torch.zeros(2, 4))
+
+
+def test_a_cache_of_no_sequence_has_no_plan() -> None:
+    with pytest.raises(PageError, match="no sequence"):
+        make_plan(cache().select_sequences([]), 4)
+
+
+def test_codes_without_a_decoder_are_refused() -> None:
+    require_readable((TIER, TierFormat.int8(), TierFormat.dense()))
+    for code in (even_code(64, (16, 4), "fp16"), even_code(64, (16, 4, 4, 4), "fp16", "rope")):
+        with pytest.raises(PageError, match="no native layout"):
+            require_readable((TierFormat.spherical(code),))
+
+
+def test_an_architecture_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(PageError, match=r"compute capability 7\.5"):
+        launch.capability_of(torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    check_that_a_build_survives(tmp_path)
+
+
+def test_a_cache_folder_that_is_a_file_costs_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_that_a_build_survives(tmp_path / "file")
+
+
+def check_that_a_build_survives(folder: Path) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core (extra `cuda`) is not installed")
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
+        assert compile_cubin('extern "C" __global__ void nothing() {}', 90, folder=folder)
