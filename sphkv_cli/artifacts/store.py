@@ -28,7 +28,7 @@ from sphkv_cli.artifacts.header import (
     decode_inputs,
     encode_inputs,
 )
-from sphkv_cli.errors import ArtifactError
+from sphkv_cli.errors import ArtifactError, UsageError
 
 _HASH_CHUNK_BYTES = 1 << 24
 _UNDIGESTED = frozenset({"digest", "provenance", "inputs"})
@@ -139,25 +139,47 @@ def verify_digest(path: Path) -> bool:
         return content_digest(file) == _read_header(file, path).digest
 
 
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse early what `create_artifact` would refuse late.
+def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:
+    """`check_output` of each output of a command, no two of which may be one file.
+
+    Args:
+        outputs: by option, as typed; None where it was left out.
+
+    Raises:
+        UsageError: two options name the same file.
+        ArtifactError: as `check_output`.
+    """
+    given = {option: path for option, path in outputs.items() if path is not None}
+    option_of: dict[str, str] = {}
+    for option, path in given.items():
+        other = option_of.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise UsageError(f"{other} and {option} name the same file, {path}", "give two names")
+    for option, path in given.items():
+        check_output(path, force=force, option=option)
+
+
+def check_output(path: Path, *, force: bool, option: str = "--output") -> None:
+    """Refuse early what `create_artifact` would refuse late; option: what named the path.
 
     Raises:
         ArtifactError: `path` exists and `force` is false, is a folder, a device or a pipe, or its
             folder is missing or read-only.
     """
     if path.is_dir():
-        raise ArtifactError(f"{path} is a folder", "name a file with --output")
+        raise ArtifactError(f"{path} is a folder", f"name a file with {option}")
     if path.exists() and not path.is_file():
         # The rename would put a file in the place of a device, a pipe or a socket.
-        raise ArtifactError(f"{path} is not a regular file", "name another --output")
+        raise ArtifactError(f"{path} is not a regular file", f"name another {option}")
     if path.exists() and not force:
-        raise ArtifactError(f"{path} exists", "pass --force to overwrite it, or another --output")
+        raise ArtifactError(f"{path} exists", f"pass --force to overwrite it, or another {option}")
     if not path.parent.is_dir():
-        raise ArtifactError(f"the folder {path.parent} does not exist", "make it first")
+        raise ArtifactError(
+            f"the folder {path.parent} does not exist", f"make it first, or choose another {option}"
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ArtifactError(
-            f"the folder {path.parent} cannot be written", "choose another --output"
+            f"the folder {path.parent} cannot be written", f"choose another {option}"
         )
 
 

@@ -83,7 +83,7 @@ def allocate_command(
     from sphkv_cli.allocation.options import AllocateOptions
     from sphkv_cli.allocation.stage import allocate
     from sphkv_cli.allocation.view import view
-    from sphkv_cli.artifacts.store import check_output, replaced_when_whole
+    from sphkv_cli.artifacts.store import check_outputs, replaced_when_whole
     from sphkv_cli.plots.draw import draw, require_matplotlib
     from sphkv_cli.render import Output, TerminalProgress
 
@@ -104,9 +104,9 @@ def allocate_command(
         no_drop=no_drop,
         seed=seed,
     )
+    check_outputs({"--output": output, "--plot": plot}, force=force)
     if plot is not None:
         require_matplotlib("--plot")
-        check_output(plot, force=force)
     with TerminalProgress() as progress:
         result = allocate(options, capture, codebooks, output, progress=progress, force=force)
     if plot is not None:

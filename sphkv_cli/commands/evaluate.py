@@ -121,6 +121,7 @@ def evaluate_command(
     json_output: JsonFlag = False,
 ) -> None:
     """Run the model with the coded cache beside the dense one: KL, top-1 and perplexity."""
+    from sphkv_cli.artifacts.store import check_outputs
     from sphkv_cli.evaluation.options import EvaluateOptions, parse_sinks
     from sphkv_cli.evaluation.rate_plot import draw_rates, require_drawable
     from sphkv_cli.evaluation.stage import evaluate, require_gates
@@ -154,6 +155,7 @@ def evaluate_command(
         gguf_file=gguf_file,
         seed=seed,
     )
+    check_outputs({"--output": output, "--plot": plot}, force=force)
     if probe is not None:
         from sphkv_cli.evaluation.probe_options import ProbeOptions
         from sphkv_cli.evaluation.probe_plot import checked_plot, draw_grids

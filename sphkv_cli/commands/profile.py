@@ -69,6 +69,8 @@ def profile_command(
     json_output: JsonFlag = False,
 ) -> None:
     """Judge an allocation on held-out documents: logit and output error, bytes, and GPU time."""
+    from sphkv_cli.artifacts.store import check_outputs
+    from sphkv_cli.plots.draw import require_matplotlib
     from sphkv_cli.profile.gates import require_gates
     from sphkv_cli.profile.options import Gates, ProfileOptions
     from sphkv_cli.profile.stage import profile
@@ -114,13 +116,14 @@ def profile_command(
         gates=Gates(max_logit_rmse, max_kl, max_output_error, min_speedup),
         seed=seed,
     )
+    check_outputs({"--output": output, "--html": html}, force=force)
     if html is not None:
-        from sphkv_cli.profile.html import check_html, write_html
-
-        check_html(html, force=force)
+        require_matplotlib("--html")
     with TerminalProgress() as progress:
         report = profile(options, capture, allocation, output, progress=progress, force=force)
     if html is not None:
+        from sphkv_cli.profile.html import write_html
+
         write_html(report, html, force=force)
     Output(json_output).show(report, view(report))
     require_gates(report)

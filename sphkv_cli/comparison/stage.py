@@ -14,7 +14,7 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_output, replaced_when_whole
+from sphkv_cli.artifacts.store import check_outputs, replaced_when_whole
 from sphkv_cli.comparison.candidates import KEYS_PER_DIRECTION, candidates_of
 from sphkv_cli.comparison.measure import measure
 from sphkv_cli.comparison.options import CompareOptions
@@ -53,15 +53,14 @@ def compare(
     Raises:
         ArtifactError: an input is missing or damaged, the codebooks are for another model, or an
             output exists (without `force`) or cannot be written.
+        UsageError: one file for both outputs.
         EnvironmentUnable: a plot without matplotlib.
         SphkvError: NaN or Inf in the capture, no document to fit or judge on, or a method that
             cannot code these vectors.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    for path in (output, plot):
-        if path is not None:
-            check_output(path, force=force)
+    check_outputs({"--output": output, "--plot": plot}, force=force)
     if plot is not None:
         require_matplotlib("--plot")
     with CaptureReader(capture) as reader:

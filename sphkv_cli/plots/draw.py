@@ -32,7 +32,7 @@ def require_matplotlib(wanted_by: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise EnvironmentUnable(
             f"{wanted_by} draws its figures with matplotlib, which is missing",
-            "pip install 'sphkv[plot]', or leave --output out",
+            f"pip install 'sphkv[plot]', or leave {wanted_by} out",
         )
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import importlib.util
 import io
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 from sphkv_cli.artifacts.report import write_text
 from sphkv_cli.artifacts.store import check_output
 from sphkv_cli.blocks import Block, Line, cell_text
-from sphkv_cli.errors import EnvironmentUnable
+from sphkv_cli.plots.draw import require_matplotlib
 from sphkv_cli.profile.result import CandidateReport, FloatArray, ProfileReport
 from sphkv_cli.profile.view import view
 
@@ -25,24 +24,15 @@ img { max-width: 100%; }
 """
 
 
-def check_html(path: Path, *, force: bool) -> None:
-    """Refuse early what `write_html` would refuse late.
+def write_html(report: ProfileReport, path: Path, *, force: bool = False) -> None:
+    """Write the page.
 
     Raises:
         EnvironmentUnable: matplotlib is missing.
         ArtifactError: `path` exists and `force` is false, or its folder cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise EnvironmentUnable(
-            "--html draws its plots with matplotlib, which is missing",
-            "pip install 'sphkv[plot]', or leave --html out",
-        )
-    check_output(path, force=force)
-
-
-def write_html(report: ProfileReport, path: Path, *, force: bool = False) -> None:
-    """Write the page; raises as `check_html` does."""
-    check_html(path, force=force)
+    require_matplotlib("--html")
+    check_output(path, force=force, option="--html")
     title = f"sphkv profile: {report.content.model}"
     body = "\n".join(_block(block) for block in view(report))
     pictures = "\n".join(

@@ -104,7 +104,8 @@ def profile_synthetic(
     """Time the codes at the shapes and write `output` (and a roofline to `plot`: .png or .svg).
 
     Raises:
-        UsageError: a code that cannot be meant, or that the kernel does not read.
+        UsageError: a code that cannot be meant, or that the kernel does not read; one file for both
+            outputs.
         ArtifactError: an output exists (without `force`) or cannot be written.
         EnvironmentUnable: no GPU, or `plot` without matplotlib.
         SphkvError: a shape that does not fit into the GPU's memory.
@@ -113,7 +114,7 @@ def profile_synthetic(
 
     from sphkv_cli.artifacts.header import collect_provenance
     from sphkv_cli.artifacts.report import as_json, save_report
-    from sphkv_cli.artifacts.store import check_output
+    from sphkv_cli.artifacts.store import check_outputs
     from sphkv_cli.profile.synthetic_view import tables
     from sphkv_kernels.benchmark import metadata_case, run_case
     from sphkv_kernels.dense_attention import Baseline, dense_baselines, fp8_sentence
@@ -122,9 +123,9 @@ def profile_synthetic(
 
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_output(output, force=force)
+    check_outputs({"--output": output, "--plot": plot}, force=force)
     if plot is not None:
-        _check_plot(plot, force)
+        _check_plot(plot)
     tiers = _tiers(options)
     if not torch.cuda.is_available():
         raise EnvironmentUnable(
@@ -206,14 +207,12 @@ def _tiers(options: SyntheticSpeedOptions) -> list[Any]:
     return [TierFormat.spherical(code) for code in reversed(codes)]
 
 
-def _check_plot(plot: Path, force: bool) -> None:
-    from sphkv_cli.artifacts.store import check_output
+def _check_plot(plot: Path) -> None:
     from sphkv_cli.plots.draw import require_matplotlib
 
     if plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot.name} is no picture", "end it in .png or .svg")
     require_matplotlib("--plot")
-    check_output(plot, force=force)
 
 
 def _draw(content: SyntheticSpeed, plot: Path) -> None:

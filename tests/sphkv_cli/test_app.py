@@ -173,3 +173,44 @@ def test_arguments_that_cannot_be_meant_exit_with_2(
     _, stderr = run(*arguments, code=2)
     assert stderr.strip()
     assert list(tmp_path.iterdir()) == []
+
+
+TWO_OUTPUTS = [
+    (("profile", "capture.h5", "allocation.h5"), "--html"),
+    (("profile", "--synthetic", "1x1x64x1"), "--plot"),
+    (("allocate", "capture.h5", "codebooks.h5", "--budget", "3b"), "--plot"),
+    (("evaluate", "capture.h5"), "--plot"),
+    (("evaluate", "capture.h5", "--probe", "needle"), "--plot"),
+    (("compare", "capture.h5"), "--plot"),
+]
+"""Commands with a second output, and the option that names it; their inputs do not exist."""
+
+
+@pytest.mark.parametrize(("arguments", "option"), TWO_OUTPUTS)
+def test_two_outputs_are_two_files_or_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "both.png"
+    path.write_text("mine")
+    given = (*arguments, "--output", "both.png", option, path, "--force")
+    _, stderr = run(*given, code=2)
+    expected = f"--output and {option} name the same file, {path}; give two names\n"
+    assert stderr == f"sphkv {arguments[0]}: {expected}"
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("arguments", "option"), TWO_OUTPUTS)
+def test_an_output_that_cannot_be_written_is_named_by_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.png").write_text("mine")
+    for name, said in (
+        ("mine.png", f"mine.png exists; pass --force to overwrite it, or another {option}"),
+        (".", f". is a folder; name a file with {option}"),
+        ("no/a.png", f"the folder no does not exist; make it first, or choose another {option}"),
+        ("/dev/null", f"/dev/null is not a regular file; name another {option}"),
+    ):
+        _, stderr = run(*arguments, "--output", "new", option, name, code=1)
+        assert stderr == f"sphkv {arguments[0]}: {said}\n"

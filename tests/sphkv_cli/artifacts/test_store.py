@@ -13,6 +13,8 @@ import pytest
 from sphkv_cli.artifacts.header import ArtifactRef, require_input
 from sphkv_cli.artifacts.store import (
     artifact_ref,
+    check_output,
+    check_outputs,
     content_digest,
     create_artifact,
     open_artifact,
@@ -20,7 +22,7 @@ from sphkv_cli.artifacts.store import (
     require_unchanged,
     verify_digest,
 )
-from sphkv_cli.errors import ArtifactError
+from sphkv_cli.errors import ArtifactError, UsageError
 
 
 def write(path: Path, *, kind: str = "capture", values: object = (1.0, 2.0), **options) -> None:
@@ -192,6 +194,23 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
     # /proc refuses new files to everybody, root included.
     with pytest.raises(ArtifactError, match=r"/proc/self.*(cannot|could not) be written"):
         write(Path("/proc/self/a.h5"))
+
+
+def test_a_folder_that_refuses_files_is_named_by_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ArtifactError, match="cannot be written; choose another --plot"):
+        check_output(tmp_path / "a.png", force=False, option="--plot")
+
+
+def test_outputs_are_one_file_also_through_a_link_of_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    one, other = tmp_path / "real" / "a", tmp_path / "link" / "a"
+    with pytest.raises(UsageError, match="--output and --html name the same file"):
+        check_outputs({"--output": one, "--html": other}, force=True)
+    check_outputs({"--output": one, "--html": tmp_path / "a", "--plot": None}, force=False)
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
