@@ -1,5 +1,7 @@
 """The checks that options of several commands share, worded once."""
 
+from collections.abc import Mapping
+
 from sphkv_cli.errors import UsageError
 
 
@@ -7,3 +9,13 @@ def require_at_least(option: str, value: int | None, least: int) -> None:
     """Refuse a number below `least`; None passes.  option: as typed, for example "--seed"."""
     if value is not None and value < least:
         raise UsageError(f"{option} is {value}", f"give {least} or more")
+
+
+def refuse_given(where: str, is_given: Mapping[str, bool]) -> None:
+    """Refuse options of another mode than the one asked for, rather than ignore them.
+
+    where: for example "with --synthetic"; is_given: by option, as typed.
+    """
+    for option, given in is_given.items():
+        if given:
+            raise UsageError(f"{option} has no meaning {where}", "leave it out")

@@ -7,6 +7,7 @@ import typer
 
 from sphkv_cli.commands.registry import ForceFlag, JsonFlag, Seed, command
 from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import refuse_given
 
 
 @command("capture")
@@ -98,16 +99,17 @@ def capture_command(
     if synthetic is not None:
         from sphkv_cli.capture.synthetic import capture_synthetic
 
-        for option, is_given in (
-            ("--text-file", bool(text_file)),
-            ("--jsonl", bool(jsonl)),
-            ("--max-tokens", max_tokens is not None),
-            ("--pre-rope", pre_rope),
-            ("--resume", resume),
-            ("--fisher", fisher),
-        ):
-            if is_given:
-                raise UsageError(f"{option} has no meaning with --synthetic", "leave it out")
+        refuse_given(
+            "with --synthetic",
+            {
+                "--text-file": bool(text_file),
+                "--jsonl": bool(jsonl),
+                "--max-tokens": max_tokens is not None,
+                "--pre-rope": pre_rope,
+                "--resume": resume,
+                "--fisher": fisher,
+            },
+        )
         n_layers, n_q_heads, n_kv_heads, head_dim = _numbers("--synthetic", synthetic, 4)
         options = SyntheticOptions(
             n_layers,

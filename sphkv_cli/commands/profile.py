@@ -7,6 +7,7 @@ import typer
 
 from sphkv_cli.commands.registry import ForceFlag, JsonFlag, Seed, command
 from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import refuse_given
 
 
 @command("profile")
@@ -30,8 +31,9 @@ def profile_command(
         typer.Option(help="Measure these tiers uniformly, repeatable; all of them without it."),
     ] = None,
     max_queries: Annotated[
-        int, typer.Option(help="Queries of each document's horizon that are looked at.")
-    ] = 256,
+        int | None,
+        typer.Option(help="Queries of each document's horizon that are looked at: 256."),
+    ] = None,
     max_logit_rmse: Annotated[
         float | None, typer.Option(help="Gate: worst head's logit rms error, softmax units.")
     ] = None,
@@ -51,12 +53,16 @@ def profile_command(
             "such as 8x8x32768x4."
         ),
     ] = None,
-    head_dim: Annotated[int, typer.Option(help="With --synthetic: 64, 128 or 256.")] = 128,
+    head_dim: Annotated[
+        int | None, typer.Option(help="With --synthetic: 64, 128 or 256; 128 if left out.")
+    ] = None,
     code: Annotated[
         list[str] | None,
         typer.Option(help="With --synthetic: a code to time, repeatable, as in fit-codebooks."),
     ] = None,
-    page_size: Annotated[int, typer.Option(help="With --synthetic: 16, 32 or 64 tokens.")] = 32,
+    page_size: Annotated[
+        int | None, typer.Option(help="With --synthetic: 16, 32 or 64 tokens; 32 if left out.")
+    ] = None,
     sweep: Annotated[
         bool,
         typer.Option("--sweep", help="With --synthetic: more contexts, batches and groups."),
@@ -78,15 +84,19 @@ def profile_command(
     from sphkv_cli.render import Output, TerminalProgress
 
     if synthetic is not None:
-        _refuse_beside_synthetic(
-            CAPTURE=capture is not None,
-            html=html is not None,
-            tier=bool(tier),
-            backend=backend == "reference",
-            max_logit_rmse=max_logit_rmse is not None,
-            max_kl=max_kl is not None,
-            max_output_error=max_output_error is not None,
-            min_speedup=min_speedup is not None,
+        refuse_given(
+            "with --synthetic",
+            {
+                "CAPTURE": capture is not None,
+                "--html": html is not None,
+                "--tier": bool(tier),
+                "--backend reference": backend == "reference",
+                "--max-queries": max_queries is not None,
+                "--max-logit-rmse": max_logit_rmse is not None,
+                "--max-kl": max_kl is not None,
+                "--max-output-error": max_output_error is not None,
+                "--min-speedup": min_speedup is not None,
+            },
         )
         from sphkv_cli.profile.synthetic import (
             DEFAULT_CODES,
@@ -96,7 +106,12 @@ def profile_command(
         from sphkv_cli.profile.synthetic_view import view as synthetic_view
 
         shapes = SyntheticSpeedOptions(
-            synthetic, head_dim, tuple(code or DEFAULT_CODES), page_size, sweep, seed
+            synthetic,
+            128 if head_dim is None else head_dim,
+            tuple(code or DEFAULT_CODES),
+            32 if page_size is None else page_size,
+            sweep,
+            seed,
         )
         with TerminalProgress() as progress:
             timed = profile_synthetic(shapes, output, plot=plot, progress=progress, force=force)
@@ -107,12 +122,20 @@ def profile_command(
             "profile needs a capture and an allocation",
             "or --synthetic 8x8x32768x4 for speed alone",
         )
-    if code or sweep or plot is not None:
-        raise UsageError("--code, --sweep and --plot belong to --synthetic", "leave them out")
+    refuse_given(
+        "without --synthetic",
+        {
+            "--head-dim": head_dim is not None,
+            "--code": bool(code),
+            "--page-size": page_size is not None,
+            "--sweep": sweep,
+            "--plot": plot is not None,
+        },
+    )
     options = ProfileOptions(
         backend=backend,
         tiers=tuple(tier or ()),
-        max_queries=max_queries,
+        max_queries=256 if max_queries is None else max_queries,
         gates=Gates(max_logit_rmse, max_kl, max_output_error, min_speedup),
         seed=seed,
     )
@@ -127,10 +150,3 @@ def profile_command(
         write_html(report, html, force=force)
     Output(json_output).show(report, view(report))
     require_gates(report)
-
-
-def _refuse_beside_synthetic(**given: bool) -> None:
-    for name, is_given in given.items():
-        if is_given:
-            option = name if name.isupper() else "--" + name.replace("_", "-")
-            raise UsageError(f"{option} has no meaning with --synthetic", "leave it out")

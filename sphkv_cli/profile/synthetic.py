@@ -10,16 +10,22 @@ L2, beside the copy and read rate of the same run (`sphkv_kernels.timing`). Ever
 with the float64 reference in the same run.
 """
 
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sphkv_cli.errors import EnvironmentUnable, SphkvError, UsageError
+from sphkv_cli.option_checks import require_at_least
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_kernels.benchmark import CaseReport, MetadataCase, Shape
 
 STAGE = "profile-synthetic"
+_SHAPE = re.compile("x".join(["0*([1-9][0-9]*)"] * 4))
+_MOST_DENSE_BYTES = 1 << 40
+_MOST_DIGITS = 12
+"""Of one number: more are never within the bytes, and `int` refuses thousands."""
 DEFAULT_CODES = ("4/2/2/2:fp16", "4/3/3/3:e5m6", "3/2/2/2:r2")
 PAGE_SIZES = (16, 32, 64)
 TERM_PAIRS = 4
@@ -39,22 +45,35 @@ class SyntheticSpeedOptions:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        self.parsed()
         if self.head_dim not in (64, 128, 256):
             raise UsageError(f"--head-dim is {self.head_dim}", "the kernel has 64, 128 and 256")
         if self.page_size not in PAGE_SIZES:
             raise UsageError(f"--page-size is {self.page_size}", f"choose one of {PAGE_SIZES}")
+        require_at_least("--seed", self.seed, 0)
+        self.parsed()
 
     def parsed(self) -> Shape:
-        """The shape as numbers."""
-        parts = self.shape.split("x")
-        if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        """The shape as numbers.
+
+        Raises:
+            UsageError: no shape, one that no GPU holds, or a group that the kernel does not serve.
+        """
+        found = _SHAPE.fullmatch(self.shape)
+        if found is None:
             raise UsageError(
                 f"--synthetic {self.shape!r} cannot be read",
                 "give sequences x KV heads x context x group size, for example 8x8x32768x4",
             )
-        n_sequences, n_kv_heads, n_tokens, group_size = map(int, parts)
+        too_large = UsageError(
+            "--synthetic asks for more than any GPU holds, 1 TiB of dense keys and values",
+            "give a smaller shape",
+        )
+        if max(map(len, found.groups())) > _MOST_DIGITS:
+            raise too_large
+        n_sequences, n_kv_heads, n_tokens, group_size = map(int, found.groups())
         shape = Shape(n_sequences, n_kv_heads, n_tokens, group_size, self.head_dim)
+        if shape.dense_bytes > _MOST_DENSE_BYTES:
+            raise too_large
         if shape.group_size > 16:
             raise UsageError(f"groups of {shape.group_size}", "the kernel serves groups of 1 to 16")
         return shape
@@ -131,10 +150,15 @@ def profile_synthetic(
         raise EnvironmentUnable(
             "--synthetic times the CUDA kernel, and torch sees no GPU", "run it where there is one"
         )
+    shapes = options.shapes()
+    too_large = SphkvError(
+        f"{options.shape} does not fit into this GPU's memory", "give a smaller shape"
+    )
+    if max(shape.dense_bytes for shape in shapes) > torch.cuda.mem_get_info()[1]:
+        raise too_large
     cases: list[CaseReport] = []
     metadata: list[MetadataCase] = []
     every_baseline: list[Baseline] = []
-    shapes = options.shapes()
     progress.start("Timing", len(shapes), "shapes")
     try:
         rates = memory_rates()
@@ -166,9 +190,7 @@ def profile_synthetic(
     except PageError as error:
         raise SphkvError(f"the kernel refuses this shape: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise SphkvError(
-            f"{options.shape} does not fit into this GPU's memory", "give a smaller shape"
-        ) from error
+        raise too_large from error
     finally:
         progress.finish()
     content = SyntheticSpeed(

@@ -214,3 +214,30 @@ def test_an_output_that_cannot_be_written_is_named_by_its_option(
     ):
         _, stderr = run(*arguments, "--output", "new", option, name, code=1)
         assert stderr == f"sphkv {arguments[0]}: {said}\n"
+
+
+MEASURED = ("profile", "capture.h5", "allocation.h5")
+TIMED = ("profile", "--synthetic", "1x1x64x1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "where"),
+    [
+        (MEASURED, ("--head-dim", "128"), "without --synthetic"),
+        (MEASURED, ("--page-size", "32"), "without --synthetic"),
+        (MEASURED, ("--code", "3/2/2/2:r2"), "without --synthetic"),
+        (MEASURED, ("--sweep",), "without --synthetic"),
+        (MEASURED, ("--plot", "a.png"), "without --synthetic"),
+        (TIMED, ("--max-queries", "256"), "with --synthetic"),
+        (TIMED, ("--html", "a.html"), "with --synthetic"),
+        (TIMED, ("--tier", "int8"), "with --synthetic"),
+        (TIMED, ("--max-kl", "0.1"), "with --synthetic"),
+        (("capture", "--synthetic", "2x4x2x64"), ("--jsonl", "a"), "with --synthetic"),
+    ],
+)
+def test_an_option_of_another_mode_is_refused_also_at_its_default(
+    arguments: tuple[str, ...], option: tuple[str, ...], where: str
+) -> None:
+    _, stderr = run(*arguments, *option, code=2)
+    said = f"{option[0]} has no meaning {where}; leave it out\n"
+    assert stderr == f"sphkv {arguments[0]}: {said}"

@@ -12,6 +12,7 @@ from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.option_checks import require_at_least
 from sphkv_cli.profile.options import ProfileOptions
+from sphkv_cli.profile.synthetic import SyntheticSpeedOptions
 from sphkv_cli.study.inputs import StudyOptions
 
 
@@ -23,6 +24,7 @@ from sphkv_cli.study.inputs import StudyOptions
         lambda seed: FitOptions(seed=seed),
         lambda seed: AllocateOptions(seed=seed),
         lambda seed: ProfileOptions(seed=seed),
+        lambda seed: SyntheticSpeedOptions("8x8x64x4", seed=seed),
         lambda seed: EvaluateOptions(seed=seed),
         lambda seed: StudyOptions(seed=seed),
     ],

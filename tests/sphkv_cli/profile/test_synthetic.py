@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sphkv_cli.artifacts.report import as_json
-from sphkv_cli.errors import EnvironmentUnable, UsageError
+from sphkv_cli.errors import EnvironmentUnable, SphkvError, UsageError
 from sphkv_cli.profile.roofline import roofline
 from sphkv_cli.profile.synthetic import (
     SyntheticSpeed,
@@ -48,10 +48,56 @@ def test_sweep_changes_one_number_at_a_time() -> None:
         assert len(changed) == 1
 
 
-@pytest.mark.parametrize("shape", ["8x8x32768", "8x8x0x4", "axbxcxd", "8x8x64x17", "-1x8x64x4"])
+@pytest.mark.parametrize(
+    "shape", ["8x8x32768", "8x8x0x4", "axbxcxd", "8x8x64x17", "-1x8x64x4", "8x8x64x4x"]
+)
 def test_foreign_shapes_are_refused(shape: str) -> None:
     with pytest.raises(UsageError):
         SyntheticSpeedOptions(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "head_dim"),
+    [
+        (f"1x1x{'9' * 5000}x1", 128),
+        (f"1x1x64x{'9' * 5000}", 128),
+        (f"{10**18}x1x64x1", 128),
+        ("1000000x1000000x1000000x1", 64),
+        ("1x8x536870913x1", 64),
+    ],
+)
+def test_a_shape_that_no_gpu_holds_is_one_short_line(shape: str, head_dim: int) -> None:
+    with pytest.raises(
+        UsageError, match=r"more than any GPU holds.*give a smaller shape"
+    ) as caught:
+        SyntheticSpeedOptions(shape, head_dim)
+    assert len(str(caught.value)) < 120
+
+
+def test_the_largest_shape_and_leading_zeros_are_read() -> None:
+    assert SyntheticSpeedOptions("1x8x536870912x1", 64).parsed().dense_bytes == 1 << 40
+    assert SyntheticSpeedOptions(f"1x{'0' * 5000}8x64x1").parsed() == Shape(1, 8, 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "is_refused"),
+    # The sweep goes to 8 sequences.
+    [(False, False), (True, True)],
+)
+def test_a_shape_beyond_the_gpu_is_refused_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: bool, is_refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    monkeypatch.setattr("sphkv_kernels.timing.memory_rates", lambda: 1 / 0)
+    options = SyntheticSpeedOptions("1x8x262144x1", sweep=sweep)
+    with pytest.raises(SphkvError if is_refused else ZeroDivisionError) as caught:
+        profile_synthetic(options, tmp_path / "report.json")
+    if is_refused:
+        assert str(caught.value) == (
+            "1x8x262144x1 does not fit into this GPU's memory; give a smaller shape"
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_code_that_the_kernel_does_not_read_is_refused(tmp_path: Path) -> None:
