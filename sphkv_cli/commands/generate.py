@@ -14,10 +14,10 @@ def generate_command(
         Path | None, typer.Option(help="Keep what this allocation's policy keeps.")
     ] = None,
     codebooks: Annotated[
-        Path | None, typer.Option(help="Instead: keep everything in one --tier of these.")
+        Path | None, typer.Option(help="Instead: keep all in one --tier of these.")
     ] = None,
     tier: Annotated[
-        str | None, typer.Option(help="A tier of the codebooks, int8 or dense.")
+        str | None, typer.Option(help="With --codebooks: one of their tiers, int8 or dense.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A text, repeatable.")] = None,
     prompt_file: Annotated[
@@ -31,8 +31,8 @@ def generate_command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Hold this budget while tokens come, by demoting sealed pages: 2b, 0.1x, 12MiB "
-            "(--allocation)."
+            help="With --allocation: hold this budget of sealed tokens while others come, by "
+            "demoting pages: 2b, 0.1x, 12MiB."
         ),
     ] = None,
     backend: Annotated[

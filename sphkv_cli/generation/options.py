@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.errors import UsageError
 from sphkv_cli.models.load import LoadOptions
+from sphkv_cli.option_checks import require_at_least
 
 BackendChoice = Literal["auto", "cuda", "reference"]
 
@@ -38,10 +40,13 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if not self.prompts and not self.prompt_files:
             raise UsageError("there is no prompt", "pass --prompt TEXT or --prompt-file PATH")
-        for name in ("prompt_tokens", "new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}", "give 1 or more")
+        if not all(self.prompts):
+            raise UsageError("--prompt is empty", "give a text")
+        require_at_least("--prompt-tokens", self.prompt_tokens, 1)
+        require_at_least("--new-tokens", self.new_tokens, 1)
+        require_at_least("--window", self.window, 0)
+        if self.budget is not None:
+            Budget.parse(self.budget)
         if self.backend not in get_args(BackendChoice):
             raise UsageError(
                 f"--backend {self.backend} is unknown", "choose auto, cuda or reference"

@@ -10,8 +10,8 @@ class Continuation:
     first_difference: index of the first generated token that differs, None where none does;
     probability_dense, probability_coded: that the dense run gives its own token there and the one
     the coded run took (a near tie is no loss), None likewise.
-    coded_bytes, dense_bytes: of the tensors that each cache holds at the end; *_seconds: of all
-    steps, prompt included.
+    dense_bytes, coded_bytes: of the tensors that each cache holds at the end; coded_token_bytes:
+    without the coded cache's frames; *_seconds: of all steps, prompt included.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Continuation:
     probability_dense: float | None
     probability_coded: float | None
     dense_bytes: int
+    coded_token_bytes: int
     coded_bytes: int
     dense_seconds: float
     coded_seconds: float
@@ -30,10 +31,16 @@ class Continuation:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """cache: what the coded runs used; backend: what read the codes; dtype: of the model."""
+    """cache: what the coded runs used; backend: what read the codes; dtype: of the model.
+
+    budget: as asked for, None without; frame_bytes: in every `coded_bytes`, fixed tensors of the
+    model, the same at any length.
+    """
 
     model: str
     cache: str
     backend: str
     dtype: str
+    budget: str | None
+    frame_bytes: int
     continuations: tuple[Continuation, ...]

@@ -177,11 +177,17 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return "cuda" if self._uses_kernel else "reference"
 
     def memory_bytes(self) -> int:
-        """Bytes of every tensor that the cache holds, its tables included."""
+        """Bytes of every tensor that the cache holds, its frames included."""
         states = sum(state.n_bytes for state in self._states if state is not None)
         if self._steps is not None:
             states = self._steps.n_bytes
-        return states + sum(frame.n_bytes for frame in self._frames)
+        return states + self.frame_bytes
+
+    @property
+    def frame_bytes(self) -> int:
+        """The part of `memory_bytes` that is fixed by the model: the same at any length and batch,
+        and outside a budget, which counts the tables that an allocation lays out."""
+        return sum(frame.n_bytes for frame in self._frames)
 
     def dense_bytes(self, bytes_per_number: int = 2) -> int:
         """What the same tokens take in a dense cache."""

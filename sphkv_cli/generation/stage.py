@@ -20,6 +20,7 @@ from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.generation.options import GenerateOptions
 from sphkv_cli.generation.result import Continuation, GenerationResult
 from sphkv_cli.generation.spherical_cache import SphericalCache
+from sphkv_cli.option_checks import refuse_given
 from sphkv_cli.progress import NullProgress, Progress
 
 
@@ -37,20 +38,18 @@ def generate(
             or dense) it is in: exactly one of both.
 
     Raises:
-        UsageError: neither or both artifacts, no tier, or an unknown one.
+        UsageError: neither or both artifacts, an option of the other one, or an unknown tier.
         ArtifactError: an artifact is damaged or for another model.
         EnvironmentUnable: the model cannot be loaded, or the backend not be used, here.
         SphkvError: a prompt that cannot be read, is empty or too long for the model's context.
     """
     progress = progress or NullProgress()
-    if (allocation is None) == (codebooks is None):
-        raise UsageError("one of --allocation and --codebooks is needed", "pass one of them")
-    if codebooks is not None and options.tier is None:
-        raise UsageError("--codebooks needs --tier", "name one of its tiers, int8 or dense")
-    if options.budget is not None and allocation is None:
-        raise UsageError("--budget needs the costs of an allocation", "pass --allocation")
+    _require_one(options, allocation, codebooks)
     texts = _texts(options)
-    model, tokenizer = _load(options, allocation, codebooks, progress)
+    # Opened whatever --model says: a wrong file is refused before a model is loaded.
+    captured = _model_name(allocation, codebooks)
+    named = options.model or captured
+    model, tokenizer = _load(options, named, progress)
     if allocation is not None:
         cache = SphericalCache.from_policy(
             allocation,
@@ -78,12 +77,34 @@ def generate(
         coded = _greedy(model, ids, cache, options.new_tokens, progress)
         sizes = (
             sum(x.keys.nbytes + x.values.nbytes for x in dense_cache.layers),
+            cache.memory_bytes() - cache.frame_bytes,
             cache.memory_bytes(),
         )
         found.append(_continuation(title, ids, dense, coded, sizes, tokenizer.decode))
     progress.finish()
-    named = options.model or _model_name(allocation, codebooks)
-    return GenerationResult(named, name, cache.backend, str(model.dtype), tuple(found))
+    return GenerationResult(
+        model=named,
+        cache=name,
+        backend=cache.backend,
+        dtype=str(model.dtype),
+        budget=options.budget,
+        frame_bytes=cache.frame_bytes,
+        continuations=tuple(found),
+    )
+
+
+def _require_one(options: GenerateOptions, allocation: Path | None, codebooks: Path | None) -> None:
+    """Refuse neither or both artifacts, and options of the other one."""
+    if allocation is not None and codebooks is not None:
+        raise UsageError("--allocation and --codebooks are two caches", "pass only one of them")
+    if allocation is not None:
+        refuse_given("with --allocation", {"--tier": options.tier is not None})
+    elif codebooks is None:
+        raise UsageError("there is nothing to code by", "pass --allocation or --codebooks")
+    elif options.tier is None:
+        raise UsageError("--codebooks needs --tier", "name one of its tiers, int8 or dense")
+    else:
+        refuse_given("with --codebooks", {"--budget": options.budget is not None})
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,7 @@ def _continuation(
     ids: Tensor,
     dense: _Run,
     coded: _Run,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int],
     decode: Callable[[list[int]], str],
 ) -> Continuation:
     different = (dense.tokens != coded.tokens).nonzero()[:, 0].tolist()
@@ -133,7 +154,8 @@ def _continuation(
         probability_dense=own,
         probability_coded=other,
         dense_bytes=sizes[0],
-        coded_bytes=sizes[1],
+        coded_token_bytes=sizes[1],
+        coded_bytes=sizes[2],
         dense_seconds=dense.seconds,
         coded_seconds=coded.seconds,
     )
@@ -143,11 +165,14 @@ def _texts(options: GenerateOptions) -> list[tuple[str, str]]:
     found = [(f"prompt {i + 1}", text) for i, text in enumerate(options.prompts)]
     for path in options.prompt_files:
         try:
-            found.append((path.name, path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SphkvError(
                 f"{path} cannot be read ({error})", "give a UTF-8 text file"
             ) from error
+        if not text:
+            raise SphkvError(f"{path} is empty", "give a file with text")
+        found.append((path.name, text))
     return found
 
 
@@ -173,14 +198,12 @@ def _model_name(allocation: Path | None, codebooks: Path | None) -> str:
     return CodebooksReader.open(codebooks).shape.model
 
 
-def _load(
-    options: GenerateOptions, allocation: Path | None, codebooks: Path | None, progress: Progress
-) -> tuple[Any, Any]:
+def _load(options: GenerateOptions, named: str, progress: Progress) -> tuple[Any, Any]:
     from sphkv_cli.models.load import load_model, load_tokenizer
     from sphkv_cli.models.source import resolve_model
 
     source = resolve_model(
-        options.model or _model_name(allocation, codebooks),
+        named,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         gguf_file=options.gguf_file,

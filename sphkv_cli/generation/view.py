@@ -20,12 +20,25 @@ def view(result: GenerationResult) -> tuple[Block, ...]:
                 "first difference",
                 "dense p of each there",
                 "cache, dense",
-                "cache, coded",
+                "coded, tokens",
+                "coded, in all",
                 "seconds, dense / coded",
             ),
             [_cells(found) for found in result.continuations],
         ),
+        Line("Tokens: pages, their tables and room for coming ones, and the dense tail."),
+        Line(
+            f"In all: with {bytes_text(result.frame_bytes)} of frames, fixed tensors of the model, "
+            "the same at any length."
+        ),
     ]
+    if result.budget is not None:
+        blocks.append(
+            Line(
+                f"The budget {result.budget} counts sealed tokens: their pages, page table and the "
+                "plan's fixed tables; the dense window, room and frames come on top."
+            )
+        )
     for found in result.continuations:
         blocks += [
             Line(f"{found.name}, dense: {_short(found.dense_text)}"),
@@ -48,6 +61,7 @@ def _cells(found: Continuation) -> tuple[object, ...]:
         "none" if found.first_difference is None else found.first_difference,
         there,
         bytes_text(found.dense_bytes),
+        bytes_text(found.coded_token_bytes),
         bytes_text(found.coded_bytes),
         f"{found.dense_seconds:.1f} / {found.coded_seconds:.1f}",
     )

@@ -325,8 +325,7 @@ def test_bytes_of_the_steps_are_those_of_their_tensors(random_model: Model, fram
     tails = steps._tails.nbytes
     # Every storage that a step reaches once, whatever shares it.
     held = {s.data_ptr(): s.nbytes() for s in storages(steps)}
-    frames_bytes = sum(frame.n_bytes for frame in cache._frames)
-    assert cache.memory_bytes() == sum(held.values()) + frames_bytes
+    assert cache.memory_bytes() == sum(held.values()) + cache.frame_bytes
     assert cache.memory_bytes() - before < slots + tails + 4096
 
 

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sphkv_cli.app import app
-from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.blocks import bytes_text
+from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
 from sphkv_cli.generation.options import GenerateOptions
 from sphkv_cli.generation.stage import generate
 from sphkv_cli.generation.view import view
@@ -58,19 +59,82 @@ def test_the_command_prints_both(tiny_chain: Any, tmp_path: Path) -> None:
     assert "float64 reference" in shown.stdout and "prompt.txt, coded:" in shown.stdout
 
 
+def test_frames_are_told_from_tokens_and_a_budget_says_what_it_counts(tiny_chain: Any) -> None:
+    short, long = (
+        generate(
+            GenerateOptions(
+                prompts=(TEXT,),
+                prompt_tokens=n,
+                new_tokens=2,
+                model=str(tiny_chain.model),
+                budget=budget,
+            ),
+            tiny_chain.allocation,
+            None,
+        )
+        for n, budget in ((5, None), (100, "3b"))
+    )
+    # The same at any length, and more than the tokens of a short context.
+    assert short.frame_bytes == long.frame_bytes
+    first, second = short.continuations[0], long.continuations[0]
+    assert first.coded_token_bytes < short.frame_bytes
+    assert 0 < first.coded_token_bytes < second.coded_token_bytes
+    for result, found in ((short, first), (long, second)):
+        assert found.coded_bytes == found.coded_token_bytes + result.frame_bytes
+        said = repr(view(result))
+        for n_bytes in (found.coded_token_bytes, found.coded_bytes, result.frame_bytes):
+            assert bytes_text(n_bytes) in said
+    assert (short.budget, long.budget) == (None, "3b")
+    assert "The budget 3b counts sealed tokens" in repr(view(long))
+    assert "The budget" not in repr(view(short))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--allocation", "A", "--codebooks", "C"), "pass only one of them"),
+        (("--allocation", "A", "--tier", "int8"), "--tier has no meaning with --allocation"),
+        (("--codebooks", "C"), "--codebooks needs --tier"),
+        (
+            ("--codebooks", "C", "--tier", "int8", "--budget", "2b"),
+            "--budget has no meaning with --codebooks",
+        ),
+        (("--allocation", "A", "--prompt", ""), "--prompt is empty"),
+        (("--allocation", "A", "--budget", "2"), "budget '2' has no unit"),
+        (("--allocation", "A", "--window", "-1"), "--window is -1; give 0 or more"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_a_file_or_model_is_opened(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("sphkv_cli.generation.stage._model_name", lambda *_: 1 / 0)
+    found = CliRunner().invoke(app, ["generate", "--prompt", "a text", *arguments])
+    assert found.exit_code == 2, found.output
+    assert said in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_a_wrong_artifact_is_refused_before_the_model_is_loaded(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sphkv_cli.models.load.load_model", lambda *_: 1 / 0)
+    with pytest.raises(ArtifactError, match="holds codebooks, not allocation"):
+        generate(options(tiny_chain), tiny_chain.codebooks, None)
+
+
 def test_what_cannot_be_generated_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompt"):
         GenerateOptions()
     with pytest.raises(UsageError, match="new-tokens is 0"):
         GenerateOptions(prompts=("a",), new_tokens=0)
-    for sources in ((None, None), (tiny_chain.allocation, tiny_chain.codebooks)):
-        with pytest.raises(UsageError, match="one of --allocation"):
-            generate(options(tiny_chain), *sources)
-    with pytest.raises(UsageError, match="needs --tier"):
-        generate(options(tiny_chain), None, tiny_chain.codebooks)
+    with pytest.raises(UsageError, match="pass --allocation or --codebooks"):
+        generate(options(tiny_chain), None, None)
     missing = GenerateOptions(prompt_files=(tmp_path / "none.txt",), model=str(tiny_chain.model))
     with pytest.raises(SphkvError, match="cannot be read"):
         generate(missing, tiny_chain.allocation, None)
+    (tmp_path / "empty.txt").touch()
+    empty = GenerateOptions(prompt_files=(tmp_path / "empty.txt",), model=str(tiny_chain.model))
+    with pytest.raises(SphkvError, match=r"empty\.txt is empty; give a file with text"):
+        generate(empty, tiny_chain.allocation, None)
     long = GenerateOptions(prompts=("a " * 300,), model=str(tiny_chain.model))
     with pytest.raises(SphkvError, match="context of 512"):
         generate(long, tiny_chain.allocation, None)
