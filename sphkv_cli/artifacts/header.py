@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from sphkv_cli.artifacts.running_code import code_commit, code_version
 from sphkv_cli.errors import ArtifactError
 
 FORMAT_NAME = "sphkv"
 VERSIONS = {"capture": 1, "codebooks": 2, "allocation": 2, "report": 1}
+_DEPENDENCIES = ("torch", "numpy", "scipy", "h5py", "transformers")
 MADE_BY = {
     "capture": "sphkv capture",
     "codebooks": "sphkv fit-codebooks",
@@ -67,7 +69,7 @@ def require_input(header: Header, role: str, given: ArtifactRef, *, path: str) -
 
 
 def collect_provenance(*, seed: int | None, command: list[str] | None = None) -> dict[str, Any]:
-    """Versions, machine and command line of this run, for the `provenance` group.
+    """Commit, versions, machine and command line of this run, for the `provenance` group.
 
     The command line is recorded by file names alone, never by the folders of this machine.
     """
@@ -83,13 +85,14 @@ def collect_provenance(*, seed: int | None, command: list[str] | None = None) ->
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "seed": seed,
+        "commit": code_commit(),
         "command": " ".join(["sphkv", *(word.rsplit("/", 1)[-1] for word in words[1:])]),
         "gpu": gpu,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
-            name: version_of(name)
-            for name in ("sphkv", "torch", "numpy", "scipy", "h5py", "transformers")
+            "sphkv": code_version(),
+            **{name: version_of(name) for name in _DEPENDENCIES},
         },
     }
 
