@@ -71,6 +71,27 @@ def main() -> None:
         torch.cuda.synchronize()
         assert torch.isfinite(result.output).all()
         print(f"{n_blocks} blocks: {float(result.output.norm()):.6f}, {logits.pages.shape}")
+    # More codes than have room: their tables take turns.
+    mixed = tuple(
+        TierFormat.spherical(SphericalCode.analytic(f"code {i}", 128, bits, radius))
+        for i, (bits, radius) in enumerate(
+            [
+                ((3, 1, 1, 1), "lloyd_max:1"),
+                ((3, 2, 2, 2), "lloyd_max:2"),
+                ((4, 2, 2, 2), "lloyd_max:2"),
+                ((4, 3, 3, 3), "lloyd_max:3"),
+                ((5, 3, 3, 3), "lloyd_max:3"),
+            ]
+        )
+    )
+    pages = torch.randint(-1, 6, (3, 2, 30), generator=generator)
+    cache = tiled_cache((*mixed, TierFormat.int8()), pages, 32, 2, 128, n_distinct=4)
+    for n_blocks in (2, 40):
+        attention_plan = plan(cache, 4, n_blocks=n_blocks)
+        result = ada_decode(query, cache, 0.09, plan=attention_plan)
+        logits = ada_logits(query, cache, plan=attention_plan)
+        assert torch.isfinite(result.output).all()
+        print(f"six tiers, {n_blocks} blocks: {float(result.output.norm()):.6f}")
     for n in (1, 5):
         size = 2 * n * 2 * 3
         tail = torch.full((size, 128), torch.nan, dtype=torch.bfloat16, device="cuda")

@@ -1,7 +1,7 @@
 """A document decoded step by step from the drop-in cache, scored as its parallel twin is.
 
 The context is one forward pass, each token after it one more, as in generation: slow, and what a
-user runs.  Bytes are those of the tensors that the cache holds, not of a plan.  Source: ours.
+user runs.  Bytes of pages are those of the tensors that the cache holds.  Source: ours.
 """
 
 import time
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sphkv_cli.allocation.layout import fixed_table_bytes
 from sphkv_cli.evaluation.judged_model import JudgedModel
 from sphkv_cli.evaluation.judging import JudgedDocument, score_of
 from sphkv_cli.evaluation.protocol import RetentionProtocol
@@ -52,12 +53,14 @@ def judge_stepwise(
         for state in cache.states()
         if state is not None
     )
+    # In place of the frames' tensors, what the allocation says that their tables take.
+    tables = fixed_table_bytes(cache.rule.frames, cache.rule.tiers)
     return score_of(
         document,
         model.shape,
         scores,
         n_coded=n_context,
-        coded_bytes=cache.memory_bytes() - tail,
+        coded_bytes=cache.memory_bytes() - cache.frame_bytes - tail + tables,
         code_rate=code_rate,
         dense_keys=0,
         seconds=elapsed,

@@ -21,8 +21,8 @@ def test_step_by_step_has_the_kl_of_the_parallel_policy(tiny_chain: Any, tmp_pat
     assert stepped.kl.mean == pytest.approx(parallel.kl.mean, rel=0.02)
     assert stepped.top1.mean == pytest.approx(parallel.top1.mean, abs=0.05)
     assert parallel.kl.mean > 1e-3
-    # Measured from the tensors: at least the pages that the plan counts.
-    assert stepped.coded_laid_out_rate > 0.9 * parallel.coded_laid_out_rate
+    # Measured from the tensors: the pages that the plan counts, in larger page tables.
+    assert 0.9 < stepped.coded_laid_out_rate / parallel.coded_laid_out_rate < 1.3
 
 
 def test_codebooks_have_no_policy_to_step_through(tiny_chain: Any, tmp_path: Path) -> None:
