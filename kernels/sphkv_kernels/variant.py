@@ -24,7 +24,15 @@ CUDA_FOLDER = Path(__file__).parent / "cuda"
 COMMON_SOURCES = ("intrinsics.cuh", "params.cuh", "formats.cuh", "tables.cuh", "attend.cuh")
 DECODE_SOURCES = ("position.cuh", "{scores}", "run.cuh", "{dispatch}", "decode.cu")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHARED_BYTES = {
+    capability: 1024 * kilobytes
+    for kilobytes, capabilities in {
+        99: (86, 89, 120, 121),
+        163: (80, 87),
+        227: (90, 100, 103, 110),
+    }.items()
+    for capability in capabilities
+}
 """Shared memory of a block by compute capability (CUDA programming guide)."""
 MAX_POSITION_GROUPS = 32
 COEFFICIENT_BYTES, FREQUENCY_BYTES, RUN_FEATURE_BYTES = 256, 32, 1024
@@ -295,7 +303,7 @@ def _preamble(
         "N_THREADS": 32 * variant.n_warps,
         "GROUP_TILES": variant.group_tiles,
         "REPLICAS": space.replicas,
-        # Shared memory starts after 1 KB that sm_90 reserves; the kernel traps if it does not.
+        # Shared memory starts after 1 KB reserved from sm_90 on; the kernel traps if it does not.
         "SHARED_BASE": 1024 if capability >= 90 else 0,
         "SOFTCAP": int(variant.softcap),
         "WINDOW": int(variant.window),

@@ -5,7 +5,6 @@ commands, so that `sphkv --help` never loads torch.
 """
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
@@ -35,7 +34,9 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"sphkv {importlib.metadata.version('sphkv')}")
+        from sphkv_cli.artifacts.running_code import code_version
+
+        typer.echo(f"sphkv {code_version() or 'of an unknown version'}")
         raise typer.Exit
 
 

@@ -100,7 +100,8 @@ def test_scores_by_table_keep_their_budget(
 
 @needs_tools
 @pytest.mark.parametrize(
-    ("head_dim", "group_tiles", "capability"), [(128, 1, 80), (64, 1, 90), (128, 2, 90)]
+    ("head_dim", "group_tiles", "capability"),
+    [(128, 1, 80), (64, 1, 90), (128, 2, 90), (128, 1, 100), (64, 1, 120)],
 )
 def test_other_shapes_build_without_spills_in_the_loop(
     head_dim: int, group_tiles: int, capability: int, tmp_path: Path
@@ -110,6 +111,21 @@ def test_other_shapes_build_without_spills_in_the_loop(
     variant = Variant((tier,), head_dim, group_tiles, n_warps=n_warps)
     loop, _ = loop_and_registers(tmp_path, variant, capability)
     assert loop.local_memory == 0
+
+
+@needs_tools
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_shared_memory_begins_where_lookups_take_it_to(capability: int, tmp_path: Path) -> None:
+    """A kernel that finds it elsewhere traps; before sm_90 the assembler knows and leaves nothing
+    but the trap, from there on it compares its own address with the kernel's."""
+    variant = Variant((tier_of((4, 2, 2, 2), "fp16"),), 128, 1)
+    text = "\n".join(disassemble(built(variant, capability, tmp_path)))
+    if capability < 90:
+        assert "BPT.TRAP" not in text
+    else:
+        start = text[: text.index("BPT.TRAP")]
+        assert re.search(r"U?MOV U?R\d+, 0x400 ;", start)
+        assert re.search(r"U?ISETP.NE.AND .*, 0x400,", start)
 
 
 @needs_tools
