@@ -30,7 +30,7 @@ def encode_vectors(region_format: RegionFormat, x: Tensor) -> StoredVectors:
     if region_format == "int8":
         return encode_int8(x)
     stored = x.to(torch.bfloat16)
-    if not bool((stored.abs() <= _LARGEST_HALF).all()):
+    if not bool((stored.float().abs() <= _LARGEST_HALF).all()):  # bf16 itself rounds the limit up
         raise PageError(
             f"dense tier: a vector holds NaN, Inf or more than {_LARGEST_HALF:g}, which fp16 "
             "fragments do not hold; check the captured activations"
