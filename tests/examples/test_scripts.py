@@ -103,10 +103,11 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measur
     record = tmp_path / "record.json"
     record.write_text("a record")
     monkeypatch.setattr(torch, "randint", lambda *_, **__: pytest.fail("measured"))
+    advice = "make it first, or choose another --output"
     for output, sentence in (
         (record, f"{record} exists; pass --force to overwrite it, or another --output"),
         (tmp_path, f"{tmp_path} is a folder; name a file with --output"),
-        (tmp_path / "no" / "x.json", f"the folder {tmp_path / 'no'} does not exist; make it first"),
+        (tmp_path / "no" / "x.json", f"the folder {tmp_path / 'no'} does not exist; {advice}"),
     ):
         ended = script("kernel_report.py", "--output", output, "--commit", "abc")
         assert (ended.code, ended.err) == (1, f"kernel_report.py: {sentence}\n")

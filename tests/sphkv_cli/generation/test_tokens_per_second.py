@@ -68,10 +68,11 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(
 ) -> None:
     record = tmp_path / "record.json"
     record.write_text("a record")
+    advice = "make it first, or choose another --output"
     for output, sentence in (
         (record, f"{record} exists; pass --force to overwrite it, or another --output"),
         (tmp_path, f"{tmp_path} is a folder; name a file with --output"),
-        (tmp_path / "no" / "x.json", f"the folder {tmp_path / 'no'} does not exist; make it first"),
+        (tmp_path / "no" / "x.json", f"the folder {tmp_path / 'no'} does not exist; {advice}"),
     ):
         ended = refused("--smoke", "--commit", "abc", "--output", output)
         assert ended == (1, f"{SCRIPT.name}: {sentence}")
