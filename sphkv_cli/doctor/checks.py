@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-MIN_COMPUTE_CAPABILITY = (8, 0)
-"""The kernels use mma.m16n8k16 and cp.async: Ampere (sm_80) and later."""
+_ROOM_FOR_ALL_TIERS = 128 * 1024
+"""Bytes of shared memory that the tables of a 4/3/3/3 code take with what stands beside them."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,21 @@ def _gpu_of(available: bool, cuda_build: str | None) -> Check:
         return Check("GPU", False, "torch sees no CUDA device", "check the driver with nvidia-smi")
     import torch
 
+    from sphkv_kernels.variant import SHARED_BYTES
+
     properties = torch.cuda.get_device_properties(0)
-    capability = (properties.major, properties.minor)
+    capability = 10 * properties.major + properties.minor
     finding = (
-        f"{properties.name}, sm_{properties.major}{properties.minor}, "
+        f"{properties.name}, sm_{capability}, "
         f"{properties.total_memory / 2**30:.0f} GiB, CUDA {cuda_build}"
     )
-    if capability < MIN_COMPUTE_CAPABILITY:
-        return Check("GPU", False, f"{finding}: the kernels need sm_80 or later")
+    if capability not in SHARED_BYTES:
+        built = ", ".join(f"sm_{one}" for one in sorted(SHARED_BYTES))
+        return Check("GPU", False, f"{finding}: the kernels are built for {built}")
     if int(cuda_build.split(".")[0]) < 13:
         return Check("GPU", False, f"{finding}: CUDA 13 is needed", "pip install 'torch>=2.11'")
+    if SHARED_BYTES[capability] < _ROOM_FOR_ALL_TIERS:
+        finding += "; no room for 4/3/3/3 tiers: name the others to fit-codebooks --tier"
     return Check("GPU", True, finding)
 
 
