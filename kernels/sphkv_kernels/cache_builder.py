@@ -5,6 +5,8 @@ in another; pages lie in the pool in the order of the entries.  Source: ours.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -16,7 +18,8 @@ from sphkv_kernels.code_fields import radius_bits
 from sphkv_kernels.encode import encode
 from sphkv_kernels.layout import Operand
 from sphkv_kernels.page_slots import PageSlots, SequenceTokens, place_tokens, table_of
-from sphkv_kernels.pages import pack_region, page_bytes
+from sphkv_kernels.page_table import PageTable
+from sphkv_kernels.pages import pack_region, page_bytes, place_pages
 from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 from sphkv_kernels.vectors import encode_vectors, placed_rows, poisoned_rows, reshape_rows
 
@@ -61,6 +64,62 @@ def build_cache(
         page_table=table_of(slots, offsets, len(sequences) * n_kv_heads),
         positions=positions,
     )
+
+
+def build_caches(
+    tiers: Sequence[TierFormat],
+    page_size: int,
+    layers: Sequence[Sequence[SequenceTokens]],
+    *,
+    position_dtype: torch.dtype = torch.int32,
+    uses_kernel: bool = True,
+) -> list[PagedCache]:
+    """As `build_cache` of every layer; what they seal in one tier is encoded in one call."""
+    found: dict[int, PagedCache] = {}
+    for with_positions in (True, False):
+        chosen = [
+            index
+            for index, sequences in enumerate(layers)
+            if all(tokens.positions is not None for tokens in sequences) == with_positions
+        ]
+        if not chosen:
+            continue
+        whole = build_cache(
+            tiers,
+            page_size,
+            [tokens for index in chosen for tokens in layers[index]],
+            position_dtype=position_dtype,
+            uses_kernel=uses_kernel,
+        )
+        found |= zip(chosen, _parts(whole, [len(layers[i]) for i in chosen]), strict=True)
+    return [found[index] for index in range(len(layers))]
+
+
+def _parts(whole: PagedCache, n_sequences: Sequence[int]) -> list[PagedCache]:
+    """So many sequences each, in memory of their own; pages lie in the order of entries."""
+    table = whole.page_table
+    rows = [0, *(whole.n_kv_heads * n for n in accumulate(n_sequences))]
+    entries = table.starts[rows].tolist()
+    ends = torch.cat([table.offsets, table.offsets.new_tensor([whole.pool.numel()])])
+    places = ends[entries].tolist()
+    parts = []
+    for i, n in enumerate(n_sequences):
+        own, held = slice(entries[i], entries[i + 1]), slice(places[i], places[i + 1])
+        parts.append(
+            replace(
+                whole,
+                n_sequences=n,
+                pool=whole.pool[held].clone(),
+                page_table=PageTable(
+                    table.offsets[own] - places[i],
+                    table.tiers[own].clone(),
+                    table.live_tokens[own].clone(),
+                    table.starts[rows[i] : rows[i + 1] + 1] - entries[i],
+                ),
+                positions=None if whole.positions is None else whole.positions[own].clone(),
+            )
+        )
+    return parts
 
 
 def _stored_positions(
@@ -119,7 +178,6 @@ def pack_pages(
     n_tokens = torch.tensor([s.keys.shape[0] for s in sequences], device=device)
     token_row = (torch.cumsum(n_tokens, 0) - n_tokens)[slots.sequence] + slots.token
     is_full = slots.live_tokens == page_size
-    lines = pool.view(torch.int64).view(-1, 2)  # pages are whole lines of 16 bytes
     for index, tier in enumerate(tiers):
         for full in (True, False):
             is_chosen = (slots.entry_tiers == index) & (is_full == full)
@@ -141,9 +199,7 @@ def pack_pages(
                 ]
                 packed = [_pack(*one, places, n_pages, page_size, dead_rows) for one in regions]
                 pages = torch.cat(packed, dim=1)
-            within = torch.arange(pages.shape[1] // 16, device=device)
-            page_lines = pages.view(torch.int64).view(n_pages, -1, 2)
-            lines[offsets[is_chosen][:, None] // 16 + within] = page_lines
+            place_pages(pool, offsets[is_chosen], pages)
     return pool, offsets
 
 

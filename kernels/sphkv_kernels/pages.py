@@ -89,6 +89,13 @@ def unpack_values(
     return unpack_region(tier.value_format, "value", regions, head_dim, page_size)
 
 
+def place_pages(pool: Tensor, offsets: Tensor, pages: Tensor) -> None:
+    """Write pages ``(n_pages, bytes) uint8`` to their offsets in a pool, by lines of 16 bytes."""
+    within = torch.arange(pages.shape[1] // REGION_ALIGNMENT, device=pool.device)
+    lines = pages.view(torch.int64).view(pages.shape[0], -1, 2)
+    pool.view(torch.int64).view(-1, 2)[offsets[:, None] // REGION_ALIGNMENT + within] = lines
+
+
 def pack_region(region_format: RegionFormat, operand: Operand, stored: StoredVectors) -> Tensor:
     """Regions ``(n_pages, region_bytes) uint8`` from stored vectors ``(n_pages, page_size, ...)``.
 

@@ -19,7 +19,7 @@ from sphkv_cli.generation.placement import PlacementRule
 from sphkv_cli.generation.store_state import NewTokens, PagePlan, StoreState
 from sphkv_codebooks.errors import CodeError
 from sphkv_kernels.cache import PagedCache
-from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.cache_builder import build_caches
 from sphkv_kernels.page_slots import SequenceTokens
 
 _TAIL_STEP = 32
@@ -152,8 +152,12 @@ class LayerStore:
         Raises:
             SphkvError: a vector that its tier cannot hold.
         """
-        if all(placement is None for placement in placements):
-            return state
+        return sealed_together([self], [state], [placements])[0]
+
+    def tokens_placed(
+        self, state: StoreState, placements: Sequence[Placement | None]
+    ) -> list[SequenceTokens]:
+        """The first tokens of every tail in the frame, and where each goes."""
         device = state.tail_keys.device
         sequences = []
         for s, placement in enumerate(placements):
@@ -179,16 +183,12 @@ class LayerStore:
                     positions if self.stores_positions else None,
                 )
             )
-        try:
-            new = build_cache(
-                self.rule.tiers,
-                self.rule.page_size,
-                sequences,
-                position_dtype=self.position_dtype,
-                uses_kernel=self.uses_kernel,
-            )
-        except (CodeError, ValueError) as error:
-            raise uncodable(self.layer, str(error)) from error
+        return sequences
+
+    def with_sealed(
+        self, state: StoreState, new: PagedCache, placements: Sequence[Placement | None]
+    ) -> StoreState:
+        """The state with what was placed in new pages behind its own."""
         pages = new if state.pages is None else joined(state.pages, new)
         n_placed = [0 if p is None else p.n_placed for p in placements]
         n_tail = tuple(n - gone for n, gone in zip(state.n_tail, n_placed, strict=True))
@@ -218,6 +218,38 @@ class LayerStore:
     def _planned(self, state: StoreState) -> StoreState:
         made = PagePlan.of(state.pages, self.group_size if self.uses_kernel else None)
         return replace(state, plan=made)
+
+
+def sealed_together(
+    stores: Sequence[LayerStore],
+    states: Sequence[StoreState],
+    placements: Sequence[Sequence[Placement | None]],
+) -> list[StoreState]:
+    """As `LayerStore.sealed` of every layer, of one rule and device: their pages are coded at once.
+
+    Raises:
+        SphkvError: a vector that its tier cannot hold.
+    """
+    if all(placement is None for placed in placements for placement in placed):
+        return list(states)
+    first, every = stores[0], list(zip(stores, states, placements, strict=True))
+    try:
+        new = build_caches(
+            first.rule.tiers,
+            first.rule.page_size,
+            [store.tokens_placed(state, placed) for store, state, placed in every],
+            position_dtype=first.position_dtype,
+            uses_kernel=first.uses_kernel,
+        )
+    except (CodeError, ValueError) as error:
+        if len(every) > 1:
+            for store, state, placed in every:
+                store.sealed(state, placed)  # raises for the layer that it was
+        raise uncodable(first.layer, str(error)) from error
+    return [
+        store.with_sealed(state, pages, placed)
+        for (store, state, placed), pages in zip(every, new, strict=True)
+    ]
 
 
 def uncodable(layer: int, why: str) -> SphkvError:

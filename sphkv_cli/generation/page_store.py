@@ -3,11 +3,14 @@
     joined(a, b)        every head's entries of a, then those of b; the pools one after the other
     compacted(cache)    the same entries in a pool that holds nothing else
     kept(cache, mask)   some of the entries (those that a sliding window still reaches)
+    side_by_side(caches) layers as one cache of more sequences, for what is done to all of them
 
 None changes its input, so a step that fails leaves the old pages whole.  Source: ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,6 +35,33 @@ def joined(first: PagedCache, second: PagedCache) -> PagedCache:
     )
     pool = torch.cat([first.pool, second.pool])
     return replace(first, pool=pool, page_table=table, positions=positions)
+
+
+def side_by_side(caches: Sequence[PagedCache]) -> PagedCache:
+    """One cache of all their sequences, one after the other, of one device and format; positions
+    and tails are left out."""
+    first = caches[0]
+    tables = [cache.page_table for cache in caches]
+    bytes_before = [0, *accumulate(cache.pool.numel() for cache in caches)]
+    entries_before = [0, *accumulate(table.n_entries for table in tables)]
+    table = PageTable(
+        torch.cat([t.offsets + before for t, before in zip(tables, bytes_before, strict=False)]),
+        torch.cat([t.tiers for t in tables]),
+        torch.cat([t.live_tokens for t in tables]),
+        torch.cat(
+            [
+                first.page_table.starts[:1],
+                *(t.starts[1:] + n for t, n in zip(tables, entries_before, strict=False)),
+            ]
+        ),
+    )
+    return replace(
+        first,
+        n_sequences=sum(cache.n_sequences for cache in caches),
+        pool=torch.cat([cache.pool for cache in caches]),
+        page_table=table,
+        positions=None,
+    )
 
 
 def kept(cache: PagedCache, mask: Tensor) -> PagedCache:

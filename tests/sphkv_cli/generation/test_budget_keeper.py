@@ -1,6 +1,7 @@
 """A budget while the cache grows: bytes of the tensors, precision that only falls, what it buys."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.fit.stage import fit_codebooks
 from sphkv_cli.generation.budget_keeper import BudgetKeeper
-from sphkv_cli.generation.budget_seal import demoted
 from sphkv_cli.generation.layer_store import LayerStore
+from sphkv_cli.generation.page_demotion import demoted
 from sphkv_cli.generation.page_store import tensor_bytes
 from sphkv_cli.generation.placement import PolicyRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
@@ -174,16 +175,16 @@ def test_a_seal_that_fails_leaves_all_layers_alike_and_takes_no_more_tokens(
 ) -> None:
     model = load(torch.bfloat16)
     cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget="6b")
-    sealed = LayerStore.sealed
+    with_sealed = LayerStore.with_sealed
 
-    def interrupted(self: LayerStore, state: Any, placements: Any) -> Any:
-        if self.layer == 1 and any(one is not None for one in placements):
+    def interrupted(self: LayerStore, *arguments: Any) -> Any:
+        if self.layer == 1:
             raise KeyboardInterrupt
-        return sealed(self, state, placements)
+        return with_sealed(self, *arguments)
 
     with torch.inference_mode():
         model(ids[:, :64], past_key_values=cache)
-        monkeypatch.setattr(LayerStore, "sealed", interrupted)
+        monkeypatch.setattr(LayerStore, "with_sealed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             for i in range(64, N_TOKENS):
                 model(ids[:, i : i + 1], past_key_values=cache)
@@ -199,6 +200,48 @@ def test_a_seal_that_fails_leaves_all_layers_alike_and_takes_no_more_tokens(
         cache.reset()
         model(ids[:, :64], past_key_values=cache)
     require_books_are_pages(cache)
+
+
+def test_a_vector_that_no_code_holds_names_its_layer(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load()
+    cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget="6b")
+    placed = LayerStore.tokens_placed
+
+    def broken(self: LayerStore, *arguments: Any) -> Any:
+        tokens = placed(self, *arguments)
+        if self.layer == 1:
+            tokens = [replace(one, keys=one.keys * torch.nan) for one in tokens]
+        return tokens
+
+    with torch.inference_mode():
+        model(ids[:, :64], past_key_values=cache)
+        monkeypatch.setattr(LayerStore, "tokens_placed", broken)
+        with pytest.raises(SphkvError, match="layer 1: a key or value cannot be coded"):
+            for i in range(64, N_TOKENS):
+                model(ids[:, i : i + 1], past_key_values=cache)
+
+
+def test_layers_are_demoted_together_as_each_alone() -> None:
+    d, page = 32, 16
+    code = SphericalCode.analytic("paper", d, (4, 2, 2, 2), "fp16")
+    tiers = (TierFormat.spherical(code), TierFormat.int8(), TierFormat.dense())
+    generator, caches = torch.Generator().manual_seed(1), []
+    for n in (40, 64, 33):
+        keys, values = (torch.randn((n, 2, d), generator=generator) for _ in range(2))
+        number = (torch.arange(n) // page)[:, None].expand(-1, 2)
+        positions = torch.arange(n) if n == 64 else None
+        tokens = SequenceTokens(keys, values, 2 - number % 2, number, positions)
+        caches.append(build_cache(tiers, page, [tokens]))
+    moves = [{0: 1, 3: 2, 5: 0}, {}, {1: 0, 2: 1}]
+    found = demoted(caches, moves)
+    assert found[1] is caches[1]
+    for cache, move, one in zip(caches, moves, found, strict=True):
+        (alone,) = demoted([cache], [move])
+        assert torch.equal(one.pool, alone.pool)
+        assert one.page_table.equals(alone.page_table)
+    assert [int(one.page_table.n_entries) for one in found] == [5, 8, 5]
 
 
 def test_caches_of_one_rule_keep_their_own_books(
@@ -261,7 +304,7 @@ def test_a_demoted_page_holds_what_it_held_in_a_smaller_code() -> None:
     tokens = SequenceTokens(keys, values, torch.ones_like(number), number, torch.arange(40))
     cache = build_cache(tiers, page, [tokens])
     # Head 0: its second page is dropped and its third, of 8 tokens, demoted; head 1: its first.
-    found = demoted(cache, {1: 0, 2: 1, 3: 1})
+    (found,) = demoted([cache], [{1: 0, 2: 1, 3: 1}])
     assert found.page_table.tiers.tolist() == [1, 0, 0, 1, 1]
     assert found.page_table.live_tokens.tolist() == [16, 8, 16, 16, 8]
     sizes = found.tier_page_bytes()

@@ -313,7 +313,7 @@ def test_memory_that_runs_out_leaves_the_cache_as_it_was(
     run(model, token_ids[:47], cache, [40, *[1] * 7])
     from sphkv_cli.generation import layer_store
 
-    whole, calls = layer_store.build_cache, []
+    whole, calls = layer_store.build_caches, []
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -322,7 +322,7 @@ def test_memory_that_runs_out_leaves_the_cache_as_it_was(
         return whole(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer_store, "build_cache", failing)
+        patch.setattr(layer_store, "build_caches", failing)
         with pytest.raises(SphkvError, match="out of memory in layer 1"):
             run(model, token_ids[47:48], cache, [1])
     assert len(calls) == 2 and cache.get_seq_length() == 47
