@@ -9,6 +9,7 @@ the wheels of the `cuda` extra is needed. Source: ours; the cache after DeepGEMM
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -38,8 +39,9 @@ def compile_cubin(
     """
     folder = cache_folder() if folder is None else folder
     path = folder / f"{build_key(source, capability)}.cubin"
-    if use_cache and path.is_file():
-        return path.read_bytes()
+    if use_cache:
+        with contextlib.suppress(OSError):  # not there, or not to be read
+            return path.read_bytes()
     cubin = _compile(source, capability)
     if use_cache:
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sphkv_kernels.launch_arguments import require
+from sphkv_kernels.launch_arguments import require, require_aligned
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import PAGE_SIZES, page_bytes
 from sphkv_kernels.tier import PageError, TierFormat
@@ -51,10 +51,8 @@ class PagedCache:
         n = table.n_entries
         if self.page_size not in PAGE_SIZES:
             raise PageError(f"page_size {self.page_size}: choose one of {PAGE_SIZES}")
-        require(
-            "cache.pool", self.pool, (self.pool.numel(),), torch.uint8, self.device, aligned=True
-        )
         expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+            "pool": (self.pool, (self.pool.numel(),), torch.uint8),
             "page_table.offsets": (table.offsets, (n,), torch.int64),
             "page_table.tiers": (table.tiers, (n,), torch.int8),
             "page_table.live_tokens": (table.live_tokens, (n,), torch.int16),
@@ -86,8 +84,7 @@ class PagedCache:
                     f"cache.{name} lies on {tensor.device}, the pool on {self.pool.device}; "
                     "move the whole cache with .to(device)"
                 )
-            aligned = name in ("tail_keys", "tail_values")
-            require(f"cache.{name}", tensor, shape, dtype, self.device, aligned=aligned)
+            require(f"cache.{name}", tensor, shape, dtype, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +93,13 @@ class PagedCache:
     def tier_page_bytes(self) -> tuple[int, ...]:
         """Bytes of one page of every tier."""
         return tuple(page_bytes(tier, self.head_dim, self.page_size) for tier in self.tiers)
+
+    def require_aligned(self) -> None:
+        """Refuse what 16-byte loads cannot read (PageError): asked where addresses are taken."""
+        for name in ("pool", "tail_keys", "tail_values"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                require_aligned(f"cache.{name}", tensor)
 
     def check(self) -> None:
         """Read the whole table back; raise PageError on the first entry that cannot be right.

@@ -93,6 +93,7 @@ class AttentionPlan:
             raise PageError(f"a twin's pages are {other}, the plan is for {mine}")
         if not self.cache.page_table.equals(cache.page_table):
             raise PageError("a twin's pages lie in other places than those that the plan is for")
+        cache.require_aligned()
         work = replace(self.work, positions=PagePositions.of(cache, self.work.entries))
         twin = replace(self, cache=cache, work=work, handle=next(_handles))
         _plans[twin.handle] = twin

@@ -7,8 +7,8 @@ with `encode`. `encode_rows` writes tokens one by one into their pages instead. 
 rotates (Hadamard), recurses, quantises and packs (`cuda/encode.cuh`): 16 coordinates a thread, read
 once and written as codes. The codes are defined by float32 operations that every IEEE device
 rounds alike (`sphkv_codebooks.encoder`), so the bytes are those of the CPU. On a CPU, for codes
-without a native layout and for other sizes of a head, the same runs as torch operations. Source:
-ours.
+without a native layout and for other sizes of a head, the same runs as torch operations; on a GPU
+that no kernel is built for only where they are asked for. Source: ours.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def prepare_encode(tier: TierFormat, head_dim: int, device: torch.device) -> Non
     not wait for NVRTC.
 
     Raises:
-        PageError: codebooks too large for a launch.
+        PageError: codebooks too large for a launch, or a device that no kernel is built for.
         KernelBuildError: NVRTC is missing or refuses the encoder.
+        KernelLaunchError: the driver refuses it.
     """
     if _has_kernel(tier, head_dim, device):
         encoder_for(tier, head_dim, None, False, with_index(device))

@@ -75,6 +75,13 @@ _encoders: weakref.WeakValueDictionary[int, Encoder] = weakref.WeakValueDictiona
 _handles = itertools.count()
 
 
+def _encoder_of(handle: int) -> Encoder:
+    found = _encoders.get(handle)
+    if found is None:
+        raise PageError("the encoder of this call is gone; encode afresh instead of replaying it")
+    return found
+
+
 @lru_cache(maxsize=256)
 def encoder_for(
     tier: TierFormat,
@@ -108,7 +115,7 @@ def encoder_for(
 
 @torch.library.custom_op("sphkv::encode", mutates_args=())
 def _encode_op(keys: Tensor, values: Tensor, handle: int) -> tuple[Tensor, Tensor]:
-    encoder = _encoders[handle]
+    encoder = _encoder_of(handle)
     page_size = keys.shape[-2]
     n_bytes = page_bytes(encoder.tier, encoder.head_dim, page_size)
     pages = torch.empty((*keys.shape[:-2], n_bytes), dtype=torch.uint8, device=keys.device)
@@ -119,7 +126,7 @@ def _encode_op(keys: Tensor, values: Tensor, handle: int) -> tuple[Tensor, Tenso
 
 @_encode_op.register_fake
 def _(keys: Tensor, values: Tensor, handle: int) -> tuple[Tensor, Tensor]:
-    encoder = _encoders[handle]
+    encoder = _encoder_of(handle)
     n_bytes = page_bytes(encoder.tier, encoder.head_dim, keys.shape[-2])
     pages = keys.new_empty((*keys.shape[:-2], n_bytes), dtype=torch.uint8)
     return pages, keys.new_empty((), dtype=torch.int32)
@@ -137,7 +144,7 @@ def _encode_rows_op(
 ) -> Tensor:
     refused = torch.zeros((), dtype=torch.int32, device=keys.device)
     # A row of its own page: (1, n_tokens, head_dim), so that strides mean what they mean above.
-    _encoders[handle].launch(keys[None], values[None], pool, refused, page_size, offsets, rows)
+    _encoder_of(handle).launch(keys[None], values[None], pool, refused, page_size, offsets, rows)
     return refused
 
 

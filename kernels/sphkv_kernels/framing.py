@@ -52,7 +52,7 @@ def frame_tokens(
 
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
-        KernelBuildError: as `prepare_framing`, at the first call.
+        KernelBuildError, KernelLaunchError: as `prepare_framing`, at the first call.
     """
     _require_servable(frame)
     check_tokens(frame, query, key, value, tail, rows, turns)
@@ -100,7 +100,7 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
 
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
-        KernelBuildError: as `prepare_framing`, at the first call.
+        KernelBuildError, KernelLaunchError: as `prepare_framing`, at the first call.
     """
     _require_servable(frame)
     d, device = frame.head_dim, frame.device
@@ -126,6 +126,7 @@ def prepare_framing(frame: FrameTensors, n_sequences: int) -> None:
     Raises:
         PageError: head_dim, dtype or device that the kernels do not have.
         KernelBuildError: NVRTC is missing or refuses them.
+        KernelLaunchError: the driver refuses them.
     """
     _require_servable(frame)
     d, device = frame.head_dim, frame.device

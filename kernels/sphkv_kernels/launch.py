@@ -66,7 +66,7 @@ def launch_function(
     (status,) = driver.cuLaunchKernel(
         function, *grid, 1, n_threads, 1, 1, shared_bytes, stream, ctypes.addressof(argument), 0
     )
-    _check(status, "cuLaunchKernel")
+    require_success(status, "cuLaunchKernel")
 
 
 def capability_of(device: torch.device) -> int:
@@ -151,15 +151,16 @@ def load_function(
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch's context is current from here on
         status, module = driver.cuModuleLoadData(cubin)
-        _check(status, "cuModuleLoadData")
+        require_success(status, "cuModuleLoadData")
         status, function = driver.cuModuleGetFunction(module, name.encode())
-        _check(status, "cuModuleGetFunction")
+        require_success(status, "cuModuleGetFunction")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
-        _check(status, "cuFuncSetAttribute")
+        require_success(status, "cuFuncSetAttribute")
     return function
 
 
-def _check(status: Any, what: str) -> None:
+def require_success(status: Any, what: str) -> None:
+    """Raise KernelLaunchError where a call of the driver failed."""
     if int(status) != 0:
         raise KernelLaunchError(f"{what} failed: {status!r}")

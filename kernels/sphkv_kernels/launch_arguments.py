@@ -30,5 +30,11 @@ def require(
         )
     if not (tensor.is_contiguous() if whole else tensor.stride(-1) == 1):
         raise PageError(f"{name} is not contiguous; call .contiguous()")
-    if aligned and tensor.device.type != "meta" and tensor.data_ptr() % 16:
+    if aligned:
+        require_aligned(name, tensor)
+
+
+def require_aligned(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that does not start at a multiple of 16 bytes: PageError."""
+    if tensor.data_ptr() % 16:
         raise PageError(f"{name} does not start at a multiple of 16 bytes; call .clone()")

@@ -41,7 +41,7 @@ class DecodePlan:
     records (n_pages, 2) int32: byte offset / 16, live tokens, sorted by (row, tier, block); entries
     (n_pages) int32: the page-table entry of each record; positions: those of its tokens, None where
     the cache has none; heads (n_blocks, HEAD_INTS) int32: the first segment of every block, the
-    range of its others in segments (n, SEGMENT_INTS) int32 and its second tier; a segment comes
+    range of its others in segments (n, SEGMENT_INTS) int32 and its second code; a segment comes
     with the places of its first pages; n_parts: partial results of rows cut into several;
     code_bytes: bytes of all pages; used_tiers: the cache's tiers that occur, which segments number
     from 0 (a kernel is built for these alone); tier_costs: cost of all pages of each of them;
@@ -78,6 +78,7 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
         raise PageError(f"n_blocks {n_blocks}: a plan needs at least one block")
     if not cache.n_sequences * cache.n_kv_heads:
         raise PageError("the cache holds no sequence, or no KV head: there is nothing to decode")
+    cache.require_aligned()
     if check:
         cache.check()
     if cache.pool.numel() > MAX_OFFSET:
@@ -104,7 +105,10 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
     order = order[_in_turn(pages, first)]
     offsets = table.offsets.cpu().numpy()[order] // 16
     segments, block_starts, n_parts = _cut(pages, first, n_rows, n_blocks)
-    heads, others = _split_heads(segments, _first_pages(segments, offsets), block_starts)
+    with_tables = np.array([cache.tiers[index].kind == "spherical" for index in used], dtype=bool)
+    heads, others = _split_heads(
+        segments, _first_pages(segments, offsets), block_starts, with_tables
+    )
     records = np.stack([offsets.astype(np.uint32), live[order].astype(np.uint32)], axis=1)
     if not records.shape[0]:
         records = np.zeros((1, 2), dtype=np.uint32)  # never read; a null pointer would be
@@ -209,12 +213,15 @@ def _first_pages(segments: Ints, offsets: Ints) -> npt.NDArray[np.int32]:
 
 
 def _split_heads(
-    segments: Ints, first_pages: npt.NDArray[np.int32], block_starts: Ints
+    segments: Ints,
+    first_pages: npt.NDArray[np.int32],
+    block_starts: Ints,
+    with_tables: npt.NDArray[np.bool_],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Every block's first segment where the block finds it without a detour, and the others.
 
-    With the first segment come the range of the block's others and the next tier that it reads, -1
-    if there is none.
+    With the first segment come the range of the block's others and the next tier that it reads
+    `with_tables` (a bool per used tier), -1 if there is none.
 
     A block without work gets a segment of no pages and no flags.
     """
@@ -232,7 +239,8 @@ def _split_heads(
     heads[:, FIELDS] = padded[block_starts[:-1]]
     heads[:, FIELDS + 1] = padded[block_starts[1:]]
     block, tier = np.repeat(np.arange(n_blocks), np.diff(block_starts)), segments[:, 1]
-    is_second = np.flatnonzero((tier >= 0) & (tier != heads[block, 1]))
+    has_tables = np.append(with_tables, False)[tier]  # tier -1: no pages
+    is_second = np.flatnonzero(has_tables & (tier != heads[block, 1]))
     with_second, first_of_them = np.unique(block[is_second], return_index=True)
     heads[:, FIELDS + 2] = -1
     heads[with_second, FIELDS + 2] = tier[is_second[first_of_them]]

@@ -2,8 +2,9 @@
 
 A table row of 8 bytes is repeated `replicas` times, so that lanes never meet in a bank; 16 replicas
 make a column of 128 bytes. Tables of equal content are stored once, however many codes use them.
-Where the tables of all tiers do not fit, those of each tier are a set of their own, sets take turns
-in the same places, and a block brings in those of the tiers that it reads. Source: ours.
+Where the tables of all tiers do not fit, those of each tier are a set of their own, also those that
+other sets have; sets take turns in the same places, and a block brings in those of the tiers that
+it reads. Source: ours.
 """
 
 from __future__ import annotations

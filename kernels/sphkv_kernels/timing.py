@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sphkv_kernels.build import KernelBuildError, compile_cubin
+from sphkv_kernels.build import compile_cubin
+from sphkv_kernels.launch import require_success
 
 FLUSH_BYTES = 256 << 20
 
@@ -102,8 +103,7 @@ def read_bytes(buffer: Tensor, sink: Tensor) -> None:
         function, n_blocks, 1, 1, 512, 1, 1, 0,
         torch.cuda.current_stream().cuda_stream, ctypes.addressof(arguments), 0,
     )  # fmt: skip
-    if int(status) != 0:
-        raise KernelBuildError(f"cuLaunchKernel failed: {status!r}")
+    require_success(status, "cuLaunchKernel")
 
 
 @lru_cache
@@ -115,11 +115,9 @@ def _read_kernel(index: int) -> tuple[Any, int]:
     cubin = compile_cubin(source, 10 * major + minor)
     torch.cuda.current_stream().synchronize()
     status, module = driver.cuModuleLoadData(cubin)
-    if int(status) != 0:
-        raise KernelBuildError(f"cuModuleLoadData failed: {status!r}")
+    require_success(status, "cuModuleLoadData")
     status, function = driver.cuModuleGetFunction(module, b"read_all")
-    if int(status) != 0:
-        raise KernelBuildError(f"cuModuleGetFunction failed: {status!r}")
+    require_success(status, "cuModuleGetFunction")
     return function, 4 * torch.cuda.get_device_properties(index).multi_processor_count
 
 

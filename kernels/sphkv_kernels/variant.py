@@ -7,6 +7,7 @@ size, page size, batch and page order are run-time arguments. Source: ours.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,11 +164,14 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
 
 def _placed(variant: Variant, limit: int) -> tuple[TierDispatch, _SharedLayout, bool] | None:
     """The first of `_shared_choices` that fits: tables, places, whether runs have features."""
-    fragments = output_fragments(variant.head_dim, variant.group_tiles)
     for runs, listed, copies in _shared_choices(variant):
         n_shared = 0
+        laid_out = partial(
+            _shared_layout, variant, limit=limit, listed=listed, runs=runs,
+            min_buffers=copies.min_buffers,
+        )  # fmt: skip
         if copies.in_turn:
-            without = _shared_layout(variant, TableSpace(2, 1), fragments, limit, listed, runs=runs)
+            without = laid_out(TableSpace(copies.replicas, 1))
             if without is None:
                 continue
             n_shared = (limit - without.least_bytes) // ROW_BYTES
@@ -175,7 +179,7 @@ def _placed(variant: Variant, limit: int) -> tuple[TierDispatch, _SharedLayout, 
         dispatch = TierDispatch(space, variant.table_heads, copies.wide)
         for tier in variant.tiers:
             dispatch.add(tier, reconstruct=variant.reconstruct)
-        layout = _shared_layout(variant, space, fragments, limit, listed, runs=runs)
+        layout = laid_out(space)
         if layout is not None:
             return dispatch, layout, runs
     return None
@@ -210,10 +214,16 @@ class _SharedLayout:
 
 
 def _shared_layout(
-    variant: Variant, space: TableSpace, fragments: int, limit: int, listed: int, *, runs: bool
+    variant: Variant,
+    space: TableSpace,
+    limit: int,
+    *,
+    listed: int,
+    runs: bool,
+    min_buffers: int,
 ) -> _SharedLayout | None:
     """Tables, query tables, and buffers for the sums of `n_buffers` warps at a time; None where it
-    does not fit, or with so few buffers that other tables do better."""
+    does not fit, or not with so many."""
     heads = 8 * variant.group_tiles
     sides = [space.reserve(256), space.reserve(256)] if variant.table_heads else [0, 0]
     shared_query = -(-space.n_bytes // 128) * 128
@@ -225,11 +235,11 @@ def _shared_layout(
     if variant.logits or variant.reconstruct:  # no sums to add up
         scratch, n_buffers, end, least = totals, 1, totals, totals
     else:
+        buffer_bytes = 16 * output_fragments(variant.head_dim, variant.group_tiles)
         scratch = totals + (variant.n_warps + 1) * heads * 8 + 16
-        n_buffers = min(variant.n_warps, (limit - scratch) // (fragments * 16))
-        end = scratch + n_buffers * fragments * 16
-        least = scratch + MIN_BUFFERS * fragments * 16
-        if n_buffers < (MIN_BUFFERS if space.replicas > 2 and not variant.table_heads else 1):
+        n_buffers = min(variant.n_warps, (limit - scratch) // buffer_bytes)
+        end, least = (scratch + n * buffer_bytes for n in (n_buffers, min_buffers))
+        if n_buffers < min_buffers:
             return None
     offsets = {
         "QUERY_TABLE_OFFSET": sides[0],
@@ -246,12 +256,13 @@ def _shared_layout(
 
 
 class _Copies(NamedTuple):
-    """How tables lie: copies of every row, wide tables where a code has them, and whether those of
-    the tiers take turns in the same places."""
+    """How tables lie: copies of every row, wide tables where a code has them, whether those of the
+    tiers take turns in the same places, and the fewest buffers for sums beside them."""
 
     replicas: int
     wide: bool
     in_turn: bool
+    min_buffers: int
 
 
 def _shared_choices(variant: Variant) -> list[tuple[bool, int, _Copies]]:
@@ -259,16 +270,19 @@ def _shared_choices(variant: Variant) -> list[tuple[bool, int, _Copies]]:
     place of better tables, which gain more. Tables with fewer copies cost every lookup, those that
     take turns a barrier where a block goes from one tier to another. Without the features every
     token makes its own, as where pages have gaps; segments beyond the list are read from memory."""
-    tables = [_Copies(16, wide=False, in_turn=False)]
-    if not variant.table_heads:
+    if variant.table_heads:
+        tables = [_Copies(16, wide=False, in_turn=False, min_buffers=1)]
+    else:
         may_turn = 1 < len(variant.tiers) <= 32 and not variant.reconstruct
-        tables.insert(0, _Copies(16, wide=True, in_turn=False))
-        tables += [_Copies(16, wide=False, in_turn=True)] if may_turn else []
-        tables += [
-            _Copies(replicas, wide=False, in_turn=in_turn)
-            for replicas in (8, 4, 2)
-            for in_turn in ((False, True) if may_turn else (False,))
-        ]
+        turns = (False, True) if may_turn else (False,)
+        tables = [_Copies(16, wide=True, in_turn=False, min_buffers=MIN_BUFFERS)]
+        # Copies are worth more than buffers; the fewest of them everything fits with.
+        for replicas, least in ((16, MIN_BUFFERS), (16, 1), (8, MIN_BUFFERS), (4, 1), (2, 1)):
+            tables += [
+                _Copies(replicas, wide=False, in_turn=in_turn, min_buffers=least)
+                for in_turn in turns
+                if in_turn or replicas < 16 or least > 1
+            ]
     features = (True, False) if variant.position_groups and not variant.offset_bytes else (False,)
     lists = LISTED_SEGMENTS if len(variant.tiers) > 1 else (0,)
     return [(runs, listed, one) for one in tables for runs in features for listed in lists]
@@ -315,6 +329,8 @@ def _preamble(
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": space.n_rows,
         "TABLE_SETS": len(space.sets),
+        # Tiers without tables have theirs always.
+        "EMPTY_SETS": f"{sum(1 << i for i, one in enumerate(space.sets) if not one.n_rows)}u",
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
         "OFFSET_BYTES": variant.offset_bytes,
@@ -324,10 +340,10 @@ def _preamble(
         "KERNEL_NAME": name,
     }
 
-    def array(name: str, values: list[int]) -> str:
-        return (
-            f"static constexpr __device__ int {name}[] = {{{', '.join(map(str, values)) or '0'}}};"
-        )
+    def array(name: str, values: list[int], suffix: str = "") -> str:
+        numbers = ", ".join(f"{value}{suffix}" for value in values) or "0"
+        kind = "unsigned int" if suffix else "int"
+        return f"static constexpr __device__ {kind} {name}[] = {{{numbers}}};"
 
     return "\n".join(
         [
@@ -337,6 +353,6 @@ def _preamble(
             array("TABLE_TURNED", [int(turned) for turned in space.turned]),
             array("SET_FIRST_ROW", [one.first_row for one in space.sets]),
             array("SET_ROWS", [one.n_rows for one in space.sets]),
-            array("SETS_OVERWRITTEN", [_overwritten(space, one) for one in space.sets]),
+            array("SETS_OVERWRITTEN", [_overwritten(space, one) for one in space.sets], "u"),
         ]
     )

@@ -120,7 +120,7 @@ class LayerFrame:
 
         Raises:
             PageError: the kernel does not have this head_dim.
-            KernelBuildError: it cannot be built here.
+            KernelBuildError, KernelLaunchError: it cannot be built or loaded here.
         """
         if self.uses_kernel:
             prepare_framing(self.tensors, n_sequences)

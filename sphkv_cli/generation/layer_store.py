@@ -21,6 +21,7 @@ from sphkv_codebooks.errors import CodeError
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.cache_builder import build_caches
 from sphkv_kernels.page_slots import SequenceTokens
+from sphkv_kernels.tier import PageError
 
 _TAIL_STEP = 32
 
@@ -241,6 +242,8 @@ def sealed_together(
             position_dtype=first.position_dtype,
             uses_kernel=first.uses_kernel,
         )
+    except PageError:
+        raise  # of the layout, not of a vector
     except (CodeError, ValueError) as error:
         if len(every) > 1:
             for store, state, placed in every:

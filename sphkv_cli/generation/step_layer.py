@@ -23,6 +23,7 @@ from sphkv_kernels.decode import ada_decode
 from sphkv_kernels.encode import encode_counted, prepare_encode
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.reference import ada_decode_reference
+from sphkv_kernels.tier import PageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +171,8 @@ class StepLayer:
         try:
             tier = rule.tiers[rule.later_tier]
             pages, refused = encode_counted(tier, keys, values, uses_kernel=self.store.uses_kernel)
+        except PageError:
+            raise  # of the layout, not of a vector
         except ValueError as error:
             raise uncodable(self.store.layer, str(error)) from error
         return pages.view(-1, self.tail.shape[2], n_pages, pages.shape[-1]), refused

@@ -18,6 +18,7 @@ from sphkv_cli.generation.store_state import NewTokens
 from sphkv_cli.models.geometry import ModelGeometry
 from sphkv_kernels.build import KernelBuildError
 from sphkv_kernels.encode import prepare_encode
+from sphkv_kernels.launch import KernelLaunchError
 from sphkv_kernels.tier import PageError
 
 
@@ -49,7 +50,7 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
         asked = drawn(shape.n_q_heads, 1)
         output = reader.attend(state, asked, step)
         _try_step(reader, asked.bfloat16(), new.bfloat16())
-    except (PageError, KernelBuildError) as error:
+    except (PageError, KernelBuildError, KernelLaunchError) as error:
         raise SphkvError(
             f"layer {store.layer}: its pages cannot be read here ({error})",
             'pass backend="reference", or choose other tiers',

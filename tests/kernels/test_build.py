@@ -31,3 +31,15 @@ def test_compilers_own_text_reaches_the_user(tmp_path: Path) -> None:
     with pytest.raises(KernelBuildError, match="undefined_name"):
         compile_cubin("__device__ int f() { return undefined_name; }", 90, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cached_build_that_cannot_be_read_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compile_cubin(EMPTY, 90, folder=tmp_path)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert compile_cubin(EMPTY, 90, folder=tmp_path) == first

@@ -1,6 +1,7 @@
 """Laws of the paged cache: a well-formed table, every kept token on exactly one row."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.page_slots import SequenceTokens
 from sphkv_kernels.pages import unpack_keys, unpack_values
+from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import PageError
 from sphkv_kernels.vectors import decode_vectors, encode_vectors
-from tests.kernels.cases import native_tiers, pages_of, random_tokens
+from tests.kernels.cases import native_tiers, pages_of, plan_without_kernels, random_tokens
 
 TIERS = native_tiers(64)
 
@@ -199,8 +201,10 @@ def test_strided_and_unaligned_tensors_are_refused() -> None:
     twice = torch.zeros(2 * cache.pool.numel() + 16, dtype=torch.uint8)
     with pytest.raises(PageError, match=r"cache\.pool is not contiguous"):
         replace(cache, pool=twice[::2])
-    with pytest.raises(PageError, match=r"cache\.pool does not start at a multiple of 16"):
-        replace(cache, pool=twice[8 - twice.data_ptr() % 16 :])
+    unaligned = replace(cache, pool=twice[8 : 8 + cache.pool.numel()])
+    for use in (partial(make_plan, n_blocks=2), plan_without_kernels(cache).for_twin):
+        with pytest.raises(PageError, match=r"cache\.pool does not start at a multiple of 16"):
+            use(unaligned)
     rows = torch.arange(cache.page_size, dtype=torch.int32)
     with pytest.raises(PageError, match=r"cache\.positions is not contiguous"):
         replace(cache, positions=rows.expand(cache.page_table.n_entries, -1))

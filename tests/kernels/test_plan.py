@@ -19,7 +19,9 @@ from sphkv_kernels.page_positions import PagePositions
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import page_bytes
 from sphkv_kernels.plan import FIELDS, FIRST, FIRST_PAGES, LAST, TAIL, DecodePlan, make_plan
+from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import PageError, TierFormat
+from tests.kernels.cases import native_tiers
 
 
 def empty_pages(counts: list[list[int]], page_size: int = 16) -> PagedCache:
@@ -62,12 +64,18 @@ def test_a_segment_says_where_its_first_pages_lie(n_blocks: int) -> None:
 
 
 @pytest.mark.parametrize("n_blocks", [1, 3, 8, 20])
-def test_a_block_knows_the_second_tier_that_it_reads(n_blocks: int) -> None:
-    plan = make_plan(empty_pages([[3, 40], [0, 0], [1, 90], [5, 0]]), n_blocks)
+def test_a_block_knows_the_second_code_that_it_reads(n_blocks: int) -> None:
+    """int8 and dense, which have no tables, do not take its place."""
+    tiers = native_tiers(64)[:6]
+    pages = torch.randint(-1, 6, (3, 2, 30), generator=torch.Generator().manual_seed(1))
+    pages[1, 0] = -1
+    plan = make_plan(tiled_cache(tiers, pages, 32, 2, 64, n_distinct=2, device="cpu"), n_blocks)
+    is_code = [tiers[index].kind == "spherical" for index in plan.used_tiers]
     seconds = plan.heads[:, FIELDS + 2].tolist()
     for block, second in zip(segments_of(plan), seconds, strict=True):
-        tiers = [segment[1] for segment in block]
-        assert second == next((t for t in tiers if t not in (tiers[0], -1)), -1)
+        read = [segment[1] for segment in block]
+        codes = [tier for tier in read if tier >= 0 and tier != read[0] and is_code[tier]]
+        assert second == (codes[0] if codes else -1)
     assert max(seconds) >= 0
 
 

@@ -1,4 +1,4 @@
-// What a launch is given: device pointers and scalars (one struct, filled by launch.py field by field).
+// What a launch is given: device pointers and scalars (kernel_structs.py, filled by decode.launch_params).
 
 struct Params {
   const u8* pool;
@@ -7,7 +7,7 @@ struct Params {
   const int* first_positions;  // per page: its lowest position, or null
   const u8* position_offsets;  // per page, OFFSET_BYTES a token: how far after that, in the order of norms
   const int* heads;         // per block HEAD_INTS: its first segment, the range of the others, its second
-                            // tier (-1: none), pages
+                            // tier with tables (-1: none), pages
   const int* segments;      // SEGMENT_INTS per further segment: the segment, pages
   const uint2* tables;      // compact table rows, one after the other
   const void* query;        // (n_sequences, n_q_heads, head_dim)

@@ -26,7 +26,7 @@ static __device__ __forceinline__ SetRows set_of(int tier) {
   SetRows found = {0, 0, 0u};
 #pragma unroll
   for (int i = 0; i < TABLE_SETS; ++i)
-    if (tier == i) found = {SET_FIRST_ROW[i], SET_ROWS[i], u32(SETS_OVERWRITTEN[i])};
+    if (tier == i) found = {SET_FIRST_ROW[i], SET_ROWS[i], SETS_OVERWRITTEN[i]};
   return found;
 }
 

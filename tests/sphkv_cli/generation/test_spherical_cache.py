@@ -22,7 +22,9 @@ from sphkv_cli.generation.placement import UniformRule
 from sphkv_cli.generation.spherical_cache import SphericalCache
 from sphkv_codebooks.frame import FrameSet
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.tier import TierFormat
+from sphkv_kernels.build import KernelBuildError
+from sphkv_kernels.launch import KernelLaunchError
+from sphkv_kernels.tier import PageError, TierFormat
 
 HEAD_DIM, PAGE = 32, 16
 ROUNDING = 1e-4
@@ -329,6 +331,24 @@ def test_memory_that_runs_out_leaves_the_cache_as_it_was(
     found = run(model, token_ids[47:60], cache, [1] * 13)
     expected = run(model, token_ids[:60], SphericalCache(model, rule), [40, *[1] * 20])
     assert (found - expected[47:]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", [KernelBuildError, KernelLaunchError, PageError])
+def test_a_kernel_that_does_not_run_here_is_found_at_construction(
+    kind: type[Exception],
+    random_model: Model,
+    frames: Frames,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sphkv_cli.generation import trial
+
+    def refuse(*_: object) -> None:
+        raise kind("cuModuleLoadData failed")
+
+    monkeypatch.setattr(trial, "_try_step", refuse)
+    rule = rule_of(frames("none"), TierFormat.spherical(code_4222()), window=0)
+    with pytest.raises(SphkvError, match=r"layer 0: its pages cannot be read here \(cuModule"):
+        SphericalCache(random_model("llama"), rule)
 
 
 def test_an_interrupted_step_is_forgotten(
