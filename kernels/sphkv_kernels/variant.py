@@ -329,8 +329,6 @@ def _preamble(
         "N_TABLES": len(space.tables),
         "N_TABLE_ROWS": space.n_rows,
         "TABLE_SETS": len(space.sets),
-        # Tiers without tables have theirs always.
-        "EMPTY_SETS": f"{sum(1 << i for i, one in enumerate(space.sets) if not one.n_rows)}u",
         "POSITION_GROUPS": variant.position_groups,
         "POSITION_BYTES": variant.position_bytes,
         "OFFSET_BYTES": variant.offset_bytes,

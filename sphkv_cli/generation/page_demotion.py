@@ -38,15 +38,20 @@ def demoted(
         if entries
     ]
     sizes = caches[0].tier_page_bytes()
-    pool, offsets = _coded_anew(moving, [tier for own in tiers for tier in own], uses_kernel)
+    device = caches[0].device
+    pool = torch.empty(0, dtype=torch.uint8, device=device)
+    offsets = torch.empty(0, dtype=torch.int64, device=device)
+    if moving:
+        every = [tier for own in tiers for tier in own]
+        pool, offsets = _coded_anew(side_by_side(moving), every, uses_kernel=uses_kernel)
     results, first_entry, first_byte = [], 0, 0
     for cache, found, entries, own in zip(caches, moves, smaller, tiers, strict=True):
         if not found:
             results.append(cache)
             continue
         table, n_bytes = cache.page_table, sum(sizes[tier] for tier in own)
-        where = torch.tensor(entries, dtype=torch.int64, device=cache.device)
-        to = torch.tensor(own, dtype=torch.int8, device=cache.device)
+        where = torch.tensor(entries, dtype=torch.int64, device=device)
+        to = torch.tensor(own, dtype=torch.int8, device=device)
         places = offsets[first_entry : first_entry + len(own)] - first_byte + cache.pool.numel()
         moved = replace(
             cache,
@@ -70,12 +75,9 @@ def _mask(cache: PagedCache, entries: Sequence[int]) -> Tensor:
 
 
 def _coded_anew(
-    caches: Sequence[PagedCache], tiers: Sequence[int], uses_kernel: bool
+    pages: PagedCache, tiers: Sequence[int], *, uses_kernel: bool
 ) -> tuple[Tensor, Tensor]:
-    """Every entry of the caches in its tier: (pool, offsets (n_entries)), in order of entries."""
-    if not caches:
-        return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    pages = side_by_side(caches)
+    """Every entry in its tier: (pool, offsets (n_entries)), in the order of entries."""
     keys, values = _read_back(pages)
     sizes = pages.tier_page_bytes()
     n_bytes = torch.tensor([sizes[tier] for tier in tiers])

@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 1) KERNEL_NAME(const __g
   Query query;
   load_query(query, p, segment.row, lane);
 #if TABLE_SETS
-  bring_tables<4>(p, EMPTY_SETS, segment.tier, rest.z);
+  bring_tables<4>(p, 0u, segment.tier, rest.z);
 #else
   store_tables(rows);
 #endif
