@@ -89,13 +89,15 @@ class TableSpace:
         return known
 
     def place_side_by_side(self, left: Table, right: Table) -> int:
-        """Byte offset of `left`, `right` being the next column of the same rows (16 replicas)."""
+        """Byte offset of `left`, `right` being the next column of the same rows."""
         known = self._find(left)
-        if known is not None and self._find(right) == known + ROW_BYTES // 2:
+        if known is not None and self._find(right) == known + 8 * self.replicas:
             return known
-        self.heights = [max(self.heights)] * len(self.heights)
-        offset = self._put(left, 0)
-        self._put(right, 1)
+        pairs = [max(pair) for pair in zip(self.heights, self.heights[1:], strict=False)]
+        column = int(np.argmin(pairs))
+        self.heights[column : column + 2] = [pairs[column]] * 2
+        offset = self._put(left, column)
+        self._put(right, column + 1)
         return offset
 
     def reserve(self, n_rows: int) -> int:

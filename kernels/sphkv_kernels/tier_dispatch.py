@@ -21,6 +21,8 @@ from sphkv_kernels.table_space import ROW_BYTES, TableSpace
 from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 
 TABLE_HEAD_DIMS = (64, 128)
+MOST_ROWS = 256
+"""Of a column, where tables are split."""
 _FRAGMENT_CLASS: dict[Scheme, str] = {
     "pair_half": "PairHalf",
     "pair_swap": "PairSwap",
@@ -43,13 +45,15 @@ class TierDispatch:
     """Tables placed so far, the statement that runs each tier, and what query tables are made of.
 
     table_heads: heads of the query tables, 0 for fragments alone; wide: spend shared memory on
-    tables that save instructions; row_tiers: the int8 and dense ones; book: (256, 4) rows of the
+    tables that save instructions; split: tables of more than 256 rows lie in two columns (two
+    instructions more for a lookup); row_tiers: the int8 and dense ones; book: (256, 4) rows of the
     query table's bytes; sums: an entry holds the sum of a quad for both heads.
     """
 
     space: TableSpace
     table_heads: int
     wide: bool
+    split: bool = False
     cases: list[str] = field(default_factory=list)
     row_tiers: list[int] = field(default_factory=list)
     book: Table | None = None
@@ -60,7 +64,9 @@ class TierDispatch:
         if reconstruct and tier.kind != "spherical":
             raise PageError(f"tier {tier.name!r}: only spherical tiers are reconstructed")
         if self.space.n_shared_rows:
-            alone = TierDispatch(TableSpace(self.space.replicas), self.table_heads, self.wide)
+            alone = TierDispatch(
+                TableSpace(self.space.replicas), self.table_heads, self.wide, self.split
+            )
             alone.add(tier, reconstruct=reconstruct)
             self.space.begin_set(alone.space.n_bytes // ROW_BYTES)
         self._add(tier, reconstruct=reconstruct)
@@ -115,8 +121,13 @@ class TierDispatch:
             name, offsets = "PairWide", [self.space.place(tables.shared[0]), weights]
         else:
             name = _FRAGMENT_CLASS[layout.scheme]
-            offsets = [self.space.place(table) for table in tables.shared]
+            offsets = [self._place(table) for table in tables.shared]
         return _type_name(name, offsets), self._registers(tables)
+
+    def _place(self, table: Table) -> int:
+        if self.split and table.shape[0] > MOST_ROWS:
+            return self.space.place_side_by_side(table[:MOST_ROWS], table[MOST_ROWS:])
+        return self.space.place(table)
 
     def _registers(self, tables: CodeTables) -> int:
         self.space.registers.append(tables.registers)

@@ -6,7 +6,7 @@ size, page size, batch and page order are run-time arguments. Source: ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -157,7 +157,7 @@ def kernel_source(variant: Variant, capability: int) -> KernelSource:
         "N_BUFFERS": layout.n_buffers,
         "POSITION_RUNS": int(runs),
     }
-    preamble = _preamble(variant, capability, dispatch.space, offsets, name)
+    preamble = _preamble(variant, capability, dispatch.space, offsets, name, split=dispatch.split)
     text = "\n".join([preamble, *texts, agreement("Params", KernelParams)])
     return KernelSource(text, name, 32 * variant.n_warps, layout.n_bytes, rows)
 
@@ -176,7 +176,7 @@ def _placed(variant: Variant, limit: int) -> tuple[TierDispatch, _SharedLayout, 
                 continue
             n_shared = (limit - without.least_bytes) // ROW_BYTES
         space = TableSpace(copies.replicas, n_shared)
-        dispatch = TierDispatch(space, variant.table_heads, copies.wide)
+        dispatch = TierDispatch(space, variant.table_heads, copies.wide, copies.split)
         for tier in variant.tiers:
             dispatch.add(tier, reconstruct=variant.reconstruct)
         layout = laid_out(space)
@@ -186,19 +186,13 @@ def _placed(variant: Variant, limit: int) -> tuple[TierDispatch, _SharedLayout, 
 
 
 def _too_large(variant: Variant, capability: int) -> str:
-    """What to say where no choice fits, and of which tiers."""
+    """What to say where no choice fits."""
     if variant.table_heads:
         return "the query tables beside those of these tiers do not fit into shared memory"
-    limit = SHARED_BYTES[capability]
-    alone = [
-        tier.name
-        for tier in variant.tiers
-        if _placed(replace(variant, tiers=(tier,)), limit) is None
-    ]
     return (
-        f"the tables of {', '.join(alone) or 'these tiers together'} do not fit into the "
-        f"{limit // 1024} KB of shared memory of compute capability {capability / 10:.1f}: "
-        "allocate with other tiers (4/3/3/3 takes most), or use the reference backend"
+        f"{len(variant.tiers)} tiers with {4 * variant.position_groups} RoPE pairs do not fit into "
+        f"the {SHARED_BYTES[capability] // 1024} KB of shared memory of compute capability "
+        f"{capability / 10:.1f}: fit with fewer of either, or use the reference backend"
     )
 
 
@@ -256,13 +250,15 @@ def _shared_layout(
 
 
 class _Copies(NamedTuple):
-    """How tables lie: copies of every row, wide tables where a code has them, whether those of the
-    tiers take turns in the same places, and the fewest buffers for sums beside them."""
+    """How tables lie: copies of every row, the fewest buffers for sums beside them, wide tables
+    where a code has them, whether those of the tiers take turns in the same places, and whether
+    large ones are split."""
 
     replicas: int
-    wide: bool
-    in_turn: bool
     min_buffers: int
+    wide: bool = False
+    in_turn: bool = False
+    split: bool = False
 
 
 def _shared_choices(variant: Variant) -> list[tuple[bool, int, _Copies]]:
@@ -270,19 +266,18 @@ def _shared_choices(variant: Variant) -> list[tuple[bool, int, _Copies]]:
     place of better tables, which gain more. Tables with fewer copies cost every lookup, those that
     take turns a barrier where a block goes from one tier to another. Without the features every
     token makes its own, as where pages have gaps; segments beyond the list are read from memory."""
-    if variant.table_heads:
-        tables = [_Copies(16, wide=False, in_turn=False, min_buffers=1)]
-    else:
+    tables = [_Copies(16, 1)]
+    if not variant.table_heads:
+        tables = [_Copies(16, MIN_BUFFERS, wide=True), _Copies(16, MIN_BUFFERS)]
         may_turn = 1 < len(variant.tiers) <= 32 and not variant.reconstruct
-        turns = (False, True) if may_turn else (False,)
-        tables = [_Copies(16, wide=True, in_turn=False, min_buffers=MIN_BUFFERS)]
-        # Copies are worth more than buffers; the fewest of them everything fits with.
-        for replicas, least in ((16, MIN_BUFFERS), (16, 1), (8, MIN_BUFFERS), (4, 1), (2, 1)):
-            tables += [
-                _Copies(replicas, wide=False, in_turn=in_turn, min_buffers=least)
-                for in_turn in turns
-                if in_turn or replicas < 16 or least > 1
-            ]
+        if may_turn:  # copies are worth more than buffers
+            tables += [_Copies(16, least, in_turn=True) for least in (MIN_BUFFERS, 1)]
+        tables += [
+            _Copies(replicas, least, in_turn=in_turn, split=split)
+            for replicas, least in ((8, MIN_BUFFERS), (4, 1), (2, 1))
+            for split in (False, True)
+            for in_turn in ((False, True) if may_turn else (False,))
+        ]
     features = (True, False) if variant.position_groups and not variant.offset_bytes else (False,)
     lists = LISTED_SEGMENTS if len(variant.tiers) > 1 else (0,)
     return [(runs, listed, one) for one in tables for runs in features for listed in lists]
@@ -303,6 +298,8 @@ def _preamble(
     space: TableSpace,
     offsets: dict[str, int],
     name: str,
+    *,
+    split: bool,
 ) -> str:
     def has_norm(tier: TierFormat) -> bool:
         region = tier.value_format
@@ -317,6 +314,7 @@ def _preamble(
         "N_THREADS": 32 * variant.n_warps,
         "GROUP_TILES": variant.group_tiles,
         "REPLICAS": space.replicas,
+        "SPLIT_ROWS": int(split),
         # Shared memory starts after 1 KB reserved from sm_90 on; the kernel traps if it does not.
         "SHARED_BASE": 1024 if capability >= 90 else 0,
         "SOFTCAP": int(variant.softcap),

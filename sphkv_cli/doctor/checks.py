@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-_ROOM_FOR_ALL_TIERS = 128 * 1024
-"""Bytes of shared memory that the tables of a 4/3/3/3 code take with what stands beside them."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -171,8 +168,6 @@ def _gpu_of(available: bool, cuda_build: str | None) -> Check:
         return Check("GPU", False, f"{finding}: the kernels are built for {built}")
     if int(cuda_build.split(".")[0]) < 13:
         return Check("GPU", False, f"{finding}: CUDA 13 is needed", "pip install 'torch>=2.11'")
-    if SHARED_BYTES[capability] < _ROOM_FOR_ALL_TIERS:
-        finding += "; no room for 4/3/3/3 tiers: name the others to fit-codebooks --tier"
     return Check("GPU", True, finding)
 
 

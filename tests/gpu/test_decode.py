@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sphkv_kernels import launch, variant
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import ada_decode, ada_logits, plan
 from sphkv_kernels.launch import KernelLaunchError
@@ -374,6 +375,27 @@ def test_tables_that_take_turns(head_dim: int, page_size: int) -> None:
         live = torch.isfinite(expected)
         assert torch.equal(live, torch.isfinite(logits))
         assert float((logits - expected)[live].norm()) <= 1e-3 * float(expected[live].norm())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tiers", [(4,), (5,), (6, 4), (0, 2, 3, 4, 5, 6, 7, 8)])
+def test_kernels_of_a_device_with_little_shared_memory(
+    head_dim: int, tiers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer copies of tables, large ones split, as on sm_89."""
+    found = torch.cuda.get_device_capability()
+    monkeypatch.setitem(variant.SHARED_BYTES, 10 * found[0] + found[1], 99 * 1024)
+    cache = ragged_cache(tier_set(head_dim, *tiers), lengths=(900, 5, 333))
+    query = random_query(cache, 3, seed=23)
+    launch._load.cache_clear()
+    try:
+        for n_blocks in (2, 40):
+            cut = plan(cache.to("cuda"), 3, n_blocks=n_blocks)
+            check_decode(cache, query, attention_plan=cut)
+            text = cut.kernel(logits=False, window=False, softcap=False).source.text
+            assert "#define SPLIT_ROWS 1\n" in text
+    finally:
+        launch._load.cache_clear()
 
 
 def test_a_tail_that_claims_more_than_its_room_is_read_to_its_end() -> None:

@@ -7,7 +7,6 @@ with a few per cent of room: a change that costs more shows here before it shows
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.build import compile_cubin
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.variant import Variant, kernel_source
+from tests.kernels.cases import native_tiers
 from tests.kernels.sass import (
     LoopStatistics,
     built,
@@ -216,12 +216,29 @@ def test_tables_of_many_tiers_take_turns_at_full_copies(
     assert sum(loop.local_memory for loop in loops) <= 10
 
 
-def test_a_tier_too_large_for_a_small_device_is_named() -> None:
-    tiers = (tier_of((4, 2, 2, 2), "fp16"), tier_of((4, 3, 3, 3), "lloyd_max:3"))
-    small, large = (replace(tier, name=name) for tier, name in zip(tiers, "ab", strict=True))
-    with pytest.raises(PageError, match=r"tables of b do not fit into the 99 KB .* 8\.9"):
-        kernel_source(Variant((small, large), 128, 1), 89)
-    kernel_source(Variant((small, TierFormat.int8()), 128, 1), 89)
+def test_what_does_not_fit_is_said() -> None:
+    variant = Variant(native_tiers(256)[:9], 256, 2, n_warps=8, position_groups=32)
+    with pytest.raises(PageError, match=r"9 tiers with 128 RoPE pairs .* 99 KB .* 8\.9"):
+        kernel_source(variant, 89)
+    kernel_source(variant, 90)
+
+
+@needs_tools
+@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize(
+    ("radius", "total"), [("lloyd_max:3", 980), ("minifloat:5,6", 920)], ids=str
+)
+def test_large_tables_are_split_where_shared_memory_is_small(
+    radius: str, total: int, capability: int, tmp_path: Path
+) -> None:
+    variant = Variant((tier_of((4, 3, 3, 3), radius),), 128, 1)
+    text = kernel_source(variant, capability).text
+    assert "#define SPLIT_ROWS 1\n" in text
+    assert "#define REPLICAS 8\n" in text
+    loop, registers = loop_and_registers(tmp_path, variant, capability)
+    assert loop.local_memory == 0
+    assert registers <= 168
+    assert loop.total <= total
 
 
 def test_query_tables_fit_beside_two_codes_and_a_position_term() -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.lookup_tables import code_tables
 from sphkv_kernels.plan import FIELDS, make_plan
 from sphkv_kernels.synthetic import tiled_cache
 from sphkv_kernels.tier import TierFormat
@@ -123,3 +126,38 @@ def test_no_region_of_shared_memory_lies_in_another(head_dim: int, position_grou
     assert starts[4] - starts[3] >= (n_warps + 1) * heads * 8 + 4
     buffers = constant(source, "N_BUFFERS") * 16 * constant(source, "FRAGMENTS")
     assert starts[4] + buffers == source.shared_bytes
+
+
+@pytest.mark.parametrize("capability", [89, 120])
+@pytest.mark.parametrize("radius", ["lloyd_max:3", "minifloat:5,6"])
+def test_split_tables_are_found_by_nine_bits(radius: str, capability: int) -> None:
+    """`lookup_nine`: row 256 and on of the upper weights lie one column further."""
+    code = SphericalCode.analytic("code", 128, (4, 3, 3, 3), radius)
+    layout = native_layout_of(code)
+    assert layout is not None
+    source = kernel_source(Variant((TierFormat.spherical(code),), 128, 1), capability)
+    assert constant(source, "SPLIT_ROWS") == 1
+    copies = constant(source, "REPLICAS")
+    firsts, places = (
+        [int(x) for x in re.findall(r"-?\d+", found)]
+        for found in re.findall(r" TABLE_(?:FIRST_ROW|OFFSET)\[\] = {(.*?)};", source.text)
+    )
+    # What `store_tables` writes: a compact row and its copies, 8 bytes each.
+    memory = {}
+    for first, place, after in zip(
+        firsts, places, [*firsts[1:], constant(source, "N_TABLE_ROWS")], strict=True
+    ):
+        for row in range(first, after):
+            for copy in range(copies):
+                memory[place + 256 * (row - first) + 8 * copy] = source.table_rows[row]
+    offsets = re.search(r"run_spherical<PairNine\w*<\d+, (\d+), \d+>", source.text)
+    assert offsets is not None
+    upper = code_tables(code, layout).shared[1]
+    assert upper.shape[0] == 512
+    shift = {16: 9, 8: 10, 4: 11, 2: 12}[copies]
+    for row in range(512):
+        for lane in (0, 5, 31):
+            shifted = row << 8 | 0xABC20000 | 0x5A  # other fields of the word around it
+            address = (shifted & 0xFF00) | lane % copies * 8 | shifted >> shift & 8 * copies
+            assert (memory[int(offsets[1]) + address] == upper[row]).all()
+    assert f"COLUMN == 64 ? {shift}" in source.text or copies != 8

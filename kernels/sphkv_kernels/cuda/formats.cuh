@@ -54,6 +54,19 @@ static __device__ __forceinline__ uint2 lookup_bits(u32 shifted, u32 mask, const
   return table_entry<OFFSET>(and_or(shifted, mask, lane.table));
 }
 
+// Row = nine bits of `shifted`, already at bit 8. SPLIT_ROWS: of more than 256 rows those from 256 on lie beside
+// the others, in the next column, where the device has no room below them.
+template <int OFFSET>
+static __device__ __forceinline__ uint2 lookup_nine(u32 shifted, const Lane& lane) {
+#if SPLIT_ROWS
+  constexpr u32 COLUMN = 8 * REPLICAS;
+  const u32 column = shifted >> (COLUMN == 128 ? 9 : COLUMN == 64 ? 10 : COLUMN == 32 ? 11 : 12);
+  return table_entry<OFFSET>(and_or(shifted, 0xff00u, lane.table) | (column & COLUMN));
+#else
+  return lookup_bits<OFFSET>(shifted, 0x1ff00u, lane);
+#endif
+}
+
 // The words of one plane that a lane owns in a unit, as registers. WIDTH: bytes per word.
 template <int WIDTH>
 struct Plane {
@@ -264,8 +277,8 @@ struct PairNine {
     // Bytes: low 16 bits from `low`, the third from `high`; the fourth is masked away below.
     const u32 upper = __byte_perm(raw.low.r[slot / 2], raw.high.r[slot / 4],
                                   (slot % 2 ? 0x0032u : 0x0010u) | ((4u + slot % 4) << 8));
-    const uint2 left = lookup_bits<UPPER>(upper << 8, 0x1ff00u, lane);
-    const uint2 right = lookup_bits<UPPER>(upper >> 1, 0x1ff00u, lane);
+    const uint2 left = lookup_nine<UPPER>(upper << 8, lane);
+    const uint2 right = lookup_nine<UPPER>(upper >> 1, lane);
     const u32 top = lookup_bits<TOP>(upper >> 10, 0x3f00u, lane).x;
     uint2 pair[4];
     lookup_word<PAIRS>(pair, raw.codes.r[slot], lane);
@@ -284,8 +297,8 @@ struct PairNineFloat {
                                                 const Lane& lane, uint2) {
     const u32 upper = raw.upper.r[slot];
     const u32 radius = __funnelshift_l(upper, upper, 10) & 0x7ff0u;
-    const uint2 left = lookup_bits<UPPER>(upper, 0x1ff00u, lane);
-    const uint2 right = lookup_bits<UPPER>(upper >> 9, 0x1ff00u, lane);
+    const uint2 left = lookup_nine<UPPER>(upper, lane);
+    const uint2 right = lookup_nine<UPPER>(upper >> 9, lane);
     const u32 top = half2_mul_low(lookup_bits<TOP>(upper << 3, 0x700u, lane).x, radius);
     uint2 pair[4];
     lookup_word<PAIRS>(pair, raw.codes.r[slot], lane);

@@ -162,8 +162,8 @@ struct PairNineFloatScores {
                                               const Lane& lane, const ScoreLane& s, uint2) {
     const u32 upper = words.upper.plane.r[2 * j + r];
     const u32 radius = __funnelshift_l(upper, upper, 10) & 0x7ff0u;
-    const uint2 first = lookup_bits<UPPER>(upper >> (9 * s.swapped), 0x1ff00u, lane);
-    const uint2 second = lookup_bits<UPPER>(upper >> (9 - 9 * s.swapped), 0x1ff00u, lane);
+    const uint2 first = lookup_nine<UPPER>(upper >> (9 * s.swapped), lane);
+    const uint2 second = lookup_nine<UPPER>(upper >> (9 - 9 * s.swapped), lane);
     // (cos, sin) of level 4 in .x, (sin, cos) in .y: copies 8 to 15 hold them the other way around.
     const u32 top = half2_mul_low(lookup_bits<TOP>(upper << 3, 0x700u, lane).x, radius);
     const Quads quads = find_quads(words.codes.plane.r[2 * j + r], j, s);
