@@ -97,6 +97,8 @@ def build_caches(
 
 def _parts(whole: PagedCache, n_sequences: Sequence[int]) -> list[PagedCache]:
     """So many sequences each, in memory of their own; pages lie in the order of entries."""
+    if len(n_sequences) == 1:
+        return [whole]
     table = whole.page_table
     rows = [0, *(whole.n_kv_heads * n for n in accumulate(n_sequences))]
     entries = table.starts[rows].tolist()

@@ -15,6 +15,7 @@ from sphkv_cli.generation.page_demotion import demoted
 from sphkv_cli.generation.placement import PolicyRule
 from sphkv_cli.generation.store_state import StoreState
 from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.tier import PageError
 
 
 def pages_due(
@@ -98,6 +99,8 @@ def _demoted_states(
         return coded
     try:
         changed = demoted(pages, found, uses_kernel=stores[0].uses_kernel)
+    except PageError:
+        raise  # of the layout, not of a vector
     except ValueError as error:
         for i, page, one in zip(where, pages, found, strict=True):
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sphkv_cli.allocation.layout import position_bytes
 from sphkv_cli.errors import SphkvError
-from sphkv_cli.generation.page_store import compacted, joined, kept
+from sphkv_cli.generation.page_store import CODED_AT_ONCE, compacted, joined, kept
 from sphkv_cli.generation.placed_tokens import Placement
 from sphkv_cli.generation.placement import PlacementRule
 from sphkv_cli.generation.store_state import NewTokens, PagePlan, StoreState
@@ -226,7 +226,8 @@ def sealed_together(
     states: Sequence[StoreState],
     placements: Sequence[Sequence[Placement | None]],
 ) -> list[StoreState]:
-    """As `LayerStore.sealed` of every layer, of one rule and device: their pages are coded at once.
+    """As `LayerStore.sealed` of every layer, of one rule and device: the pages of many are coded at
+    once, as far as they are few.
 
     Raises:
         SphkvError: a vector that its tier cannot hold.
@@ -234,14 +235,22 @@ def sealed_together(
     if all(placement is None for placed in placements for placement in placed):
         return list(states)
     first, every = stores[0], list(zip(stores, states, placements, strict=True))
+    n_placed = sum(one.n_placed for one in placements[0] if one is not None)
+    n_kv_heads, d = states[0].tail_keys.shape[1], states[0].tail_keys.shape[3]
+    step = max(CODED_AT_ONCE // max(n_placed * n_kv_heads * d, 1), 1)
+    new: list[PagedCache] = []
     try:
-        new = build_caches(
-            first.rule.tiers,
-            first.rule.page_size,
-            [store.tokens_placed(state, placed) for store, state, placed in every],
-            position_dtype=first.position_dtype,
-            uses_kernel=first.uses_kernel,
-        )
+        for start in range(0, len(every), step):
+            new += build_caches(
+                first.rule.tiers,
+                first.rule.page_size,
+                [
+                    store.tokens_placed(state, placed)
+                    for store, state, placed in every[start : start + step]
+                ],
+                position_dtype=first.position_dtype,
+                uses_kernel=first.uses_kernel,
+            )
     except PageError:
         raise  # of the layout, not of a vector
     except (CodeError, ValueError) as error:

@@ -10,10 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sphkv_cli.generation.page_store import compacted, kept, side_by_side
+from sphkv_cli.generation.page_store import CODED_AT_ONCE, compacted, kept, side_by_side
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.encode import encode
 from sphkv_kernels.page_logits import tier_pages
+from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.pages import place_pages
 
 
@@ -78,17 +79,29 @@ def _coded_anew(
     pages: PagedCache, tiers: Sequence[int], *, uses_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """Every entry in its tier: (pool, offsets (n_entries)), in the order of entries."""
-    keys, values = _read_back(pages)
     sizes = pages.tier_page_bytes()
     n_bytes = torch.tensor([sizes[tier] for tier in tiers])
     ends = n_bytes.cumsum(0)
     offsets = (ends - n_bytes).to(pages.device)
     pool = torch.empty(int(ends[-1]), dtype=torch.uint8, device=pages.device)
-    for tier in sorted(set(tiers)):
-        where = torch.tensor([i for i, one in enumerate(tiers) if one == tier], device=pages.device)
-        coded = encode(pages.tiers[tier], keys[where], values[where], uses_kernel=uses_kernel)
-        place_pages(pool, offsets[where], coded)
+    step = max(CODED_AT_ONCE // (pages.page_size * pages.head_dim), 1)
+    for first in range(0, len(tiers), step):
+        part = tiers[first : first + step]
+        keys, values = _read_back(_entries(pages, first, len(part)))
+        for tier in sorted(set(part)):
+            chosen = [i for i, one in enumerate(part) if one == tier]
+            where = torch.tensor(chosen, device=pages.device)
+            coded = encode(pages.tiers[tier], keys[where], values[where], uses_kernel=uses_kernel)
+            place_pages(pool, offsets[first + where], coded)
     return pool, offsets
+
+
+def _entries(pages: PagedCache, first: int, n: int) -> PagedCache:
+    """n entries from `first` on, as if of one head."""
+    table, own = pages.page_table, slice(first, first + n)
+    starts = torch.tensor([0, n], dtype=torch.int32, device=pages.device)
+    chosen = PageTable(table.offsets[own], table.tiers[own], table.live_tokens[own], starts)
+    return replace(pages, n_sequences=1, n_kv_heads=1, page_table=chosen)
 
 
 def _read_back(pages: PagedCache) -> tuple[Tensor, Tensor]:
@@ -102,4 +115,4 @@ def _read_back(pages: PagedCache) -> tuple[Tensor, Tensor]:
         found.append(rows)
     live = torch.arange(pages.page_size, device=pages.device)
     dead = (live >= pages.page_table.live_tokens[:, None])[..., None]
-    return found[0].masked_fill(dead, 1.0), found[1].masked_fill(dead, 1.0)
+    return found[0].masked_fill_(dead, 1.0), found[1].masked_fill_(dead, 1.0)

@@ -18,6 +18,10 @@ from torch import Tensor
 from sphkv_kernels.cache import PagedCache, chosen_rows
 from sphkv_kernels.page_table import PageTable
 
+CODED_AT_ONCE = 1 << 22
+"""Coordinates of keys that are coded or read back together: few calls where pages are few, and no
+more than some 200 MB beside them where they are many."""
+
 
 def joined(first: PagedCache, second: PagedCache) -> PagedCache:
     """Both caches' pages for the same sequences; neither may have a tail."""

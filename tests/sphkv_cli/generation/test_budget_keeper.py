@@ -15,6 +15,7 @@ from sphkv_cli.allocation.stage import allocate
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.fit.stage import fit_codebooks
+from sphkv_cli.generation import layer_store, page_demotion
 from sphkv_cli.generation.budget_keeper import BudgetKeeper
 from sphkv_cli.generation.layer_store import LayerStore
 from sphkv_cli.generation.page_demotion import demoted
@@ -223,7 +224,7 @@ def test_a_vector_that_no_code_holds_names_its_layer(
                 model(ids[:, i : i + 1], past_key_values=cache)
 
 
-def test_layers_are_demoted_together_as_each_alone() -> None:
+def test_layers_are_demoted_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     d, page = 32, 16
     code = SphericalCode.analytic("paper", d, (4, 2, 2, 2), "fp16")
     tiers = (TierFormat.spherical(code), TierFormat.int8(), TierFormat.dense())
@@ -242,6 +243,37 @@ def test_layers_are_demoted_together_as_each_alone() -> None:
         assert torch.equal(one.pool, alone.pool)
         assert one.page_table.equals(alone.page_table)
     assert [int(one.page_table.n_entries) for one in found] == [5, 8, 5]
+    # Few at a time, where they are many, are the same bytes; drops alone code nothing.
+    monkeypatch.setattr(page_demotion, "CODED_AT_ONCE", 1)
+    for one, other in zip(demoted(caches, moves), found, strict=True):
+        assert torch.equal(one.pool, other.pool) and one.page_table.equals(other.page_table)
+    (dropped,) = demoted(caches[:1], [{0: 0, 4: 0}])
+    assert dropped.page_table.n_entries == caches[0].page_table.n_entries - 2
+
+
+def test_a_large_seal_is_coded_some_layers_at_a_time(
+    tiny_chain: Any, load: Callable[..., Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found, calls = load(), [], []
+    whole = layer_store.build_caches
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(len(arguments[2]))
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(layer_store, "build_caches", counted)
+    for at_once in (layer_store.CODED_AT_ONCE, 1):
+        monkeypatch.setattr(layer_store, "CODED_AT_ONCE", at_once)
+        cache = SphericalCache.from_policy(tiny_chain.allocation, model, window=8, budget="3b")
+        with torch.inference_mode():
+            model(ids[:, :N_PROMPT], past_key_values=cache)
+            calls.clear()
+            model(ids[:, N_PROMPT:], past_key_values=cache)
+        assert max(calls) == (1 if at_once == 1 else cache.geometry.n_layers)
+        found.append([s.pages for s in cache.states() if s is not None and s.pages is not None])
+        require_books_are_pages(cache)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.pool, other.pool) and one.page_table.equals(other.page_table)
 
 
 def test_caches_of_one_rule_keep_their_own_books(
