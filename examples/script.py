@@ -1,10 +1,10 @@
 """What the scripts of this folder share: the GPU and the commit they need, and how they fail."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sphkv_cli.artifacts.running_code import code_commit
 from sphkv_cli.errors import EnvironmentUnable, SphkvError, UsageError
 
 
@@ -26,17 +26,12 @@ def require_gpu(hint: str = "run it where there is one") -> None:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it.
+    """As `code_commit`.
 
     Raises:
         UsageError: there is no history.
     """
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    name = git("rev-parse", "HEAD")
-    if not name:
+    found = code_commit()
+    if found is None:
         raise UsageError("no git history here", "name the commit with --commit")
-    return name + ("-modified" if git("status", "--porcelain", "-uno") else "")
+    return found

@@ -40,7 +40,8 @@ def build_cache(
     stored as position_dtype (one of POSITION_DTYPES) when every sequence has them.  uses_kernel:
     False for torch operations where tokens on a GPU would be encoded by its kernel.  Raises
     PageError on shapes that do not fit, a position that does not fit its dtype, a page of two tiers
-    or with more tokens than page_size, and on NaN or Inf in a kept token.
+    or with more tokens than page_size, and ValueError on NaN, Inf or what a tier cannot hold in a
+    kept token.
     """
     if not sequences:
         raise PageError("a cache needs at least one sequence (it may have no tokens)")

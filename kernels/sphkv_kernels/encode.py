@@ -56,7 +56,8 @@ def encode(
 
     Raises:
         PageError: shapes, dtypes or devices that do not fit.
-        ValueError: NaN, Inf or radii that the code cannot store.
+        ValueError: NaN, Inf, radii that the code cannot store, or more than fp16 holds in a dense
+            tier.
     """
     pages, refused = encode_counted(tier, keys, values, rotation=rotation, uses_kernel=uses_kernel)
     if check and int(refused):

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sphkv_kernels.build import compile_cubin
-from sphkv_kernels.launch import require_success
+from sphkv_kernels.launch import capability_of, load_function, require_success
 
 FLUSH_BYTES = 256 << 20
 
@@ -108,16 +107,9 @@ def read_bytes(buffer: Tensor, sink: Tensor) -> None:
 
 @lru_cache
 def _read_kernel(index: int) -> tuple[Any, int]:
-    from cuda.bindings import driver
-
-    major, minor = torch.cuda.get_device_capability(index)
+    device = torch.device("cuda", index)
     source = (Path(__file__).parent / "cuda" / "read.cu").read_text()
-    cubin = compile_cubin(source, 10 * major + minor)
-    torch.cuda.current_stream().synchronize()
-    status, module = driver.cuModuleLoadData(cubin)
-    require_success(status, "cuModuleLoadData")
-    status, function = driver.cuModuleGetFunction(module, b"read_all")
-    require_success(status, "cuModuleGetFunction")
+    function = load_function(source, "read_all", 0, capability_of(device), device)
     return function, 4 * torch.cuda.get_device_properties(index).multi_processor_count
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sphkv_codebooks.encoded import EncodedVectors
+from sphkv_codebooks.radius_coding import FP16_MAX
 from sphkv_codebooks.spherical_code import SphericalCode
 from sphkv_kernels.int8_code import Int8Vectors, decode_int8, encode_int8
 from sphkv_kernels.tier import RegionFormat
 
-_LARGEST_HALF = 65504.0
 StoredVectors = EncodedVectors | Int8Vectors | Tensor
 
 
@@ -30,9 +30,9 @@ def encode_vectors(region_format: RegionFormat, x: Tensor) -> StoredVectors:
     if region_format == "int8":
         return encode_int8(x)
     stored = x.to(torch.bfloat16)
-    if not bool((stored.float().abs() <= _LARGEST_HALF).all()):  # bf16 itself rounds the limit up
+    if not bool((stored.float().abs() <= FP16_MAX).all()):  # bf16 itself rounds the limit up
         raise ValueError(
-            f"dense tier: a vector holds NaN, Inf or more than {_LARGEST_HALF:g}, which fp16 "
+            f"dense tier: a vector holds NaN, Inf or more than {FP16_MAX:g}, which fp16 "
             "fragments do not hold; check the captured activations"
         )
     return stored

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from sphkv_cli.artifacts import running_code
 from sphkv_kernels.timing import MemoryRates
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -131,8 +132,7 @@ def test_a_forced_report_takes_the_place_of_the_old_one_when_it_is_whole(
 def test_without_git_history_the_commit_is_asked_for(
     kernel_report: Any, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(running_code, "_ROOT", tmp_path)
     ended = script("kernel_report.py", "--output", tmp_path / "report.json")
     sentence = "kernel_report.py: no git history here; name the commit with --commit\n"
     assert (ended.code, ended.err) == (2, sentence)
