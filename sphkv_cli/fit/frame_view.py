@@ -30,7 +30,7 @@ def frame_table(rows: Sequence[FrameRow]) -> Table:
     return Table(
         "Frames: relative squared output error of a 3-bit key code, by centring without balancing",
         (
-            *("layer", "centring", "balancing", "RoPE pairs", "decode time"),
+            *("layer", "centring", "balancing", "RoPE pairs", "time at most"),
             *CENTRINGS,
             *("chosen", "worst head (root)"),
         ),
