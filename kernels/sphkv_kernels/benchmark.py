@@ -24,7 +24,7 @@ from sphkv_kernels.launch import load_kernel
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.reference import DecodeResult, ada_decode_reference
 from sphkv_kernels.synthetic import tiled_cache
-from sphkv_kernels.tier import TierFormat
+from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.timing import Latency, MemoryRates, measure
 from sphkv_kernels.variant import Variant
 
@@ -255,19 +255,25 @@ def check_tiers(
 def time_reconstruction(
     attention_plan: AttentionPlan, query: torch.Tensor, *, n_samples: int
 ) -> Latency:
-    """Decoding to dense bf16, then torch's fastest attention backend (cuDNN) on it; full pages of
-    one spherical tier only."""
+    """Decoding to dense bf16, then torch's fastest attention backend (cuDNN) on it.
+
+    Raises:
+        PageError: pages of more than one tier, of a tier that is not spherical, or partial ones.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    cache = attention_plan.cache
-    variant = Variant(cache.tiers, cache.head_dim, 1, reconstruct=True)
+    cache, used = attention_plan.cache, attention_plan.work.used_tiers
+    is_full = cache.page_table.live_tokens == cache.page_size
+    if len(used) != 1 or not bool(is_full.all()):
+        raise PageError("a reconstruction is timed on full pages of one tier")
+    variant = Variant((cache.tiers[used[0]],), cache.head_dim, 1, reconstruct=True)
     kernel = load_kernel(variant, cache.device)
     entries = cache.page_table.n_entries
     rows = (entries * cache.page_size, cache.head_dim)
     keys = torch.empty(rows, dtype=torch.bfloat16, device=cache.device)
     values = torch.empty_like(keys)
-    params = launch_params(query, attention_plan, kernel, None, 0, None)
+    params = launch_params(query, attention_plan, None, 0, None)
     params.logits, params.tail_logits = keys.data_ptr(), values.data_ptr()
     shape = (cache.n_sequences, cache.n_kv_heads, -1, cache.head_dim)
     dense_query = query.to(torch.bfloat16)[:, :, None]

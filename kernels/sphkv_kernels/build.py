@@ -2,9 +2,10 @@
 
     key = SHA-256(source, architecture, standard, NVRTC version)
 
-A build is a pure function of that key, so its cubin is kept on disk under it. Cubin and never PTX:
-a driver older than NVRTC cannot load its PTX. The sources include no header, so that nothing but
-the wheels of the `cuda` extra is needed. Source: ours; the cache after DeepGEMM's.
+A build depends on nothing else but patch releases, so its cubin is kept on disk under the key.
+Cubin and never PTX: a driver older than NVRTC cannot load its PTX. The sources include no header,
+so that nothing but the wheels of the `cuda` extra is needed. Source: ours; the cache after
+DeepGEMM's.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ class PagedCache:
         """Read the whole table back; raise PageError on the first entry that cannot be right.
 
         Live entries lie inside the pool on a 16-byte boundary, name an existing tier and at most
-        page_size tokens; the starts rise from 0 to the number of entries.
+        page_size tokens; the starts rise from 0 to the number of entries; positions of live tokens
+        and of tails are not negative.
         """
         table = self.page_table
         starts = table.starts.tolist()
@@ -133,6 +134,17 @@ class PagedCache:
                 int(self.tail_tokens.min()) >= 0 and int(self.tail_tokens.max()) <= size
             ):
                 raise PageError(f"tail_tokens must lie in 0..{size}")
+        if self.positions is not None and self.positions.dtype != torch.uint16:
+            slots = torch.arange(self.page_size, device=self.device)
+            live = slots < self.page_table.live_tokens[:, None]
+            self._check_positions("positions of live tokens", self.positions[live])
+        if self.tail_positions is not None:
+            self._check_positions("tail_positions", self.tail_positions)
+
+    @staticmethod
+    def _check_positions(name: str, positions: Tensor) -> None:
+        if positions.numel() and int(positions.min()) < 0:
+            raise PageError(f"{name} must be 0 or more, one is {int(positions.min())}")
 
     def to(self, device: torch.device | str) -> "PagedCache":
         """The same cache on another device."""

@@ -23,6 +23,12 @@ from sphkv_kernels.pages import pack_region, page_bytes, place_pages
 from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 from sphkv_kernels.vectors import encode_vectors, placed_rows, poisoned_rows, reshape_rows
 
+MOST_TIERS = 128
+"""A page table stores a tier as int8."""
+INTEGER_DTYPES = (
+    torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64,
+)  # fmt: skip
+
 
 def build_cache(
     tiers: Sequence[TierFormat],
@@ -38,13 +44,22 @@ def build_cache(
     dead_rows: what the unused rows of partial pages hold: zeros, or "poison" (NaN wherever the
     format has a floating-point field), for tests that such rows are never read.  Positions are
     stored as position_dtype (one of POSITION_DTYPES) when every sequence has them.  uses_kernel:
-    False for torch operations where tokens on a GPU would be encoded by its kernel.  Raises
-    PageError on shapes that do not fit, a position that does not fit its dtype, a page of two tiers
-    or with more tokens than page_size, and ValueError on NaN, Inf or what a tier cannot hold in a
-    kept token.
+    False for torch operations where tokens on a GPU would be encoded by its kernel.
+
+    Raises:
+        PageError: shapes and dtypes that do not fit, a position that does not fit its dtype, a page
+            of two tiers or with more tokens than page_size.
+        ValueError: NaN, Inf or what a tier cannot hold in a kept token.
     """
     if not sequences:
         raise PageError("a cache needs at least one sequence (it may have no tokens)")
+    if len(tiers) > MOST_TIERS:
+        raise PageError(f"{len(tiers)} tiers: a page table numbers up to {MOST_TIERS}")
+    if sequences[0].keys.ndim != 3:
+        raise PageError(
+            f"sequence 0: keys is {tuple(sequences[0].keys.shape)}, expected (n_tokens, "
+            "n_kv_heads, head_dim)"
+        )
     n_kv_heads, head_dim = sequences[0].keys.shape[1:]
     for index, tokens in enumerate(sequences):
         _check_tokens(index, tokens, n_kv_heads, head_dim)
@@ -144,6 +159,8 @@ def _stored_positions(
 
 
 def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim: int) -> None:
+    if not tokens.keys.ndim:
+        raise PageError(f"sequence {index}: keys is a single number")
     n_tokens = tokens.keys.shape[0]
     expected = {
         "keys": (tokens.keys, (n_tokens, n_kv_heads, head_dim)),
@@ -156,6 +173,8 @@ def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim:
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise PageError(f"sequence {index}: {name} is {tuple(tensor.shape)}, expected {shape}")
+        if name not in ("keys", "values") and tensor.dtype not in INTEGER_DTYPES:
+            raise PageError(f"sequence {index}: {name} is {tensor.dtype}, expected integers")
 
 
 def pack_pages(

@@ -47,10 +47,7 @@ def read_tokens(cache: PagedCache, sequence: int, n_tokens: int) -> DecodedToken
             decoded = pages.decode()[pages.page_of_entry]
             live = rows < one.page_table.live_tokens[pages.entries][:, None]
             positions = one.positions[pages.entries].to(torch.int64)[live]
-            if positions.numel() and not (
-                int(positions.min()) >= 0 and int(positions.max()) < n_tokens
-            ):
-                raise PageError(f"a position of the cache lies outside 0..{n_tokens - 1}")
+            _check_inside(positions, n_tokens)
             head = heads[pages.entries][:, None].expand_as(live)[live]
             out[positions, head] = decoded[live]
             kept[positions, head] = True
@@ -61,7 +58,9 @@ def logits_by_token(pages: Tensor, cache: PagedCache, n_tokens: int) -> Tensor:
     """Page-table logits ``(n_entries, group_size, page_size)`` in token order.
 
     Returns ``(n_sequences, n_kv_heads, group_size, n_tokens)``, NaN where a token lies on no page.
-    Raises PageError without positions.
+
+    Raises:
+        PageError: the cache has no positions, or one lies outside.
     """
     if cache.positions is None:
         raise PageError("logits in token order need a cache built with positions")
@@ -72,6 +71,13 @@ def logits_by_token(pages: Tensor, cache: PagedCache, n_tokens: int) -> Tensor:
     rows = torch.arange(cache.page_size, device=pages.device)
     live = rows < cache.page_table.live_tokens[:, None]
     head = cache.page_table.head_of_entry()[:, None].expand_as(live)[live]
-    out[head, cache.positions.to(torch.int64)[live]] = pages.transpose(1, 2)[live]
+    positions = cache.positions.to(torch.int64)[live]
+    _check_inside(positions, n_tokens)
+    out[head, positions] = pages.transpose(1, 2)[live]
     out = out.transpose(1, 2)
     return out.reshape(cache.n_sequences, cache.n_kv_heads, group_size, n_tokens)
+
+
+def _check_inside(positions: Tensor, n_tokens: int) -> None:
+    if positions.numel() and not (int(positions.min()) >= 0 and int(positions.max()) < n_tokens):
+        raise PageError(f"a position of the cache lies outside 0..{n_tokens - 1}")

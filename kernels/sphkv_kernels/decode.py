@@ -1,6 +1,7 @@
 """Angle-Domain Attention (ADA) over a paged cache on the GPU: the checked launcher.
 
-    s_t = softmax_scale softcap(q . khat_t + offset),   output = sum_t softmax(s)_t vhat_t
+    s_t = softcap(softmax_scale (q . khat_t + offset + position term_t))
+    output = sum_t softmax(s)_t vhat_t
 
 Same signature and results as `sphkv_kernels.reference` (float64); the device code is in `cuda/`.
 One launch serves all tiers of the cache, every sequence and KV head, and merges its own parts.
@@ -20,6 +21,12 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.decode_arguments import (
+    check_position_term,
+    check_scale,
+    check_window,
+    group_size_of,
+)
 from sphkv_kernels.kernel_structs import KernelParams
 from sphkv_kernels.launch import LoadedKernel, capability_of, load_kernel, tables_fit
 from sphkv_kernels.launch_arguments import FLOAT_TYPES, require
@@ -33,7 +40,6 @@ from sphkv_kernels.tier_dispatch import require_readable
 from sphkv_kernels.variant import Variant, output_fragments
 
 MAX_GROUP = 16
-_MOST_TOKENS = (1 << 31) - 1
 _LOG2_E = math.log2(math.e)
 
 
@@ -42,10 +48,13 @@ class AttentionPlan:
     """What decode steps over one cache share: the cut of the work, kernels and scratch memory.
 
     Made by `plan`. It stays valid while the page table, the tiers and the positions stay as they
-    are: contents of the pool and the tail (tail_tokens included) may change between steps. Steps
-    that share a plan must not run at the same time (they share scratch memory). A CUDA graph that
-    holds a step reads plan and cache at every replay: both must outlive it. table_heads: heads of
-    the query tables that score the keys, 0 where fragments do (`score_form`).
+    are: contents of the pool and the tail (tail_tokens included) may change between steps, and so
+    may, in place, a record's live tokens (0 to page_size) and its page's first position, which is
+    how a growing cache brings slots to life. Steps that share a plan must not run at the same time
+    (they share scratch memory). A CUDA graph that holds a step reads plan and cache at every
+    replay: both must outlive it. table_heads: heads of the query tables that score the keys, 0
+    where fragments do (`score_form`; so does a mode whose position term leaves no room for tables,
+    with "auto").
     """
 
     cache: PagedCache
@@ -102,7 +111,12 @@ class AttentionPlan:
     def kernel(
         self, *, logits: bool, window: bool, softcap: bool, n_position_pairs: int = 0
     ) -> LoadedKernel:
-        """The kernel of one mode, compiled at its first use."""
+        """The kernel of one mode, compiled at its first use.
+
+        Raises:
+            PageError: its tables do not fit into the device's shared memory.
+            KernelBuildError, KernelLaunchError: as `ada_decode`.
+        """
         groups = -(-n_position_pairs // 4)
         # Few distinct kernels: groups rounded up to a power of two (a group of zeros adds zero).
         groups = 1 << (groups - 1).bit_length() if groups else 0
@@ -152,9 +166,12 @@ def plan(
     score_form: how keys meet the query: "fragment" in matrix products, "table" by lookups into
     tables made from it (groups of 1 and 2), "auto" whichever measured faster (`score_form`).
     check: read the page table back and refuse entries that cannot be right (offsets outside the
-    pool, unknown tiers, too many tokens). Raises PageError if the cache is not on a CUDA device, or
-    on one that the kernel is not built for, or holds a code, head_dim or group that it does not
-    have.
+    pool, unknown tiers, too many tokens, negative positions).
+
+    Raises:
+        PageError: the cache is not on a CUDA device, or on one that the kernel is not built for, or
+            holds a code, head_dim or group that it does not have; an entry that cannot be right; a
+            score_form "table" whose tables the codes do not have or shared memory does not hold.
     """
     if cache.device.type != "cuda":
         raise PageError(
@@ -178,6 +195,19 @@ def plan(
         score_form, used, work.tier_costs, work.n_starts, group_size, cache.head_dim
     )
     device = cache.device
+    if heads and not tables_fit(
+        Variant(
+            used, cache.head_dim, tiles, n_warps=n_warps, small_pages=cache.page_size == 16,
+            table_heads=heads,
+        ),
+        device,
+    ):  # fmt: skip
+        if score_form == "table":
+            raise PageError(
+                "score_form 'table': the query tables beside those of this cache's tiers do not "
+                "fit into the device's shared memory; use 'auto'"
+            )
+        heads = 0
     result = AttentionPlan(
         cache=cache,
         group_size=group_size,
@@ -211,10 +241,12 @@ def ada_decode(
     query: ``(n_sequences, n_q_heads, head_dim)`` float32, bfloat16 or float16, contiguous, in the
     frame, on the cache's device. plan: from `plan(cache, group_size)`; without one a plan is made
     for this call alone (a copy of the page table to the host, a millisecond or more), which a CUDA
-    graph cannot capture. position_term: float32, on the cache's device, coefficients times
-    softmax_scale log2 e within fp16's range; it errs by up to 4 x 10^-6 of its coefficients at any
-    position below 2^31. Vectors become fp16 in registers: elements of the query, of the tail and of
-    dense pages must lie within +-65504, and those below 3 x 10^-8 are zero.
+    graph cannot capture. query_positions: int32. position_term: float32, on the cache's device;
+    sqrt(a^2 + b^2) of a pair's coefficients, times softmax_scale log2 e where there is no soft-cap,
+    within fp16's range (65504; beyond it results are not finite); it errs by up to 4 x 10^-6 of its
+    coefficients at any position below 2^31. Vectors become fp16 in registers: elements of the
+    query, of the tail and of dense pages must lie within +-65504, and those below 3 x 10^-8 are
+    zero.
 
     Raises:
         PageError: an argument that does not fit, before the launch.
@@ -240,8 +272,14 @@ def ada_logits(
     position_term: PositionTerm | None = None,
     plan: AttentionPlan | None = None,
 ) -> LogitResult:
-    """The logits that `ada_decode` works with, by the same decode path; as
-    `ada_logits_reference`, in float32."""
+    """The logits that `ada_decode` works with, by the same decode path, in float32.
+
+    Arguments as `ada_decode`, where sqrt(a^2 + b^2) of a position term's coefficients lies within
+    fp16's range; result as `ada_logits_reference`.
+
+    Raises:
+        PageError, KernelBuildError, KernelLaunchError: as `ada_decode`.
+    """
     plan = _checked_plan(query, cache, plan)
     pages, tail = torch.ops.sphkv.ada_logits(
         query, plan.handle, logit_offset, window, query_positions, *_term_tensors(position_term)
@@ -250,19 +288,9 @@ def ada_logits(
 
 
 def _checked_plan(query: Tensor, cache: PagedCache, given: AttentionPlan | None) -> AttentionPlan:
-    if query.ndim != 3 or query.shape[0] != cache.n_sequences or query.shape[2] != cache.head_dim:
-        raise PageError(
-            f"query is {tuple(query.shape)}, expected ({cache.n_sequences} sequences, n_q_heads, "
-            f"head_dim {cache.head_dim})"
-        )
-    n_q_heads = query.shape[1]
-    if n_q_heads == 0 or n_q_heads % max(cache.n_kv_heads, 1):
-        raise PageError(
-            f"{n_q_heads} query heads do not divide into groups over {cache.n_kv_heads} KV heads"
-        )
+    group_size = group_size_of(query, cache)
     if query.device != cache.device:
         raise PageError(f"query lies on {query.device}, the cache on {cache.device}")
-    group_size = n_q_heads // max(cache.n_kv_heads, 1)
     if given is None:
         return plan(cache, group_size)
     if given.cache is not cache:
@@ -304,31 +332,25 @@ def _address(tensor: Tensor | None) -> int | None:
 def launch_params(
     query: Tensor,
     plan: AttentionPlan,
-    kernel: LoadedKernel,
     logit_offset: Tensor | None,
     window: int,
     query_positions: Tensor | None,
     coefficients: Tensor | None = None,
     frequencies: Tensor | None = None,
 ) -> KernelParams:
-    """The struct of a launch, checked; results are filled in by the caller."""
+    """The struct of a launch, checked; the caller fills in the results, the scale and the soft-cap.
+
+    Raises:
+        PageError: an argument that does not fit.
+    """
     cache, work = plan.cache, plan.work
     if query.dtype not in FLOAT_TYPES:
         raise PageError(f"query is {query.dtype}; use float32, bfloat16 or float16")
     of_query = (cache.n_sequences, cache.n_kv_heads * plan.group_size, cache.head_dim)
     require("query", query, of_query, query.dtype, cache.device, aligned=True)
     _check_optional("logit_offset", logit_offset, query.shape[:2], torch.float32, query.device)
-    if not 0 <= window <= _MOST_TOKENS:
-        raise PageError(
-            f"window {window}: 0 for full attention, else a number of tokens up to {_MOST_TOKENS}"
-        )
+    check_window(cache, window, query_positions)
     if window:
-        if query_positions is None or cache.positions is None:
-            raise PageError(
-                "a sliding window needs query_positions and a cache built with positions"
-            )
-        if cache.tail_keys is not None and cache.tail_positions is None:
-            raise PageError("a sliding window over a tail needs tail_positions")
         shape = (cache.n_sequences,)
         _check_optional("query_positions", query_positions, shape, torch.int32, query.device)
     if (coefficients is None) != (frequencies is None):
@@ -344,7 +366,6 @@ def launch_params(
         params.position_offsets = _address(work.positions.offsets)
     params.heads = _address(work.heads)
     params.segments = _address(work.segments)
-    params.tables = _address(kernel.tables)
     params.query = _address(query)
     params.offset = _address(logit_offset)
     params.tail_keys = _address(cache.tail_keys)
@@ -380,10 +401,7 @@ def _check_position_term(
     of_heads = (cache.n_kv_heads, n_pairs)
     _check_optional("position_term.coefficients", coefficients, shape, torch.float32, query.device)
     _check_optional("position_term.frequencies", frequencies, of_heads, torch.float32, query.device)
-    if cache.positions is None:
-        raise PageError("a position term needs a cache built with positions")
-    if cache.tail_keys is not None and cache.tail_positions is None:
-        raise PageError("a position term over a tail needs tail_positions")
+    check_position_term(cache)
 
 
 def _check_optional(
@@ -417,19 +435,17 @@ def _ada_decode_op(
     position_frequencies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     plan = _plan_of(handle)
-    if logit_softcap < 0.0:
-        raise PageError(f"logit_softcap {logit_softcap}: 0 for none, else positive")
+    check_scale(softmax_scale, logit_softcap)
+    offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
+    params = launch_params(
+        query, plan, offset, window, query_positions, position_coefficients, position_frequencies
+    )
     kernel = plan.kernel(
         logits=False,
         window=window > 0,
         softcap=logit_softcap > 0.0,
         n_position_pairs=_n_pairs(position_frequencies),
     )
-    offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
-    params = launch_params(
-        query, plan, kernel, offset, window, query_positions,
-        position_coefficients, position_frequencies,
-    )  # fmt: skip
     output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     params.output = _address(output)
@@ -471,18 +487,17 @@ def _ada_logits_op(
 ) -> tuple[Tensor, Tensor]:
     plan = _plan_of(handle)
     cache = plan.cache
+    offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
+    params = launch_params(
+        query, plan, offset, window, query_positions, position_coefficients, position_frequencies
+    )
     kernel = plan.kernel(
         logits=True,
         window=window > 0,
         softcap=False,
         n_position_pairs=_n_pairs(position_frequencies),
     )
-    offset = None if logit_offset is None else logit_offset.to(torch.float32).contiguous()
-    params = launch_params(
-        query, plan, kernel, offset, window, query_positions,
-        position_coefficients, position_frequencies,
-    )  # fmt: skip
-    # Dead pages are not in the plan: what no thread writes is -inf.
+    # Pages that were dead when the plan was made are not in it: what no thread writes is -inf.
     pages = query.new_full(
         (cache.page_table.n_entries, plan.group_size, cache.page_size),
         -math.inf,

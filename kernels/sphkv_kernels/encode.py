@@ -59,7 +59,7 @@ def encode(
         ValueError: NaN, Inf, radii that the code cannot store, or more than fp16 holds in a dense
             tier.
     """
-    pages, refused = encode_counted(tier, keys, values, rotation=rotation, uses_kernel=uses_kernel)
+    pages, refused = encode_flagged(tier, keys, values, rotation=rotation, uses_kernel=uses_kernel)
     if check and int(refused):
         _refuse(tier, keys, values, rotation)
     return pages
@@ -82,7 +82,7 @@ def _has_kernel(tier: TierFormat, head_dim: int, device: torch.device) -> bool:
     return device.type == "cuda" and head_dim in SUPPORTED_HEAD_DIMS and has_encoder(tier)
 
 
-def encode_counted(
+def encode_flagged(
     tier: TierFormat,
     keys: Tensor,
     values: Tensor,
@@ -90,11 +90,11 @@ def encode_counted(
     rotation: Rotation | None = None,
     uses_kernel: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As `encode` without waiting for the device, and how many vectors cannot be stored.
+    """As `encode` without waiting for the device, and whether some vector cannot be stored.
 
-    The count, ``() integer``, is on the device; the codes of what it counts are arbitrary.  Where
-    torch operations encode, such vectors are refused at once.  uses_kernel: False for torch
-    operations everywhere.
+    The flag, ``() int32`` on the device, is 0 where all can; radii too large saturate, and codes of
+    NaN are arbitrary.  Where torch operations encode, such vectors are refused at once.
+    uses_kernel: False for torch operations everywhere.
 
     Raises:
         PageError: as `encode`.

@@ -1,4 +1,4 @@
-"""Launching the encoder: one compiled kernel per (tier's layouts, head_dim, rotation kind).
+"""Launching the encoder: one loaded kernel per (tier's layouts, head_dim, rotation kind).
 
 The books of the codes are the last member of the parameter struct. Registered with torch.library as
 `sphkv::encode` and `sphkv::encode_rows`. Source: ours.
@@ -90,9 +90,14 @@ def encoder_for(
     single_rows: bool,
     device: torch.device,
 ) -> Encoder:
-    """Compile (or find) and load; kept while it is among the last 256 that were asked for.
+    """The encoder of a tier; its kernel is compiled (or found) and loaded at its first use.
 
     device: with its index.
+
+    Raises:
+        PageError: a head_dim or device that no kernel is built for, a rotation of another head_dim,
+            or codebooks too large for a launch.
+        KernelBuildError, KernelLaunchError: as `load_function`.
     """
     if head_dim not in SUPPORTED_HEAD_DIMS:
         raise PageError(f"head_dim {head_dim}: the CUDA encoder has {SUPPORTED_HEAD_DIMS}")

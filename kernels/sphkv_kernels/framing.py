@@ -29,6 +29,7 @@ from sphkv_kernels.variant import SUPPORTED_HEAD_DIMS
 _SOURCES = ("intrinsics.cuh", "frame.cu")
 _FOLDER = Path(__file__).parent / "cuda"
 _N_THREADS, _N_COLUMNS, _MOST_ROWS = 256, 64, 8
+_MOST_BLOCKS = 65_535  # along the second dimension of a grid
 
 
 def frame_tokens(
@@ -89,6 +90,7 @@ def frame_tokens(
     p.n_term_columns, p.n_chunks = 2 * frame.n_pairs, -(-n_columns // _N_COLUMNS)
     p.type = FLOAT_TYPES[query.dtype]
     n_rows = _rows_at_once(n)
+    _require_grid("sequences", n, n_rows)
     function = _function("frame_tokens", d, n_rows, device)
     grid = ((frame.n_q_heads + 2 * frame.n_kv_heads) * p.n_chunks, -(-n // n_rows))
     launch_function(function, grid, _N_THREADS, 0, device, p)
@@ -115,6 +117,7 @@ def unframe_outputs(frame: FrameTensors, outputs: Tensor, dtype: torch.dtype) ->
     p.source, p.matrix, p.target = (x.data_ptr() for x in (outputs, frame.output, result))
     p.n_rows, p.type = count, FLOAT_TYPES[dtype]
     n_rows = _rows_of_outputs(count)
+    _require_grid("outputs", count, n_rows)
     function = _function("unframe_outputs", d, n_rows, device)
     launch_function(function, (d // _N_COLUMNS, -(-count // n_rows)), _N_THREADS, 0, device, p)
     return result
@@ -153,6 +156,11 @@ def _rows_at_once(n: int) -> int:
 def _rows_of_outputs(n: int) -> int:
     """Few enough that a small step has many blocks: what it waits for is latency."""
     return _rows_at_once(n // 16)
+
+
+def _require_grid(name: str, count: int, n_rows: int) -> None:
+    if count > n_rows * _MOST_BLOCKS:
+        raise PageError(f"{count} {name}: a launch takes up to {n_rows * _MOST_BLOCKS}; split them")
 
 
 def _require_servable(frame: FrameTensors) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,8 +33,13 @@ class LoadedKernel:
     function: Any
 
     def launch(self, n_blocks: int, params: KernelParams) -> None:
-        """Enqueue one launch on torch's current stream of this device."""
+        """Enqueue one launch on torch's current stream of this device, with the variant's tables.
+
+        Raises:
+            KernelLaunchError: the driver refuses.
+        """
         source = self.source
+        params.tables = self.tables.data_ptr()
         launch_function(
             self.function, (n_blocks, 1), source.n_threads, source.shared_bytes,
             self.tables.device, params,
@@ -63,10 +68,25 @@ def launch_function(
         return
     stream = torch.cuda.current_stream(device).cuda_stream
     argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    (status,) = driver.cuLaunchKernel(
-        function, *grid, 1, n_threads, 1, 1, shared_bytes, stream, ctypes.addressof(argument), 0
-    )
+
+    def launch() -> Any:
+        (status,) = driver.cuLaunchKernel(
+            function, *grid, 1, n_threads, 1, 1, shared_bytes, stream, ctypes.addressof(argument), 0
+        )
+        return status
+
+    status = launch()
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        # A thread in which torch has not met the device yet: memory that torch has cached needs no
+        # call of the runtime, which would have made the context current.
+        _make_context_current(device)
+        status = launch()
     require_success(status, "cuLaunchKernel")
+
+
+def _make_context_current(device: torch.device) -> None:
+    """Torch's context of `device`, the current device, in this thread."""
+    torch.cuda.current_stream(device).synchronize()
 
 
 def capability_of(device: torch.device) -> int:
@@ -100,7 +120,12 @@ def tables_fit(variant: Variant, device: torch.device) -> bool:
 
 
 def load_kernel(variant: Variant, device: torch.device) -> LoadedKernel:
-    """Compile (or find) and load a variant; kept for the life of the process."""
+    """Compile (or find) and load a variant; kept for the life of the process.
+
+    Raises:
+        PageError: a device that no kernel is built for, or tables too large for it.
+        KernelBuildError, KernelLaunchError: as `load_function`.
+    """
     return _load(_VariantKey(variant), with_index(device))
 
 
@@ -120,7 +145,7 @@ class _VariantKey:
         return hash(self.key)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _load(key: _VariantKey, device: torch.device) -> LoadedKernel:
     capability = capability_of(device)
     source = kernel_source(key.variant, capability)
@@ -131,10 +156,13 @@ def _load(key: _VariantKey, device: torch.device) -> LoadedKernel:
     return LoadedKernel(source, tables, function)
 
 
+@cache
 def load_function(
     text: str, name: str, shared_bytes: int, capability: int, device: torch.device
 ) -> Any:
     """Compile (or find) a CUDA source and load its kernel `name` into torch's context.
+
+    Loaded once and kept for the life of the process: CUDA graphs hold it.
 
     Raises:
         KernelBuildError: NVRTC is missing or refuses the source.
@@ -149,7 +177,7 @@ def load_function(
         )
     cubin = compile_cubin(text, capability)
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # torch's context is current from here on
+        _make_context_current(device)
         status, module = driver.cuModuleLoadData(cubin)
         require_success(status, "cuModuleLoadData")
         status, function = driver.cuModuleGetFunction(module, name.encode())

@@ -64,12 +64,15 @@ def page_costs(
     not have."""
     if cache.head_dim not in ROW_FACTOR:
         raise PageError(f"head_dim {cache.head_dim}: the CUDA kernel has {tuple(ROW_FACTOR)}")
-    n_codes = sum(
-        t.kind == "spherical" and n > 0 for t, n in zip(cache.tiers, n_pages, strict=True)
-    )
+    codes = {
+        code.digest
+        for tier, n in zip(cache.tiers, n_pages, strict=True)
+        for code in (tier.key_code, tier.value_code)
+        if n > 0 and code is not None
+    }
     sizes, costs = cache.tier_page_bytes(), []
     for tier, n_bytes in zip(cache.tiers, sizes, strict=True):
-        loops = [_loop(region, n_codes > 1) for region in (tier.key_format, tier.value_format)]
+        loops = [_loop(region, len(codes) > 1) for region in (tier.key_format, tier.value_format)]
         if None in loops:
             costs.append(ROW_FACTOR[cache.head_dim] * n_bytes / speed)
         else:

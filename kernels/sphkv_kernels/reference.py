@@ -5,7 +5,7 @@ arXiv 2502.02617; attention in it after Spherical KV, arXiv 2605.18856):
 
     t^0 = q,   t^l_j = cos(psi^l_j) t^{l-1}_{2j-1} + sin(psi^l_j) t^{l-1}_{2j},
     logit = q.khat + offset + position term = sum_j r_j t^L_j + offset + position term,
-    s = softmax_scale softcap(logit),   p = exp(s - log_sum_exp(s)),   output = sum p vhat.
+    s = softcap(softmax_scale logit),   p = exp(s - log_sum_exp(s)),   output = sum p vhat.
 
 The keys of spherical tiers are never rebuilt: their codes meet the query one level at a time.
 Same signature as `sphkv_kernels.decode`.
@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 
 from sphkv_kernels.cache import PagedCache
+from sphkv_kernels.decode_arguments import (
+    check_position_term,
+    check_scale,
+    check_window,
+    group_size_of,
+)
 from sphkv_kernels.page_logits import page_logits, page_values
 from sphkv_kernels.position_term import PositionTerm
 from sphkv_kernels.tier import PageError
@@ -60,10 +66,14 @@ def ada_logits_reference(
     logit of that head (a post-RoPE key mean's q.mu).  window: 0 for full attention, else a token
     at position t is seen only if ``query_position - t < window``; it needs query_positions
     ``(n_sequences)`` and the cache's positions.  position_term: added to the logit of a token at
-    its position (a pre-RoPE key mean's q.(R_t mu)); it needs the cache's positions.  Raises
-    PageError on shapes that do not fit.
+    its position (a pre-RoPE key mean's q.(R_t mu)); it needs the cache's positions.
+
+    Raises:
+        PageError: shapes that do not fit, or a window or position term without positions.
     """
-    grouped = _grouped_query(query, cache)
+    shape = (cache.n_sequences, cache.n_kv_heads, group_size_of(query, cache), cache.head_dim)
+    check_window(cache, window, query_positions)
+    grouped = query.to(torch.float64).reshape(shape)
     pages = page_logits(grouped, cache)
     tail: Tensor | None = None
     if cache.tail_keys is not None:
@@ -106,7 +116,12 @@ def ada_decode_reference(
     Arguments as `ada_logits_reference`; logit_softcap c > 0 replaces the scaled logit s by
     ``c tanh(s / c)`` (Gemma 2).  The log-sum-exp is that of the scaled, capped logits, offset
     and position term included.
+
+    Raises:
+        PageError: as `ada_logits_reference`; a softmax_scale or logit_softcap that is not finite,
+            or a negative logit_softcap.
     """
+    check_scale(softmax_scale, logit_softcap)
     logits = ada_logits_reference(
         query,
         cache,
@@ -121,7 +136,12 @@ def ada_decode_reference(
 def decode_from_logits(
     logits: LogitResult, cache: PagedCache, softmax_scale: float, *, logit_softcap: float = 0.0
 ) -> DecodeResult:
-    """The softmax and the value sum of `ada_decode_reference`, for logits already computed."""
+    """The softmax and the value sum of `ada_decode_reference`, for logits already computed.
+
+    Raises:
+        PageError: a scale or soft-cap as there.
+    """
+    check_scale(softmax_scale, logit_softcap)
     n_sequences, group_size = cache.n_sequences, logits.pages.shape[1]
     head = cache.page_table.head_of_entry()
     scores = _scores(logits.pages, softmax_scale, logit_softcap)
@@ -171,22 +191,6 @@ def merge_partial(parts: list[DecodeResult]) -> DecodeResult:
     return DecodeResult(output, total)
 
 
-def _grouped_query(query: Tensor, cache: PagedCache) -> Tensor:
-    """``(n_sequences, n_kv_heads, group_size, head_dim) float64``, checked."""
-    if query.ndim != 3 or query.shape[0] != cache.n_sequences or query.shape[2] != cache.head_dim:
-        raise PageError(
-            f"query is {tuple(query.shape)}, expected ({cache.n_sequences} sequences, n_q_heads, "
-            f"head_dim {cache.head_dim})"
-        )
-    n_q_heads = query.shape[1]
-    if n_q_heads == 0 or n_q_heads % cache.n_kv_heads:
-        raise PageError(
-            f"{n_q_heads} query heads do not divide into groups over {cache.n_kv_heads} KV heads"
-        )
-    shape = (cache.n_sequences, cache.n_kv_heads, n_q_heads // cache.n_kv_heads, cache.head_dim)
-    return query.to(torch.float64).reshape(shape)
-
-
 def _with_position_term(
     term: PositionTerm, query: Tensor, cache: PagedCache, pages: Tensor, tail: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -197,8 +201,8 @@ def _with_position_term(
             f"position_term is for {shape[0]} sequences, {shape[1]} query and {shape[2]} KV heads, "
             f"expected {query.shape[0]}, {query.shape[1]} and {cache.n_kv_heads}"
         )
-    if cache.positions is None:
-        raise PageError("a position term needs a cache built with positions")
+    check_position_term(cache)
+    assert cache.positions is not None
     positions = cache.positions.to(torch.int64)
     pages = pages + term.logits(cache.page_table.head_of_entry(), positions)
     if tail is not None:
@@ -210,8 +214,7 @@ def _with_position_term(
 
 def _tail_positions(cache: PagedCache) -> Tensor:
     """``(n_sequences, tail_size)``."""
-    if cache.tail_positions is None or cache.tail_keys is None:
-        raise PageError("a sliding window or a position term over a tail needs tail_positions")
+    assert cache.tail_positions is not None and cache.tail_keys is not None  # checked
     rows = torch.arange(cache.tail_keys.shape[2], device=cache.device)
     return cache.tail_positions.to(torch.int64)[:, None] + rows
 
@@ -238,8 +241,7 @@ def _seen(
         tail = tail_rows < cache.tail_tokens[:, None]
     if window == 0:
         return pages, tail
-    if query_positions is None or cache.positions is None:
-        raise PageError("a sliding window needs query_positions and a cache built with positions")
+    assert query_positions is not None and cache.positions is not None  # checked
     sequence = cache.page_table.head_of_entry() // cache.n_kv_heads
     now = query_positions.to(device=device, dtype=torch.int64)
     pages = pages & (now[sequence][:, None] - cache.positions.to(torch.int64) < window)

@@ -73,8 +73,9 @@ def _position_cost(chosen: Sequence[FrameRow]) -> str:
         f"Centring before RoPE needs positions in {len(pairs)} layers (2 bytes per token and KV "
         "head on pages with gaps, below 65,536 tokens) and keeps "
         f"{min(pairs)} to {max(pairs)} RoPE pairs there: at most {share:.0%} more time for the "
-        f"attention of a decode step over all {len(chosen)} layers on an H100. A pair is kept where the error falls by more than 6.02 dB per bit that the step "
-        f"would read in {TIME_WEIGHT:g} of its time (--rope-pairs overrides)."
+        f"attention of a decode step over all {len(chosen)} layers on an H100. A pair is kept "
+        "where the error falls by more than 6.02 dB per bit that the step would read in "
+        f"{TIME_WEIGHT:g} of its time (--rope-pairs overrides)."
     )
 
 

@@ -157,7 +157,7 @@ class DecodeSteps:
         index = self._index(chosen)
         try:
             encoded = [layer.encoded(index, n_pages) for layer in self._layers]
-            refused = torch.stack([count for _, count in encoded]) != 0
+            refused = torch.stack([flag for _, flag in encoded]) != 0
             sound = torch.isfinite(self._tails[:, :, index, :, :n]).flatten(1).all(1) & ~refused
             # The one question to the device in a page of steps.
             if not bool(sound.all()):

@@ -20,7 +20,7 @@ from sphkv_cli.generation.step_clock import StepClock
 from sphkv_cli.generation.store_state import PagePlan, StoreState
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.decode import ada_decode
-from sphkv_kernels.encode import encode_counted, prepare_encode
+from sphkv_kernels.encode import encode_flagged, prepare_encode
 from sphkv_kernels.page_table import PageTable
 from sphkv_kernels.reference import ada_decode_reference
 from sphkv_kernels.tier import PageError
@@ -158,7 +158,8 @@ class StepLayer:
     def encoded(self, index: slice | Tensor, n_pages: int) -> tuple[Tensor, Tensor]:
         """The oldest tokens of some tails as pages: (n_chosen, n_kv_heads, n_pages, page bytes).
 
-        index: of the sequences.  Second: how many vectors their code cannot hold, on the device.
+        index: of the sequences.  Second: a flag on the device, not 0 where their code cannot hold
+        some vector.
 
         Raises:
             SphkvError: there are some, and torch operations encode.
@@ -170,7 +171,7 @@ class StepLayer:
         keys, values = rows[:, :, :n].view(2, rows.shape[1], n_pages, rule.page_size, d)
         try:
             tier = rule.tiers[rule.later_tier]
-            pages, refused = encode_counted(tier, keys, values, uses_kernel=self.store.uses_kernel)
+            pages, refused = encode_flagged(tier, keys, values, uses_kernel=self.store.uses_kernel)
         except PageError:
             raise  # of the layout, not of a vector
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
@@ -442,6 +443,26 @@ def test_a_mode_that_was_never_run_is_refused_inside_a_capture() -> None:
     ):
         ada_decode(query, on_gpu, 0.1, plan=cut)
     check_decode(cache, query.cpu(), attention_plan=cut)
+
+
+def test_a_thread_that_has_not_met_the_device_decodes() -> None:
+    cache = ragged_cache(tier_set(128, 2))
+    on_gpu, query = cache.to("cuda"), random_query(cache, 4, seed=26).cuda()
+    cut = plan(on_gpu, 4)
+    expected = ada_decode(query, on_gpu, 0.1, plan=cut)
+    torch.empty_like(expected.output)  # memory that the thread finds without a call of the runtime
+    found: list[DecodeResult] = []
+    thread = Thread(target=lambda: found.append(ada_decode(query, on_gpu, 0.1, plan=cut)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0].output, expected.output)
+
+
+def test_query_tables_without_room_are_refused_when_the_work_is_planned() -> None:
+    cache = ragged_cache(tier_set(128, 7, 3)).to("cuda")
+    with pytest.raises(PageError, match="do not fit into the device's shared memory"):
+        plan(cache, 1, score_form="table")
+    assert plan(cache, 1).table_heads == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

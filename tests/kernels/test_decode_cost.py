@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 
 from sphkv_codebooks.spherical_code import SphericalCode
+from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.decode_cost import (
     LOOP_INSTRUCTIONS,
     LOOP_TOKENS,
     instructions_per_coordinate,
     position_term_cost,
 )
-from sphkv_kernels.page_cost import COMPACT_LOOP
+from sphkv_kernels.page_cost import COMPACT_LOOP, page_costs
 from sphkv_kernels.tier import TierFormat
 from sphkv_kernels.variant import Variant
-from tests.kernels.cases import NATIVE_CODES
+from tests.kernels.cases import NATIVE_CODES, random_tokens
 from tests.kernels.sass import built, decode_loop, decode_loops, disassemble, disassembler
 
 
@@ -55,6 +56,26 @@ def test_so_is_that_of_4222_r2_beside_another_code(head_dim: int, tmp_path: Path
     assert loops == pytest.approx(
         [LOOP_INSTRUCTIONS["quad"][head_dim], COMPACT_LOOP[head_dim]], rel=0.1
     )
+
+
+@needs_tools
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_page_of_two_codes_costs_what_its_loop_takes(head_dim: int, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core (extra `cuda`) is not installed")
+    n_warps = 8 if head_dim == 256 else 12
+    keys = code_of((4, 2, 2, 2), "lloyd_max:2", head_dim)
+    tiers = [
+        TierFormat.spherical(keys),
+        TierFormat.spherical(keys, code_of((3, 2, 2, 2), "lloyd_max:2", head_dim)),
+    ]
+    costs, loops = [], []
+    for tier in tiers:
+        tokens = random_tokens(16, 1, head_dim, 1, 16, 1, drop_fraction=0.0)
+        (cost,), _ = page_costs(build_cache((tier,), 16, [tokens]), (1,))
+        variant = Variant((tier,), head_dim, 1, n_warps=n_warps)
+        costs.append(cost)
+        loops.append(decode_loop(disassemble(built(variant, 90, tmp_path))).total)
+    assert costs[1] / costs[0] == pytest.approx(loops[1] / loops[0], rel=0.06)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,21 +15,14 @@ from sphkv_kernels.build import compile_cubin
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.cache_builder import build_cache
 from sphkv_kernels.decode import launch_params
+from sphkv_kernels.framing import _require_grid
+from sphkv_kernels.kernel_structs import KernelParams
 from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.tier_dispatch import require_readable
-from sphkv_kernels.variant import Variant, kernel_source
 from tests.kernels.cases import even_code, plan_without_kernels, random_tokens
 
 TIER = TierFormat.spherical(SphericalCode.analytic("code", 64, (4, 2, 2, 2), "lloyd_max:2"))
-
-
-class _Loaded(launch.LoadedKernel):
-    """A kernel that nothing can launch."""
-
-
-def loaded() -> launch.LoadedKernel:
-    return _Loaded(kernel_source(Variant((TIER,), 64, 1), 90), torch.empty(0), None)
 
 
 def cache() -> PagedCache:
@@ -39,7 +33,7 @@ def cache() -> PagedCache:
 def params(query: torch.Tensor, **options: object) -> object:
     one = plan_without_kernels(cache())
     arguments = {"logit_offset": None, "window": 0, "query_positions": None, **options}
-    return launch_params(query, one, loaded(), **arguments)  # type: ignore[arg-type]
+    return launch_params(query, one, **arguments)  # type: ignore[arg-type]
 
 
 def test_a_launch_is_for_the_plans_own_query() -> None:
@@ -74,6 +68,33 @@ def test_codes_without_a_decoder_are_refused() -> None:
     for code in (even_code(64, (16, 4), "fp16"), even_code(64, (16, 4, 4, 4), "fp16", "rope")):
         with pytest.raises(PageError, match="no native layout"):
             require_readable((TierFormat.spherical(code),))
+
+
+def test_a_thread_that_has_no_context_gets_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    results = [driver.CUresult.CUDA_ERROR_INVALID_CONTEXT, driver.CUresult.CUDA_SUCCESS]
+    calls: list[str] = []
+
+    def launched(*arguments: object) -> tuple[object]:
+        calls.append("launch")
+        return (results[min(len(calls) - 1, 1)],)
+
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: calls.append("synchronize"))
+    monkeypatch.setattr(driver, "cuLaunchKernel", launched)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    arguments = (None, (1, 1), 32, 0, torch.device("cuda", 0), KernelParams())
+    launch.launch_function(*arguments)
+    assert calls == ["launch", "synchronize", "launch"]
+    results[:] = [driver.CUresult.CUDA_ERROR_INVALID_VALUE] * 2
+    with pytest.raises(launch.KernelLaunchError, match="INVALID_VALUE"):
+        launch.launch_function(*arguments)
+
+
+def test_a_grid_that_no_launch_takes_is_refused() -> None:
+    _require_grid("outputs", 8 * 65_535, 8)
+    with pytest.raises(PageError, match="524281 outputs: a launch takes up to 524280"):
+        _require_grid("outputs", 8 * 65_535 + 1, 8)
 
 
 def test_an_architecture_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
