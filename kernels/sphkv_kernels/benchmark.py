@@ -101,6 +101,10 @@ def run_case(
 
     page_tiers: (n_sequences, n_kv_heads, n_pages) tier of every page, -1 dropped; all tier 0 by
     default.
+
+    Raises:
+        RuntimeError: no baseline attends to dense bf16 keys.
+        PageError: as `plan`, and as `time_reconstruction` with_reconstruction.
     """
     best, best_fp8 = fastest(baselines, "bf16"), fastest(baselines, "fp8")
     if best is None:

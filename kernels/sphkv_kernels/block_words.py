@@ -46,6 +46,12 @@ def native_layout_of(code: SphericalCode) -> NativeLayout | None:
     return None if radius is None else find_native_layout(bits, radius, radius_bits(code))
 
 
+def decoded_layout_of(code: SphericalCode) -> NativeLayout | None:
+    """The layout by which the CUDA kernels decode and encode a code, None where they cannot: a
+    page may hold a native layout of RoPE pairs, which the reference alone reads."""
+    return native_layout_of(code) if code.pairing == "adjacent" else None
+
+
 def pack_units(
     code: SphericalCode, layout: NativeLayout, operand: Operand, encoded: EncodedVectors
 ) -> Tensor:

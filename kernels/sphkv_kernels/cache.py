@@ -30,7 +30,8 @@ class PagedCache:
     tail_keys, tail_values: the write-hot tail, ``(n_sequences, n_kv_heads, tail_size, head_dim)
     bfloat16`` in the frame, with ``tail_tokens (n_sequences) int32`` rows in use (dead rows may
     hold anything), or None.  ``tail_positions (n_sequences) int32``: position of the first tail
-    token (the rest follow it), needed only where positions matter.
+    token (the rest follow it), needed only where positions matter.  Raises PageError on shapes,
+    dtypes or devices that do not fit; `check` looks at what the tensors hold.
     """
 
     tiers: tuple[TierFormat, ...]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of
 from sphkv_kernels.layout import Scheme
 
 LOOP_TOKENS = 32
@@ -45,8 +45,8 @@ def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCo
     """
     loops = []
     for code in (key_code, value_code):
-        layout = native_layout_of(code)
-        if layout is None or code.pairing != "adjacent":
+        layout = decoded_layout_of(code)
+        if layout is None:
             return None
         loops.append(LOOP_INSTRUCTIONS[layout.scheme][code.head_dim])
     return 32.0 * sum(loops) / 2.0 / (LOOP_TOKENS * 2 * key_code.head_dim)

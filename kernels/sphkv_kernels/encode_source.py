@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sphkv_codebooks.encoder import threshold_directions
 from sphkv_codebooks.radius import LloydMaxRadius
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of, native_layout_of
 from sphkv_kernels.kernel_structs import agreement
 from sphkv_kernels.layout import Field, NativeLayout, unit_bytes
 from sphkv_kernels.tier import RegionFormat, TierFormat
@@ -42,8 +42,7 @@ class EncoderSource:
 def has_encoder(tier: TierFormat) -> bool:
     """Whether the CUDA encoder has the layouts of both regions."""
     return all(
-        not isinstance(region, SphericalCode)
-        or (native_layout_of(region) is not None and region.pairing == "adjacent")
+        not isinstance(region, SphericalCode) or decoded_layout_of(region) is not None
         for region in (tier.key_format, tier.value_format)
     )
 

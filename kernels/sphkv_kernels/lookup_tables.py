@@ -39,7 +39,7 @@ class CodeTables:
 
 @dataclass(frozen=True)
 class _Books:
-    """Cosines and sines per level and radii, padded to 2^bits entries with the last one."""
+    """Cosines and sines per level, and radii: as many as there are codes."""
 
     cos: tuple[npt.NDArray[np.float64], ...]
     sin: tuple[npt.NDArray[np.float64], ...]
@@ -48,7 +48,7 @@ class _Books:
 
 def code_tables(code: SphericalCode, layout: NativeLayout) -> CodeTables:
     """The tables of a native code; PageError where its books do not fit the scheme."""
-    books = _books(code, layout)
+    books = _books(code)
     no_registers = np.zeros(4, dtype=np.float16)
     b1, b2, b3, b4 = layout.level_bits
     if layout.scheme in ("pair_half", "pair_swap"):
@@ -93,7 +93,7 @@ def code_tables(code: SphericalCode, layout: NativeLayout) -> CodeTables:
 def wide_tables(code: SphericalCode, layout: NativeLayout) -> tuple[Table, Table]:
     """Upper weights of 4/2/2/2 with a 2-bit radius, radius included: rows of each half (512, 4) are
     (the byte of `code_tables`, high bit of the radius code), the half is its low bit."""
-    books = _books(code, layout)
+    books = _books(code)
     _, b2, b3, _ = layout.level_bits
     upper = _upper(books, b2, b3) * books.cos[3][np.arange(256) >> 6][:, None]
     low, high = (
@@ -103,14 +103,8 @@ def wide_tables(code: SphericalCode, layout: NativeLayout) -> tuple[Table, Table
     return low, high
 
 
-def _books(code: SphericalCode, layout: NativeLayout) -> _Books:
-    def padded(values: npt.NDArray[np.float64], bits: int) -> npt.NDArray[np.float64]:
-        return np.pad(values, (0, (1 << bits) - values.size), mode="edge")
-
-    angles = [
-        padded(book.centroids, bits)
-        for book, bits in zip(code.codebooks, layout.level_bits, strict=True)
-    ]
+def _books(code: SphericalCode) -> _Books:
+    angles = [book.centroids for book in code.codebooks]
     coding = code.radius_coding
     radius = np.zeros(1)
     if isinstance(coding, LloydMaxRadius):

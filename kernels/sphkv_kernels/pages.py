@@ -34,7 +34,11 @@ REGION_ALIGNMENT = 16
 
 
 def region_bytes(region_format: RegionFormat, head_dim: int, page_size: int) -> int:
-    """Bytes of one region, padding included; the same for keys and values."""
+    """Bytes of one region, padding included; the same for keys and values.
+
+    Raises:
+        PageError: a page_size that pages do not have, or a code of another head_dim.
+    """
     if page_size not in PAGE_SIZES:
         raise PageError(f"page_size {page_size}: choose one of {PAGE_SIZES}")
     if isinstance(region_format, SphericalCode):
@@ -61,7 +65,7 @@ def key_region_bytes(tier: TierFormat, head_dim: int, page_size: int) -> int:
 
 
 def page_bytes(tier: TierFormat, head_dim: int, page_size: int) -> int:
-    """Bytes of one page of a tier, a multiple of 16."""
+    """Bytes of one page of a tier, a multiple of 16; PageError as `region_bytes`."""
     return key_region_bytes(tier, head_dim, page_size) + region_bytes(
         tier.value_format, head_dim, page_size
     )
@@ -75,18 +79,6 @@ def pack_keys(tier: TierFormat, keys: StoredVectors) -> Tensor:
 def pack_values(tier: TierFormat, values: StoredVectors) -> Tensor:
     """V regions ``(n_pages, bytes) uint8`` from stored values ``(n_pages, page_size, ...)``."""
     return pack_region(tier.value_format, "value", values)
-
-
-def unpack_keys(tier: TierFormat, regions: Tensor, head_dim: int, page_size: int) -> StoredVectors:
-    """The inverse of `pack_keys`."""
-    return unpack_region(tier.key_format, "key", regions, head_dim, page_size)
-
-
-def unpack_values(
-    tier: TierFormat, regions: Tensor, head_dim: int, page_size: int
-) -> StoredVectors:
-    """The inverse of `pack_values`."""
-    return unpack_region(tier.value_format, "value", regions, head_dim, page_size)
 
 
 def place_pages(pool: Tensor, offsets: Tensor, pages: Tensor) -> None:

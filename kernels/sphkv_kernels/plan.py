@@ -73,6 +73,10 @@ def make_plan(cache: PagedCache, n_blocks: int, *, check: bool = True) -> Decode
 
     check: read the page table back and refuse offsets, tiers or counts that cannot be right. The
     page table is copied to the host either way.
+
+    Raises:
+        PageError: no block, nothing to decode, a pool that a plan cannot address or loads cannot
+            read, a head_dim that the kernel does not have, or what check found.
     """
     if n_blocks < 1:
         raise PageError(f"n_blocks {n_blocks}: a plan needs at least one block")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of, native_layout_of
 from sphkv_kernels.layout import NativeLayout, Scheme
 from sphkv_kernels.lookup_tables import CodeTables, Table, code_tables, wide_tables
 from sphkv_kernels.table_space import ROW_BYTES, TableSpace
@@ -187,8 +187,8 @@ def require_readable(tiers: Sequence[TierFormat]) -> None:
 
 def _native(region: RegionFormat) -> tuple[SphericalCode, NativeLayout]:
     assert not isinstance(region, str)
-    layout = native_layout_of(region)
-    if layout is None or region.pairing != "adjacent":
+    layout = decoded_layout_of(region)
+    if layout is None:
         raise PageError(
             f"code {region.name!r} has no native layout: the CUDA kernel reads depth-4 codes with "
             "adjacent pairs of the widths in LAYOUT.md; use the reference backend for this one"

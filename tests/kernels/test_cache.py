@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.cache_builder import build_cache
+from sphkv_kernels.layout import Operand
 from sphkv_kernels.page_slots import SequenceTokens
-from sphkv_kernels.pages import unpack_keys, unpack_values
+from sphkv_kernels.pages import unpack_region
 from sphkv_kernels.plan import make_plan
-from sphkv_kernels.tier import PageError
+from sphkv_kernels.tier import PageError, RegionFormat
 from sphkv_kernels.vectors import decode_vectors, encode_vectors
 from tests.kernels.cases import native_tiers, pages_of, plan_without_kernels, random_tokens
 
@@ -90,11 +91,12 @@ def test_rows_hold_the_codes_of_their_own_token(n_tokens: int) -> None:
         key_bytes = page.numel() - _value_bytes(cache, index)
         positions = cache.positions[entry, :live].to(torch.int64)
         head = int(heads[entry])
-        for unpack, region, x, region_format in (
-            (unpack_keys, page[:key_bytes], tokens.keys, tier.key_format),
-            (unpack_values, page[key_bytes:], tokens.values, tier.value_format),
-        ):
-            stored = unpack(tier, region[None], 64, 16)
+        regions: tuple[tuple[RegionFormat, Operand, torch.Tensor, torch.Tensor], ...] = (
+            (tier.key_format, "key", page[:key_bytes], tokens.keys),
+            (tier.value_format, "value", page[key_bytes:], tokens.values),
+        )
+        for region_format, operand, region, x in regions:
+            stored = unpack_region(region_format, operand, region[None], 64, 16)
             decoded = decode_vectors(region_format, stored)[0, :live]
             alone = encode_vectors(region_format, x[positions, head])
             assert torch.equal(decoded, decode_vectors(region_format, alone))

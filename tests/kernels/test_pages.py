@@ -18,9 +18,7 @@ from sphkv_kernels.pages import (
     pack_values,
     page_bytes,
     region_bytes,
-    unpack_keys,
     unpack_region,
-    unpack_values,
 )
 from sphkv_kernels.tier import PageError, RegionFormat, TierFormat
 from tests.kernels.cases import NATIVE_CODES, even_code, even_codes, parts, random_stored
@@ -194,8 +192,8 @@ def test_keys_and_values_of_a_tier_go_through_their_own_codes() -> None:
     keys = random_stored(key_code, (2, 16), 64, 1)
     values = random_stored(value_code, (2, 16), 64, 2)
     for before, after in (
-        (keys, unpack_keys(tier, pack_keys(tier, keys), 64, 16)),
-        (values, unpack_values(tier, pack_values(tier, values), 64, 16)),
+        (keys, unpack_region(key_code, "key", pack_keys(tier, keys), 64, 16)),
+        (values, unpack_region(value_code, "value", pack_values(tier, values), 64, 16)),
     ):
         for x, y in zip(parts(before), parts(after), strict=True):
             assert torch.equal(x, y)
