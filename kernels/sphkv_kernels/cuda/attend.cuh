@@ -2,13 +2,13 @@
 //
 //   y = log2(e) softmax_scale logit,   p = 2^(y - m),   l = sum p,   O = sum p v
 //
-// m is a reference level, not the exact maximum: it moves only when some y exceeds it by more than
-// HEADROOM, so that most tiles need no reduction across lanes. Lane (g, t) holds scores of tokens g
-// and g + 8 for query heads 2t and 2t + 1, and after the transpose probabilities of head g.
+// m is a lazy maximum: it moves only when some y exceeds it by more than HEADROOM, so that most tiles
+// need no reduction across lanes. Lane (g, t) holds scores of tokens g and g + 8 for query heads 2t and
+// 2t + 1, and after the transpose probabilities of head g.
 
 constexpr float HEADROOM = 8.0f;        // p <= 2^8
 constexpr float VALUE_HEADROOM = 128.f;  // scaled value norm, so that p * norm < 2^15 in fp16
-constexpr float NO_LEVEL = -1e30f;
+constexpr float NO_MAX = -1e30f;
 constexpr int COLUMNS = HEAD_DIM == 256 ? 2 : 1;      // blocks of one token that a lane owns in V
 constexpr int OUTPUT_SETS = HEAD_DIM == 64 ? 2 : COLUMNS;
 constexpr int QUERY_REGISTERS = HEAD_DIM / 8;
@@ -35,7 +35,7 @@ static __device__ __forceinline__ void reset(State& state) {
       for (int i = 0; i < 8; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) state.o[n][c][i][j] = 0.f;
-    state.m[n][0] = state.m[n][1] = NO_LEVEL;
+    state.m[n][0] = state.m[n][1] = NO_MAX;
     state.l[n][0] = state.l[n][1] = 0.f;
   }
   state.value_scale = 0.f;
@@ -76,20 +76,16 @@ static __device__ __forceinline__ void score_block(float (&s)[GROUP_TILES][4], c
   }
 }
 
-static __device__ __forceinline__ float capped(float y, const Params& p) {
 #if SOFTCAP
+static __device__ __forceinline__ float capped(float y, const Params& p) {
   // y = log2(e) s: cap * tanh(s / cap) in the same units; tanh x = 1 - 2 / (1 + e^2x).
   const float e = exp2_approx(y * p.softcap_inverse);
   return p.softcap_log2 * (1.f - __fdividef(2.f, 1.f + e));
-#else
-  return y;
-#endif
 }
-
+#endif
 
 template <int UNITS>
-static __device__ __forceinline__ void raise_levels(State& state, const Tile<UNITS>& tile,
-                                                    const Lane& lane) {
+static __device__ __forceinline__ void raise_max(State& state, const Tile<UNITS>& tile, const Lane& lane) {
 #pragma unroll
   for (int n = 0; n < GROUP_TILES; ++n) {
     float alpha[2];
@@ -105,7 +101,7 @@ static __device__ __forceinline__ void raise_levels(State& state, const Tile<UNI
       state.m[n][h] = top;
       state.l[n][h] *= alpha[h];
     }
-    // The levels belong to heads 2t, 2t + 1; the output rows to head g.
+    // The maxima belong to heads 2t, 2t + 1; the output rows to head g.
     const u32 source = lane.g >> 1;
     const float even = __shfl_sync(0xffffffffu, alpha[0], source);
     const float odd = __shfl_sync(0xffffffffu, alpha[1], source);
@@ -206,7 +202,7 @@ static __device__ __forceinline__ void weigh(State& state, Tile<UNITS>& tile, co
     unfit = state.value_scale == 0.f || top * state.value_scale > VALUE_HEADROOM;
   }
   if (__any_sync(0xffffffffu, excess > HEADROOM || unfit)) {  // rare: one vote for both
-    raise_levels<UNITS>(state, tile, lane);
+    raise_max<UNITS>(state, tile, lane);
     if (__any_sync(0xffffffffu, unfit)) fit_values<UNITS>(state, tile);
   }
 #pragma unroll

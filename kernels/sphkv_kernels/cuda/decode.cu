@@ -49,7 +49,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
     }
   __syncthreads();
   auto top_of = [&](int head) {
-    float m = NO_LEVEL;
+    float m = NO_MAX;
 #pragma unroll
     for (int w = 0; w < N_WARPS; ++w) m = fmaxf(m, warp_totals[w * HEADS + head].m);
     return m;
@@ -117,7 +117,7 @@ static __device__ __forceinline__ void reduce_block(State& state, const Lane& la
 
 struct Sum { float m, l; float4 o; };
 
-// Adds n more sums, weighted by their levels, in their order.
+// Adds n more sums, weighted by their maxima, in their order.
 template <int N>
 static __device__ __forceinline__ void add_sums(Sum& sum, const Sum (&more)[N]) {
   float top = sum.m;
@@ -137,7 +137,7 @@ static __device__ __forceinline__ void add_sums(Sum& sum, const Sum (&more)[N]) 
 // share of the parts, as many as `scratch` has room for; parts and shares are added in their order.
 static __device__ __forceinline__ void merge_parts(const Params& p, const Segment& segment, Sum* scratch) {
   constexpr int AT_ONCE = 8, LANES_OF_HEAD = N_BLOCKS < 8 ? N_BLOCKS / 2 : 4;
-  const Sum nothing = {NO_LEVEL, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+  const Sum nothing = {NO_MAX, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
   constexpr int ROOM = N_BUFFERS * FRAGMENTS * sizeof(float4) / sizeof(Sum);
   const int n_used = COLUMNS * 8 * LANES_OF_HEAD * p.group_size;
   const int n_shares = max((ROOM < N_THREADS ? ROOM : N_THREADS) / n_used, 1);

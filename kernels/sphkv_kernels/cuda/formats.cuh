@@ -105,7 +105,6 @@ struct Plane {
   }
 };
 
-template <bool NORM>
 struct Norms {
   u32 pair;  // fp16 of tokens g and g + 8
   static __device__ __forceinline__ const u8* of_lane(const u8* norms, const Lane& lane) {
@@ -158,7 +157,7 @@ struct PairHalf {
   static constexpr int UNIT_BYTES = 2 * Plane<4>::BYTES;
   struct Raw {
     Plane<4> codes, upper;
-    Norms<NORM> norms;
+    Norms norms;  // never loaded; without it instructions of some kernels come in another order
     using From = Sources<1>;
     static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
       return {{Plane<4>::of_lane(pool, lane)}};
@@ -191,12 +190,12 @@ struct PairSwap {
   struct Raw {
     Plane<4> codes;
     Plane<2> upper;
-    Norms<NORM> norms;
+    Norms norms;
     using From = Sources<3>;
     static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
       return {{Plane<4>::of_lane(pool, lane),
                Plane<2>::of_lane(pool + Plane<4>::BYTES, lane),
-               Norms<NORM>::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES, lane)}};
+               Norms::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES, lane)}};
     }
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);
@@ -254,13 +253,13 @@ struct PairNine {
     Plane<4> codes;
     Plane<2> low;
     Plane<1> high;
-    Norms<NORM> norms;
+    Norms norms;
     using From = Sources<4>;
     static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
       return {{Plane<4>::of_lane(pool, lane),
                Plane<2>::of_lane(pool + Plane<4>::BYTES, lane),
                Plane<1>::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES, lane),
-               Norms<NORM>::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES + Plane<1>::BYTES, lane)}};
+               Norms::of_lane(pool + Plane<4>::BYTES + Plane<2>::BYTES + Plane<1>::BYTES, lane)}};
     }
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);
@@ -314,10 +313,10 @@ struct Single {
   static constexpr int UNIT_BYTES = 2 * Plane<4>::BYTES + 32;
   struct Raw {
     Plane<4> low, high;
-    Norms<NORM> norms;
+    Norms norms;
     using From = Sources<2>;
     static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
-      return {{Plane<4>::of_lane(pool, lane), Norms<NORM>::of_lane(pool + 2 * Plane<4>::BYTES, lane)}};
+      return {{Plane<4>::of_lane(pool, lane), Norms::of_lane(pool + 2 * Plane<4>::BYTES, lane)}};
     }
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       low.load(from.plane[0] + offset);
@@ -369,12 +368,12 @@ struct Quad {
   struct Raw {
     Plane<4> codes;
     Plane<1> upper;
-    Norms<NORM> norms;
+    Norms norms;
     using From = Sources<3>;
     static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
       return {{Plane<4>::of_lane(pool, lane),
                Plane<1>::of_lane(pool + Plane<4>::BYTES, lane),
-               Norms<NORM>::of_lane(pool + Plane<4>::BYTES + Plane<1>::BYTES, lane)}};
+               Norms::of_lane(pool + Plane<4>::BYTES + Plane<1>::BYTES, lane)}};
     }
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);
@@ -400,10 +399,10 @@ struct QuadSpread {
   static constexpr int UNIT_BYTES = Plane<4>::BYTES + 32;
   struct Raw {
     Plane<4> codes;
-    Norms<NORM> norms;
+    Norms norms;
     using From = Sources<2>;
     static __device__ __forceinline__ From sources(const u8* pool, const Lane& lane) {
-      return {{Plane<4>::of_lane(pool, lane), Norms<NORM>::of_lane(pool + Plane<4>::BYTES, lane)}};
+      return {{Plane<4>::of_lane(pool, lane), Norms::of_lane(pool + Plane<4>::BYTES, lane)}};
     }
     __device__ __forceinline__ void load(const From& from, u64 offset) {
       codes.load(from.plane[0] + offset);

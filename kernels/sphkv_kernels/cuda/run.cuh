@@ -186,9 +186,10 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     }
   };
   // Into L2 as soon as this tile's keys are there: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
+  static_assert(TILE_UNITS == 2, "32 lanes are 8 lines of two units of keys and values");
   const u32 line = lane.index & 7, second = (lane.index >> 3) & 1;
   const bool of_key = lane.index < 16;
-  const bool prefetches = int(line) * 128 < (of_key ? K::UNIT_BYTES : V::UNIT_BYTES) && second < TILE_UNITS;
+  const bool prefetches = int(line) * 128 < (of_key ? K::UNIT_BYTES : V::UNIT_BYTES);
   const u32 step = (of_key ? K::UNIT_BYTES : V::UNIT_BYTES) / 16;
   const u8* prefetched = p.pool + line * 128 + u64(of_key ? 0 : value_region) * 16 + (SMALL_PAGES ? 0 : second * step * 16);
   keep(prefetched);
