@@ -1,10 +1,11 @@
-"""Where the lookup tables of a kernel lie in shared memory: columns of 128 bytes in rows of 256.
+"""Where the lookup tables of a kernel lie in shared memory: columns of copies in rows of 256 bytes.
 
-A table row of 8 bytes is repeated `replicas` times, so that lanes never meet in a bank; 16 replicas
-make a column of 128 bytes. Tables of equal content are stored once, however many codes use them.
-Where the tables of all tiers do not fit, those of each tier are a set of their own, also those that
-other sets have; sets take turns in the same places, and a block brings in those of the tiers that
-it reads. Source: ours.
+A table row of 8 bytes is repeated `replicas` times, a column. With 16 (128 bytes) the lanes of a
+half-warp, which one load serves at a time, never meet in a bank; 8, 4 or 2 leave room for more
+tables, and as many as 2, 4 or 8 lanes share a bank. Tables of equal content are stored once,
+however many codes use them. Where the tables of all tiers do not fit, those of each tier are a set
+of their own, also those that other sets have; sets take turns in the same places, and a block
+brings in those of the tiers that it reads. Source: ours.
 """
 
 from __future__ import annotations

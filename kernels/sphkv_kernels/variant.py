@@ -1,7 +1,9 @@
 """One compiled kernel: what is fixed at compile time, and the CUDA source that says so.
 
-A variant is a pure description: head_dim, the formats of its tiers, group tiles, options. Group
-size, page size, batch and page order are run-time arguments. Source: ours.
+A variant is a pure description: head_dim, the formats of its tiers, group tiles, options. Batch and
+page order are run-time arguments, group size and page size only within what a variant is made for:
+groups up to 8 or up to 16 (group_tiles), of exactly 1 or 2 with query tables (table_heads), pages
+of 16 tokens or larger ones (small_pages). Source: ours.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 //   register i = r w_i (cos c_i, sin c_i),   w_i = product of the cosines and sines above pair i
 //
 // A register is what mma.m16n8k16 takes as two neighbouring k: one level-1 angle. Every lookup is one
-// 8-byte shared-memory load, each table row being repeated REPLICAS times across the banks so that
-// any codes are free of conflicts; a byte permute builds the address (row * 256 + lane * 8).
+// 8-byte shared-memory load, which serves half a warp at a time; a byte permute builds the address
+// (row * 256 + copy * 8). Of every table row there are REPLICAS copies across the banks. With 16 the lanes
+// of a half never meet, whatever their codes. With 8, 4 or 2, where shared memory is short (variant.py),
+// 2, 4 or 8 of them share two banks and wait for each other, unless they read the same row.
 
 constexpr int N_BLOCKS = HEAD_DIM / 16;
 constexpr int LANE_BLOCKS = N_BLOCKS / 2;  // blocks of a unit that a lane owns, in K and in V alike

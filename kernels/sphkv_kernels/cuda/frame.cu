@@ -11,43 +11,44 @@ static_assert(N_THREADS == N_COLUMNS * N_SLICES && HEAD_DIM % N_COLUMNS == 0, "a
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
+// Vectors are rows, matrices (from, to): y = x M.
 struct FrameParams {
-  const void* query;
-  const void* key;
-  const void* value;
-  const float* query_matrix;
-  const float* key_matrix;
-  const float* value_matrix;
-  const float* centre;
-  const float* mean;
-  const float* turned;
-  const float* cosine;
-  const float* sine;
-  const float* position;
-  const float* offset;
-  float* framed;
-  float* coefficients;
-  float* offsets;
-  u16* tail;
-  const long long* rows;
-  long long sequence_stride[3];
+  const void* query;            // (n_sequences, n_q_heads, HEAD_DIM) of `type`, strided but in the last dimension
+  const void* key;              // (n_sequences, n_kv_heads, HEAD_DIM) likewise
+  const void* value;            // as key
+  const float* query_matrix;    // M: (n_q_heads or 1, HEAD_DIM, HEAD_DIM)
+  const float* key_matrix;      // K: (n_kv_heads or 1, HEAD_DIM, HEAD_DIM)
+  const float* value_matrix;    // S: (HEAD_DIM, HEAD_DIM)
+  const float* centre;          // c: (n_kv_heads, HEAD_DIM) or null
+  const float* mean;            // mu: (n_kv_heads, HEAD_DIM) or null; R_t mu = cosine * mean + sine * turned
+  const float* turned;          // as mean
+  const float* cosine;          // of a sequence's position: (n_sequences, HEAD_DIM) or null
+  const float* sine;            // as cosine
+  const float* position;        // W: (n_q_heads, HEAD_DIM, n_term_columns) or null
+  const float* offset;          // c, for every query head: (n_q_heads, HEAD_DIM) or null
+  float* framed;                // q': (n_sequences, n_q_heads, HEAD_DIM)
+  float* coefficients;          // (a, b): (n_sequences, n_q_heads, n_term_columns) or null
+  float* offsets;               // (n_sequences, n_q_heads) or null
+  u16* tail;                    // k', v' in bf16: rows of HEAD_DIM, of keys and values alike
+  const long long* rows;        // (2, n_sequences, n_kv_heads): which of them, for keys, then for values
+  long long sequence_stride[3]; // of query, key, value, in elements
   long long head_stride[3];
-  int query_matrix_stride;
+  int query_matrix_stride;      // elements from one head's matrix to the next: 0 where heads share one
   int key_matrix_stride;
   int n_sequences;
   int n_q_heads;
   int n_kv_heads;
-  int n_term_columns;
-  int n_chunks;
-  int type;
+  int n_term_columns;           // 2 * RoPE pairs of the position term, 0 without one
+  int n_chunks;                 // of N_COLUMNS: a query's columns, which are HEAD_DIM, the term's and the offset's
+  int type;                     // of query, key, value: a `Type`
 };
 
 struct UnframeParams {
-  const float* source;
-  const float* matrix;
-  void* target;
-  int n_rows;
-  int type;
+  const float* source;          // o': (n_rows, HEAD_DIM)
+  const float* matrix;          // S^T: (HEAD_DIM, HEAD_DIM)
+  void* target;                 // o: (n_rows, HEAD_DIM) of `type`
+  int n_rows;                   // n_sequences * n_q_heads
+  int type;                     // a `Type`
 };
 
 static __device__ __forceinline__ float load_as_float(const void* source, long long element, int type) {

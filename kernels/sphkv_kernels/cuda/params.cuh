@@ -1,4 +1,5 @@
-// What a launch is given: device pointers and scalars (kernel_structs.py, filled by decode.launch_params).
+// What a launch is given: device pointers and scalars (kernel_structs.py). decode.launch_params fills in all
+// but the results (output and log_sum_exp, or logits and tail_logits), scale_log2 and softcap_*: its callers do.
 
 struct Params {
   const u8* pool;
@@ -22,8 +23,8 @@ struct Params {
   const float* position_frequencies;   // (n_kv_heads, n_position_pairs) radians per token
   float* output;            // (n_sequences, n_q_heads, head_dim)
   float* log_sum_exp;       // (n_sequences, n_q_heads)
-  float* logits;            // (n_entries, group_size, page_size)
-  float* tail_logits;       // (n_sequences, n_q_heads, tail_capacity)
+  float* logits;            // (n_entries, group_size, page_size); reconstruct.cuh writes dense keys here
+  float* tail_logits;       // (n_sequences, n_q_heads, tail_capacity); there, dense values
   float4* partial_output;   // per part: GROUP_TILES * COLUMNS * 8 * 32 float4, fragment order
   float* partial_state;     // per part: m, l of 8 * GROUP_TILES heads
   int* arrivals;            // per (sequence, KV head): zero before and after every launch

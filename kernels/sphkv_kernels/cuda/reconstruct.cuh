@@ -38,7 +38,8 @@ static __device__ __forceinline__ void write_unit(const u8* unit, u16* rows, int
   }
 }
 
-// Pages of a row go to consecutive rows of the dense tensors (page_size rows per page).
+// Keys go to p.logits, values to p.tail_logits, which this kernel takes as (n_entries, page_size, HEAD_DIM) bf16:
+// a page has the place of its entry in the page table. Dead rows are not written.
 template <class K, class V>
 static __device__ __forceinline__ void reconstruct_pages(const Params& p, const Segment& segment,
                                                          const Lane& lane, u32 warp, uint2 key_radii,

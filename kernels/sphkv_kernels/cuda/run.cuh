@@ -1,4 +1,5 @@
-// The two loops over pages: spherical tiers with one tile of register prefetch, row-major tiers direct.
+// The two loops over pages: spherical tiers, whose keys (not their values) are loaded into registers a tile
+// ahead, and row-major tiers, whose rows are loaded in the step that uses them.
 
 constexpr int TILE_UNITS = 2;  // units of 16 tokens that a warp decodes at a time
 
@@ -115,7 +116,8 @@ static __device__ __forceinline__ void score_unit(float (&s)[GROUP_TILES][4], co
 }
 
 // Pages of one spherical tier. A tile is TILE_UNITS units of 16 tokens; the warps of the block take
-// tiles in turn. Keys of the next tile are loaded as soon as those of this one are decoded.
+// tiles in turn. Keys of the next tile are asked for after the softmax of this one (`weigh`), among its
+// values; in logit mode after its logits are written.
 template <class K, class V>
 static __device__ __forceinline__ void run_spherical(State& state, const Segment& segment,
                                                      const Params& p, const Lane& lane, u32 warp,
@@ -186,6 +188,8 @@ static __device__ __forceinline__ void run_spherical(State& state, const Segment
     }
   };
   // Into L2 as soon as this tile's keys are there: lane 8 j + i brings line i of key unit 0, 1, value unit 0, 1.
+  // Only 8 lines of each: what a unit has beyond them (at head_dim 256, where it has 9 to 17, and the norms of
+  // 5/3/3/3 at 128) comes with its first load.
   static_assert(TILE_UNITS == 2, "32 lanes are 8 lines of two units of keys and values");
   const u32 line = lane.index & 7, second = (lane.index >> 3) & 1;
   const bool of_key = lane.index < 16;

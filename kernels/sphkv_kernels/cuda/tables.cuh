@@ -1,7 +1,7 @@
 // From the compact tables in global memory to the replicated ones in shared memory.
 
-// A row REPLICAS times, two copies per store. Eight neighbouring threads begin at different copies: their
-// stores share no bank.
+// A row REPLICAS times, two copies per store. Neighbouring threads begin at different copies: of 16 copies
+// eight threads do, whose stores then share no bank.
 static __device__ __forceinline__ void store_row(u8* target, uint2 row, bool turned, u32 thread) {
   const uint4 twice = make_uint4(row.x, row.y, row.x, row.y);
 #pragma unroll
