@@ -76,6 +76,11 @@ def plan_documents(
             )
     if n_short:
         notes.append(f"{n_short} rows of fewer than {min_tokens} tokens were left out")
+        if not pieces:
+            raise SphkvError(
+                f"all {n_short} rows have fewer than {min_tokens} tokens",
+                "give longer ones or lower --min-tokens",
+            )
     budget = None if max_tokens is None else max_tokens // document_tokens
     shared = assign_splits(pieces)
     chosen = _choose(shared, budget)

@@ -30,10 +30,11 @@ class TextSource:
     @classmethod
     def parse(cls, argument: str, kind: str = "text") -> Self:
         """Read a command-line argument: a path, or `fit=PATH`, `select=PATH`, `judge=PATH`."""
-        for split in SPLITS:
-            if argument.startswith(f"{split}="):
-                return cls(Path(argument.removeprefix(f"{split}=")), kind, split)
-        return cls(Path(argument), kind)
+        split = next((one for one in SPLITS if argument.startswith(f"{one}=")), None)
+        path = argument if split is None else argument.removeprefix(f"{split}=")
+        if not path:
+            raise UsageError(f"text {argument!r} names no file", "give a path")
+        return cls(Path(path), kind, split)
 
 
 @dataclass(frozen=True)

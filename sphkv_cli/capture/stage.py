@@ -219,6 +219,14 @@ class _Run:
             )
             work.remove()
             self.assemble_s = time.monotonic() - started - self.forward_s
+        except KeyboardInterrupt as error:
+            n = work.n_documents
+            if not n:
+                raise
+            raise KeyboardInterrupt(
+                f"{n} documents are kept in {work.path}; go on with --resume, or start over with "
+                "--force"
+            ) from error
         finally:
             work.close()
 

@@ -40,17 +40,29 @@ def read_texts(sources: tuple[TextSource, ...], *, jsonl_field: str) -> Iterator
         if source.kind == "jsonl":
             yield from _rows(source, jsonl_field)
         else:
-            content = _read(source.path)
-            if not content.strip():
-                raise SphkvError(f"{source.path} holds no text", "name a file with text")
-            yield Text(source.path.name, content, source.split, is_row=False)
+            yield Text(source.path.name, read_text(source.path), source.split, is_row=False)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        SphkvError: it is missing, unreadable, not UTF-8, or blank.
+    """
+    content = _read(path)
+    if not content.strip():
+        raise SphkvError(f"{path} holds no text", "name a file with text")
+    return content
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise SphkvError(f"{path} does not exist", "check the path") from error
+        hint = "check the path"
+        if "=" in str(path):
+            hint += f"; the splits are {', '.join(f'{split}=' for split in SPLITS)}"
+        raise SphkvError(f"{path} does not exist", hint) from error
     except UnicodeDecodeError as error:
         raise SphkvError(
             f"{path} is not UTF-8 (byte {error.start})", "convert it, for example with iconv"

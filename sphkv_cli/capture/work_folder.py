@@ -56,6 +56,11 @@ class WorkFolder:
         """Where the shard of document `index` stands once it is whole."""
         return self.path / f"{index:03d}.h5"
 
+    @property
+    def n_documents(self) -> int:
+        """How many documents are kept."""
+        return sum(1 for _ in self.path.glob("[0-9]*.h5"))
+
     def has(self, index: int) -> bool:
         """Whether document `index` is captured."""
         return self.shard_path(index).is_file()

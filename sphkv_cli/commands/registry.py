@@ -64,7 +64,8 @@ def command(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 typer.echo(f"sphkv {name}: {error}", err=True)
                 raise typer.Exit(error.exit_code) from error
             except KeyboardInterrupt as error:
-                typer.echo(f"sphkv {name}: interrupted, no half-written artifact left", err=True)
+                left = error.args[0] if error.args else "no half-written artifact left"
+                typer.echo(f"sphkv {name}: interrupted, {left}", err=True)
                 raise typer.Exit(130) from error
 
         return app.command(name)(guarded)

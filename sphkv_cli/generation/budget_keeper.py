@@ -10,6 +10,7 @@ The budget pays for sealed tokens, page table and fixed tables included; the den
 top.  `budget_seal.py` does what is decided here.  Source: ours.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -94,8 +95,9 @@ class BudgetKeeper:
         tables = planner.layout.overhead_bytes()
         if schedule.at_most_bytes is not None and schedule.budget_bytes(_MANY_TOKENS) <= tables:
             raise UsageError(
-                f"the budget, shrunk as asked, leaves nothing beside {tables:,} bytes of tables",
-                "give a larger one, or shrink it less",
+                f"a budget of {schedule.budget_bytes(_MANY_TOKENS):,} bytes leaves nothing beside "
+                f"the plan's {tables:,} bytes of tables",
+                "give a larger one" + (", or shrink it less" if schedule.factors else ""),
             )
         curves = tuple(priced(pages, planner.coefficients) for pages in planner.quotas.pages)
         return BudgetKeeper(planner.layout, schedule, curves)
@@ -133,6 +135,13 @@ class BudgetKeeper:
         tables = self.layout.overhead_bytes()
         is_absolute = self.schedule.at_most_bytes is not None
         return is_absolute or self.schedule.budget_bytes(n_tokens) >= 2 * tables
+
+    @property
+    def first_tokens(self) -> int:
+        """The fewest tokens of which some may be sealed, before the budget shrinks."""
+        if self.can_begin(0):
+            return 0
+        return math.ceil(2 * self.layout.overhead_bytes() / self.schedule.per_token_bytes)
 
     def limit(self, n_tokens: int) -> int:
         """Bytes of pages that n_tokens sealed tokens may take; 0 where the tables take all."""

@@ -10,6 +10,7 @@ class Continuation:
     first_difference: index of the first generated token that differs, None where none does;
     probability_dense, probability_coded: that the dense run gives its own token there and the one
     the coded run took (a near tie is no loss), None likewise.
+    n_coded: tokens that lie in pages or were dropped at the end; where it is 0 both runs are dense.
     dense_bytes, coded_bytes: of the tensors that each cache holds at the end; coded_token_bytes:
     without the coded cache's frames; *_seconds: of all steps, prompt included.
     """
@@ -17,6 +18,7 @@ class Continuation:
     name: str
     n_prompt: int
     n_generated: int
+    n_coded: int
     dense_text: str
     coded_text: str
     first_difference: int | None

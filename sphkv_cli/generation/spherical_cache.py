@@ -189,6 +189,18 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         and outside a budget, which counts the tables that an allocation lays out."""
         return sum(frame.n_bytes for frame in self._frames)
 
+    @property
+    def n_coded_tokens(self) -> int:
+        """Tokens of all sequences that lie in pages or were dropped; the others are dense."""
+        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        return 0 if held is None else sum(held.n_sealed)
+
+    @property
+    def first_budget_tokens(self) -> int:
+        """The fewest tokens of which a budget lets some be coded: until it is twice the plan's
+        tables everything stays dense. 0 without a budget, or with one in bytes."""
+        return 0 if self._keeper is None else self._keeper.first_tokens
+
     def dense_bytes(self, bytes_per_number: int = 2) -> int:
         """What the same tokens take in a dense cache."""
         held: StoreState | DecodeSteps | None = self._steps or self._states[0]
@@ -541,7 +553,7 @@ def _require_native(rule: PlacementRule) -> None:
             if code is not None and native_layout_of(code) is None:
                 raise UsageError(
                     f"the CUDA kernel does not read the code {code.name}",
-                    'choose another tier, or pass backend="reference"',
+                    "choose another tier, or the reference backend",
                 )
 
 
@@ -561,7 +573,7 @@ def _uses_kernel(backend: Backend, model: Any) -> bool:
         raise UsageError(f"backend {backend!r} is unknown", "choose auto, cuda or reference")
     if backend == "cuda" and devices != {"cuda"}:
         raise EnvironmentUnable(
-            f"backend cuda, but the model lies on {', '.join(sorted(devices))}",
-            'move it to the GPU, or pass backend="reference"',
+            f"the CUDA backend needs the model on a GPU, it lies on {', '.join(sorted(devices))}",
+            "load it there (device cuda), or choose the reference backend",
         )
     return backend == "cuda"

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
+from sphkv_cli.capture.text import read_text
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.generation.options import GenerateOptions
 from sphkv_cli.generation.result import Continuation, GenerationResult
@@ -38,7 +39,8 @@ def generate(
             or dense) it is in: exactly one of both.
 
     Raises:
-        UsageError: neither or both artifacts, an option of the other one, or an unknown tier.
+        UsageError: neither or both artifacts, an option of the other one, an unknown tier, a prompt
+            file that does not exist, or a budget by which nothing of a prompt would be coded.
         ArtifactError: an artifact is damaged or for another model.
         EnvironmentUnable: the model cannot be loaded, or the backend not be used, here.
         SphkvError: a prompt that cannot be read, is empty or too long for the model's context.
@@ -48,6 +50,11 @@ def generate(
     texts = _texts(options)
     # Opened whatever --model says: a wrong file is refused before a model is loaded.
     captured = _model_name(allocation, codebooks)
+    if options.model is None and captured == "synthetic":
+        raise SphkvError(
+            f"{(allocation or codebooks)} is of a synthetic capture, there is no model to run",
+            "generate with what was made from the capture of a model",
+        )
     named = options.model or captured
     model, tokenizer = _load(options, named, progress)
     if allocation is not None:
@@ -68,6 +75,8 @@ def generate(
         )
         name = f"uniform {options.tier}"
     prompts = [_prompt(tokenizer, model, options, *text) for text in texts]
+    for (title, _), ids in zip(texts, prompts, strict=True):
+        _require_coded(cache.first_budget_tokens, title, ids.numel() + options.new_tokens, options)
     progress.start("generating", 2 * options.new_tokens * len(prompts), "tokens")
     found = []
     for (title, _), ids in zip(texts, prompts, strict=True):
@@ -80,7 +89,8 @@ def generate(
             cache.memory_bytes() - cache.frame_bytes,
             cache.memory_bytes(),
         )
-        found.append(_continuation(title, ids, dense, coded, sizes, tokenizer.decode))
+        n_coded = cache.n_coded_tokens
+        found.append(_continuation(title, ids, dense, coded, n_coded, sizes, tokenizer.decode))
     progress.finish()
     return GenerationResult(
         model=named,
@@ -134,6 +144,7 @@ def _continuation(
     ids: Tensor,
     dense: _Run,
     coded: _Run,
+    n_coded: int,
     sizes: tuple[int, int, int],
     decode: Callable[[list[int]], str],
 ) -> Continuation:
@@ -148,6 +159,7 @@ def _continuation(
         name=name,
         n_prompt=int(ids.numel()),
         n_generated=len(dense.tokens),
+        n_coded=n_coded,
         dense_text=decode(dense.tokens.tolist()),
         coded_text=decode(coded.tokens.tolist()),
         first_difference=first,
@@ -162,18 +174,8 @@ def _continuation(
 
 
 def _texts(options: GenerateOptions) -> list[tuple[str, str]]:
-    found = [(f"prompt {i + 1}", text) for i, text in enumerate(options.prompts)]
-    for path in options.prompt_files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SphkvError(
-                f"{path} cannot be read ({error})", "give a UTF-8 text file"
-            ) from error
-        if not text:
-            raise SphkvError(f"{path} is empty", "give a file with text")
-        found.append((path.name, text))
-    return found
+    given = [(f"prompt {i + 1}", text) for i, text in enumerate(options.prompts)]
+    return given + [(path.name, read_text(path)) for path in options.prompt_files]
 
 
 def _prompt(tokenizer: Any, model: Any, options: GenerateOptions, name: str, text: str) -> Tensor:
@@ -188,6 +190,16 @@ def _prompt(tokenizer: Any, model: Any, options: GenerateOptions, name: str, tex
             "pass --prompt-tokens, or fewer --new-tokens",
         )
     return ids
+
+
+def _require_coded(first: int, name: str, n_tokens: int, options: GenerateOptions) -> None:
+    """Refuse a budget that leaves all of a prompt and what follows it dense."""
+    if n_tokens < first:
+        raise UsageError(
+            f"--budget {options.budget} codes nothing before {first:,} tokens, where it is twice "
+            f"the plan's tables; {name} and what follows it have {n_tokens:,}",
+            "give a larger budget or a longer prompt, or leave the budget away",
+        )
 
 
 def _model_name(allocation: Path | None, codebooks: Path | None) -> str:

@@ -53,7 +53,7 @@ def try_pages(store: LayerStore, reader: LayerReader, shape: ModelGeometry, mode
     except (PageError, KernelBuildError, KernelLaunchError) as error:
         raise SphkvError(
             f"layer {store.layer}: its pages cannot be read here ({error})",
-            'pass backend="reference", or choose other tiers',
+            "choose the reference backend, or other tiers",
         ) from error
     if not bool(torch.isfinite(output).all()):
         raise SphkvError(

@@ -17,6 +17,7 @@ def view(result: GenerationResult) -> tuple[Block, ...]:
                 "prompt",
                 "tokens",
                 "generated",
+                "coded at the end",
                 "first difference",
                 "dense p of each there",
                 "cache, dense",
@@ -44,9 +45,19 @@ def view(result: GenerationResult) -> tuple[Block, ...]:
             Line(f"{found.name}, dense: {_short(found.dense_text)}"),
             Line(f"{found.name}, coded: {_short(found.coded_text)}"),
         ]
-    same = sum(found.first_difference is None for found in result.continuations)
-    n = len(result.continuations)
-    blocks.append(Line(f"{same} of {n} continuations are the same to the last token."))
+    coded = [found for found in result.continuations if found.n_coded]
+    dense = [found.name for found in result.continuations if not found.n_coded]
+    if dense:
+        blocks.append(
+            Line(
+                f"{', '.join(dense)}: too short to be coded, all tokens lie in the dense window of "
+                "both runs."
+            )
+        )
+    if coded:
+        same = sum(found.first_difference is None for found in coded)
+        what = f"{len(coded)} continuations" + (" that were coded" if dense else "")
+        blocks.append(Line(f"{same} of {what} are the same to the last token."))
     return tuple(blocks)
 
 
@@ -58,6 +69,7 @@ def _cells(found: Continuation) -> tuple[object, ...]:
         found.name,
         f"{found.n_prompt:,}",
         found.n_generated,
+        f"{found.n_coded:,}",
         "none" if found.first_difference is None else found.first_difference,
         there,
         bytes_text(found.dense_bytes),

@@ -147,6 +147,10 @@ def _one_line(source: ModelSource) -> Iterator[None]:
         if isinstance(error, SphkvError):
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        if "device_map" in str(error):
+            raise UsageError(
+                f"--device-map cannot be followed ({first[:200]})", "give auto, or leave it away"
+            ) from error
         hint = "check the model's files"
         if "trust_remote_code" in str(error):
             hint = "pass --trust-remote-code if you trust its authors' Python"

@@ -124,6 +124,15 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch: pytest.MonkeyPatch) -
     assert "interrupted" in stderr
 
 
+def test_ctrl_c_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("3 documents are kept")
+
+    monkeypatch.setattr("sphkv_cli.inspection.stage.inspect_artifact", interrupt)
+    _, stderr = run("inspect", "any.h5", code=130)
+    assert stderr == "sphkv inspect: interrupted, 3 documents are kept\n"
+
+
 def test_a_stage_that_stops_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     terminal = Console(file=stream, force_terminal=True, width=100)

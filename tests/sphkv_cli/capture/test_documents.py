@@ -1,6 +1,7 @@
 """Cutting and splitting: documents, never tokens; no text is both learned from and judged on."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from sphkv_cli.artifacts.capture_info import SPLITS
 from sphkv_cli.capture.documents import plan_documents, query_positions, share_out
-from sphkv_cli.capture.text import Text
+from sphkv_cli.capture.options import TextSource
+from sphkv_cli.capture.text import Text, read_texts
 from sphkv_cli.errors import SphkvError, UsageError
 
 
@@ -136,3 +138,21 @@ def test_queries_do_not_move_when_text_is_put_in_front(n: int, added: int, strid
     short = query_positions(n, stride=stride, tail=5)
     long = query_positions(n + added, stride=stride, tail=5)
     assert (long[long >= added] - added).tolist() == short.tolist()
+
+
+def test_rows_that_are_all_too_short_say_so() -> None:
+    rows = [text(f"r{i}", 3, is_row=True) for i in range(5)]
+    with pytest.raises(SphkvError, match=r"all 5 rows have fewer than 4 tokens.*--min-tokens"):
+        plan(rows)
+
+
+@pytest.mark.parametrize("argument", ["", "fit=", "judge="])
+def test_a_text_without_a_path_is_refused(argument: str) -> None:
+    with pytest.raises(UsageError, match="names no file"):
+        TextSource.parse(argument)
+
+
+def test_a_split_that_there_is_not_is_named(tmp_path: Path) -> None:
+    source = TextSource.parse(f"foo={tmp_path / 'a.txt'}")
+    with pytest.raises(SphkvError, match=r"does not exist.*fit=, select=, judge="):
+        list(read_texts((source,), jsonl_field="text"))

@@ -115,19 +115,22 @@ class Interrupt:
         """Do nothing."""
 
 
-def interrupt(model: Path, texts: tuple[Path, ...], output: Path, steps: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
+def interrupt(model: Path, texts: tuple[Path, ...], output: Path, steps: int) -> str:
+    """What is said of it, beside that it was interrupted."""
+    with pytest.raises(KeyboardInterrupt) as interrupted:
         capture(options(model, texts), output, progress=Interrupt(steps))
     assert not output.exists()
+    return str(interrupted.value)
 
 
 def test_an_interrupted_capture_leaves_no_artifact(
     llama: Path, texts: tuple[Path, ...], tmp_path: Path
 ) -> None:
     output = tmp_path / "capture.h5"
-    interrupt(llama, texts, output, steps=2)
+    assert interrupt(llama, texts, output, steps=2) == ""
     assert not list(tmp_path.glob("*capture.h5*"))
-    interrupt(llama, texts, output, steps=5)
+    said = interrupt(llama, texts, output, steps=5)
+    assert said.startswith(f"1 documents are kept in {output}.work; go on with --resume")
     assert [path.name for path in tmp_path.glob("*capture.h5*")] == ["capture.h5.work"]
 
 

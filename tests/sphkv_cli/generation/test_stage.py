@@ -85,8 +85,30 @@ def test_frames_are_told_from_tokens_and_a_budget_says_what_it_counts(tiny_chain
         for n_bytes in (found.coded_token_bytes, found.coded_bytes, result.frame_bytes):
             assert bytes_text(n_bytes) in said
     assert (short.budget, long.budget) == (None, "3b")
+    assert first.n_coded == 0 < second.n_coded
+    assert "too short to be coded" in repr(view(short))
+    assert "are the same to the last token" not in repr(view(short))
+    assert "1 continuations are the same to the last token" in repr(view(long))
     assert "The budget 3b counts sealed tokens" in repr(view(long))
     assert "The budget" not in repr(view(short))
+
+
+def test_a_budget_that_codes_nothing_is_refused(tiny_chain: Any) -> None:
+    def run(budget: str) -> None:
+        generate(options(tiny_chain, budget=budget), tiny_chain.allocation, None)
+
+    with pytest.raises(UsageError, match=r"codes nothing before [\d,]+ tokens.*prompt 1 and"):
+        run("0.01b")
+    with pytest.raises(UsageError, match=r"51 bytes leaves nothing beside .*give a larger one$"):
+        run("0.05KiB")
+
+
+def test_what_was_made_from_a_synthetic_capture_has_no_model(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sphkv_cli.generation.stage._model_name", lambda *_: "synthetic")
+    with pytest.raises(SphkvError, match="no model to run"):
+        generate(GenerateOptions(prompts=(TEXT,)), tiny_chain.allocation, None)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +151,11 @@ def test_what_cannot_be_generated_is_refused(tiny_chain: Any, tmp_path: Path) ->
     with pytest.raises(UsageError, match="pass --allocation or --codebooks"):
         generate(options(tiny_chain), None, None)
     missing = GenerateOptions(prompt_files=(tmp_path / "none.txt",), model=str(tiny_chain.model))
-    with pytest.raises(SphkvError, match="cannot be read"):
+    with pytest.raises(SphkvError, match=r"none\.txt does not exist; check the path$"):
         generate(missing, tiny_chain.allocation, None)
     (tmp_path / "empty.txt").touch()
     empty = GenerateOptions(prompt_files=(tmp_path / "empty.txt",), model=str(tiny_chain.model))
-    with pytest.raises(SphkvError, match=r"empty\.txt is empty; give a file with text"):
+    with pytest.raises(SphkvError, match=r"empty\.txt holds no text; name a file with text"):
         generate(empty, tiny_chain.allocation, None)
     long = GenerateOptions(prompts=("a " * 300,), model=str(tiny_chain.model))
     with pytest.raises(SphkvError, match="context of 512"):
