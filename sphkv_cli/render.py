@@ -23,7 +23,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sphkv_cli.blocks import Block, Line, Table, cell_text
+from sphkv_cli.blocks import Block, Line
+from sphkv_cli.table_layout import Column, parts_of, table_width
 
 
 class TerminalProgress:
@@ -100,18 +101,13 @@ def plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
-_FILE_WIDTH = 1000
-
-
 class Output:
     """The one place that writes to stdout."""
 
     def __init__(self, json_only: bool) -> None:
         self._json_only = json_only
-        # No table is folded when it goes to a file.
         self._is_terminal = sys.stdout.isatty()
-        width = None if self._is_terminal else _FILE_WIDTH
-        self._console = Console(width=width, highlight=False, soft_wrap=False)
+        self._console = Console(highlight=False)
 
     def show(self, result: object, blocks: Sequence[Block]) -> None:
         """Print `result` as one JSON document, or `blocks` for people."""
@@ -124,23 +120,29 @@ class Output:
                 continue
             # As the table's own title it would be folded to the table's width.
             self._console.print(escape(block.title), style="bold", soft_wrap=True)
-            if self._is_terminal:
-                self._console.print(_drawn(block))
-            else:
-                # rich pads every line of a table to the width of its widest.
-                with self._console.capture() as drawn:
-                    self._console.print(_drawn(block))
-                sys.stdout.write("".join(f"{one.rstrip()}\n" for one in drawn.get().splitlines()))
+            # What goes to a file is as wide as it is.
+            for part in parts_of(block, self._console.width if self._is_terminal else None):
+                self._print(part)
+
+    def _print(self, part: Sequence[Column]) -> None:
+        drawn = _drawn(part)
+        if self._is_terminal:
+            self._console.print(drawn, crop=False)
+            return
+        # rich pads every line of a table to the width of its widest.
+        with self._console.capture() as captured:
+            self._console.print(drawn, crop=False)
+        sys.stdout.write("".join(f"{one.rstrip()}\n" for one in captured.get().splitlines()))
 
 
-def _drawn(block: Table) -> RichTable:
-    table = RichTable(box=box.SIMPLE_HEAD)
-    for index, column in enumerate(block.columns):
+def _drawn(part: Sequence[Column]) -> RichTable:
+    table = RichTable(box=box.SIMPLE_HEAD, width=table_width([column.width for column in part]))
+    for column in part:
         table.add_column(
-            escape(column),
-            justify="left" if index < block.text_columns else "right",
-            overflow="fold",
+            Text(column.header),
+            justify="left" if column.is_text else "right",
+            width=column.width,
         )
-    for row in block.rows:
-        table.add_row(*(escape(cell_text(cell)) for cell in row))
+    for row in zip(*(column.cells for column in part), strict=True):
+        table.add_row(*map(Text, row))
     return table

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # Files, or folders that end in a slash.
 ONLY_IN: dict[str, set[str]] = {
     "typer": {"sphkv_cli/commands/"},
-    "rich": {"sphkv_cli/render.py"},
+    "rich": {"sphkv_cli/render.py", "sphkv_cli/table_layout.py"},
     "click": set(),
     "pickle": set(),
 }
