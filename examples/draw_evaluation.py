@@ -14,10 +14,9 @@ from typing import Any, cast
 from records import recorded, require_families
 from script import run
 
-from sphkv_cli.artifacts.store import replaced_when_whole
-from sphkv_cli.evaluation.rate_plot import image_format, rate_figure, require_drawable
+from sphkv_cli.evaluation.rate_plot import rate_figure
 from sphkv_cli.evaluation.result import EvaluationResult
-from sphkv_cli.plots.draw import draw
+from sphkv_cli.plots.draw import require_drawable, write_figure
 
 
 def main() -> None:
@@ -36,9 +35,7 @@ def main() -> None:
     require_families(parser, asked.leave_out, found["rows"])
     found["rows"] = [row for row in found["rows"] if row["family"] not in asked.leave_out]
     evaluation = json.loads(json.dumps(found), object_hook=named)
-    figure = rate_figure(cast("EvaluationResult", evaluation))
-    with replaced_when_whole(asked.picture) as temporary:
-        draw(figure, temporary, image_format(asked.picture))
+    write_figure(rate_figure(cast("EvaluationResult", evaluation)), asked.picture)
 
 
 if __name__ == "__main__":

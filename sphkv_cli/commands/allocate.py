@@ -72,7 +72,8 @@ def allocate_command(
         bool, typer.Option("--no-drop", help="Drop no token: only choose its tier.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="A PNG of what was found: bytes by head, both ends, tiers.")
+        Path | None,
+        typer.Option(help="Draw bytes by head, both ends and tiers to this .png or .svg."),
     ] = None,
     seed: Seed = 42,
     force: ForceFlag = False,
@@ -83,8 +84,8 @@ def allocate_command(
     from sphkv_cli.allocation.options import AllocateOptions
     from sphkv_cli.allocation.stage import allocate
     from sphkv_cli.allocation.view import view
-    from sphkv_cli.artifacts.store import check_outputs, replaced_when_whole
-    from sphkv_cli.plots.draw import draw, require_matplotlib
+    from sphkv_cli.artifacts.store import check_outputs
+    from sphkv_cli.plots.draw import require_drawable, write_figure
     from sphkv_cli.render import Output, TerminalProgress
 
     options = AllocateOptions(
@@ -105,13 +106,11 @@ def allocate_command(
         seed=seed,
     )
     check_outputs({"--output": output, "--plot": plot}, force=force)
-    if plot is not None:
-        require_matplotlib("--plot")
+    require_drawable(plot)
     with TerminalProgress() as progress:
         result = allocate(options, capture, codebooks, output, progress=progress, force=force)
     if plot is not None:
-        with replaced_when_whole(plot) as temporary:
-            draw(discovery_figure(result.summary), temporary)
+        write_figure(discovery_figure(result.summary), plot)
     Output(json_output).show(result, view(result))
 
 

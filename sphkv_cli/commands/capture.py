@@ -73,11 +73,15 @@ def capture_command(
         ),
     ] = False,
     fisher_samples: Annotated[
-        int, typer.Option(help="Backward passes per fit document, each with sampled labels.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            help="With --fisher: backward passes per fit document, each with sampled labels; 2."
+        ),
+    ] = None,
     fisher_tokens: Annotated[
-        int, typer.Option(help="Of longer fit documents, this many tokens serve --fisher.")
-    ] = 2048,
+        int | None,
+        typer.Option(help="With --fisher: first tokens of a fit document that serve it; 2048."),
+    ] = None,
     seed: Seed = 42,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the documents and bytes, write nothing.")
@@ -95,6 +99,14 @@ def capture_command(
 
     if (model is None) == (synthetic is None):
         raise UsageError("pass either --model or --synthetic", "for example --model smollm2")
+    if not fisher:
+        refuse_given(
+            "without --fisher",
+            {
+                "--fisher-samples": fisher_samples is not None,
+                "--fisher-tokens": fisher_tokens is not None,
+            },
+        )
     progress = TerminalProgress()
     if synthetic is not None:
         from sphkv_cli.capture.synthetic import capture_synthetic
@@ -144,8 +156,8 @@ def capture_command(
                 attention=attention,
                 jsonl_field=jsonl_field,
                 fisher=fisher,
-                fisher_samples=fisher_samples,
-                fisher_tokens=fisher_tokens,
+                fisher_samples=2 if fisher_samples is None else fisher_samples,
+                fisher_tokens=2048 if fisher_tokens is None else fisher_tokens,
                 seed=seed,
                 load=LoadOptions(dtype=dtype, device=device, device_map=device_map),
                 revision=revision,

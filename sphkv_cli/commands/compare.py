@@ -26,7 +26,7 @@ def compare_command(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The report to write (JSON).")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="The figure to write: .png, or .svg by its suffix.")
+        Path | None, typer.Option(help="Draw error against bits to this .png or .svg.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Rotations per rotated method, from --seed on.")] = 3,
     window: Annotated[

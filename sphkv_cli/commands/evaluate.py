@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
-from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import refuse_given
 
 
 @command("evaluate")
@@ -89,17 +89,19 @@ def evaluate_command(
     probe_depth: Annotated[
         list[float] | None, typer.Option(help="Depth of the needle, 0 to 1, repeatable.")
     ] = None,
-    probe_keys: Annotated[int, typer.Option(help="Statements in a context (copy-back).")] = 4,
-    probe_values: Annotated[int, typer.Option(help="Codes in each statement.")] = 1,
+    probe_keys: Annotated[
+        int | None, typer.Option(help="Statements in a context (copy-back): 4.")
+    ] = None,
+    probe_values: Annotated[int | None, typer.Option(help="Codes in each statement: 1.")] = None,
     probe_prompts: Annotated[
-        int, typer.Option(help="Prompts per length (copy-back) or per cell (needle).")
-    ] = 4,
+        int | None, typer.Option(help="Prompts per length (copy-back) or per cell (needle): 4.")
+    ] = None,
     gate_recall: Annotated[
         float | None, typer.Option(help="Gate: least fraction of digits that come back.")
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw KL against bytes, or the needle's grid, to this .png or .svg."),
+        typer.Option(help="Draw KL against bits, or the needle's grids, to this .png or .svg."),
     ] = None,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Also print KL by position.")
@@ -123,10 +125,11 @@ def evaluate_command(
     """Run the model with the coded cache beside the dense one: KL, top-1 and perplexity."""
     from sphkv_cli.artifacts.store import check_outputs
     from sphkv_cli.evaluation.options import EvaluateOptions, parse_sinks
-    from sphkv_cli.evaluation.rate_plot import draw_rates, require_drawable
+    from sphkv_cli.evaluation.rate_plot import rate_figure
     from sphkv_cli.evaluation.stage import evaluate, require_gates
     from sphkv_cli.evaluation.view import view
     from sphkv_cli.models.load import LoadOptions
+    from sphkv_cli.plots.draw import require_drawable, write_figure
     from sphkv_cli.render import Output, TerminalProgress
 
     options = EvaluateOptions(
@@ -155,10 +158,37 @@ def evaluate_command(
         gguf_file=gguf_file,
         seed=seed,
     )
+    asks = {
+        "--probe-length": bool(probe_length),
+        "--probe-depth": bool(probe_depth),
+        "--probe-keys": probe_keys is not None,
+        "--probe-values": probe_values is not None,
+        "--probe-prompts": probe_prompts is not None,
+        "--gate-recall": gate_recall is not None,
+    }
+    if probe is None:
+        refuse_given("without --probe", asks)
+    else:
+        other = "--probe-depth" if probe == "copy-back" else "--probe-keys"
+        refuse_given(f"with --probe {probe}", {other: asks[other]})
+        refuse_given(
+            "with --probe",
+            {
+                "--budget": bool(budget),
+                "--rows": rows is not None,
+                "--context": context is not None,
+                "--max-documents": max_documents is not None,
+                "--stepwise": stepwise,
+                "--by-position": by_position,
+                "--gate-kl": gate_kl is not None,
+                "--gate-top1": gate_top1 is not None,
+                "--gate-perplexity": gate_perplexity is not None,
+            },
+        )
     check_outputs({"--output": output, "--plot": plot}, force=force)
     if probe is not None:
         from sphkv_cli.evaluation.probe_options import ProbeOptions
-        from sphkv_cli.evaluation.probe_plot import checked_plot, draw_grids
+        from sphkv_cli.evaluation.probe_plot import checked_plot, grid_figure
         from sphkv_cli.evaluation.probe_reading import view_probe
         from sphkv_cli.evaluation.probe_stage import probe as run_probe
 
@@ -166,9 +196,9 @@ def evaluate_command(
             kind=probe,
             lengths=tuple(probe_length) if probe_length else (512,),
             depths=tuple(probe_depth) if probe_depth else (0.0, 0.25, 0.5, 0.75, 1.0),
-            keys=probe_keys,
-            values=probe_values,
-            prompts=probe_prompts,
+            keys=4 if probe_keys is None else probe_keys,
+            values=1 if probe_values is None else probe_values,
+            prompts=4 if probe_prompts is None else probe_prompts,
             gate=gate_recall,
         )
         checked_plot(plot, asked)
@@ -185,11 +215,9 @@ def evaluate_command(
             )
         Output(json_output).show(found, view_probe(found))
         if plot is not None:
-            draw_grids(found, plot)
+            write_figure(grid_figure(found), plot)
         require_gates(found)
         return
-    if gate_recall is not None:
-        raise UsageError("--gate-recall needs --probe", "pass --probe copy-back or needle")
     require_drawable(plot)
     with TerminalProgress() as progress:
         result = evaluate(
@@ -197,5 +225,5 @@ def evaluate_command(
         )
     Output(json_output).show(result, view(result, by_position=by_position))
     if plot is not None:
-        draw_rates(result, plot)
+        write_figure(rate_figure(result), plot)
     require_gates(result)

@@ -35,7 +35,10 @@ def fit_codebooks_command(
         ),
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(help="Design at every rate of LOW:HIGH:STEP, as 2:4.5:0.25.")
+        str | None,
+        typer.Option(
+            help="Design at every rate of LOW:HIGH:STEP, as 2:4.5:0.25, and at any --target-rate."
+        ),
     ] = None,
     native_only: Annotated[
         bool, typer.Option("--native-only", help="Design with codes that the CUDA kernel reads.")

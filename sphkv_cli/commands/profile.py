@@ -68,7 +68,7 @@ def profile_command(
         typer.Option("--sweep", help="With --synthetic: more contexts, batches and groups."),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="With --synthetic: draw a roofline, .png or .svg.")
+        Path | None, typer.Option(help="With --synthetic: draw a roofline to this .png or .svg.")
     ] = None,
     seed: Seed = 42,
     force: ForceFlag = False,

@@ -14,7 +14,7 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_outputs, replaced_when_whole
+from sphkv_cli.artifacts.store import check_outputs
 from sphkv_cli.comparison.candidates import KEYS_PER_DIRECTION, candidates_of
 from sphkv_cli.comparison.measure import measure
 from sphkv_cli.comparison.options import CompareOptions
@@ -25,7 +25,7 @@ from sphkv_cli.comparison.view import SIDES, figure, tables_of
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.fit.captured_vectors import documents_of
-from sphkv_cli.plots.draw import draw, require_matplotlib
+from sphkv_cli.plots.draw import require_drawable, write_figure
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_cli.study.calibration import mean_frames
 from sphkv_codebooks.comparators.spherical_kmeans import SPHERICAL_KV_TIERS
@@ -53,7 +53,7 @@ def compare(
     Raises:
         ArtifactError: an input is missing or damaged, the codebooks are for another model, or an
             output exists (without `force`) or cannot be written.
-        UsageError: one file for both outputs.
+        UsageError: one file for both outputs, or a plot that is neither .png nor .svg.
         EnvironmentUnable: a plot without matplotlib.
         SphkvError: NaN or Inf in the capture, no document to fit or judge on, or a method that
             cannot code these vectors.
@@ -61,8 +61,7 @@ def compare(
     started = time.perf_counter()
     progress = progress or NullProgress()
     check_outputs({"--output": output, "--plot": plot}, force=force)
-    if plot is not None:
-        require_matplotlib("--plot")
+    require_drawable(plot)
     with CaptureReader(capture) as reader:
         books = None if codebooks is None else CodebooksReader.open(codebooks)
         if books is not None:
@@ -112,8 +111,7 @@ def compare(
         if books is not None:
             refs["codebooks"] = books.ref
     if plot is not None:
-        with replaced_when_whole(plot) as temporary:
-            draw(result.figure, temporary, "svg" if plot.suffix == ".svg" else "png")
+        write_figure(result.figure, plot)
     if output is None:
         return result
     left_out = ("output", "digest", "elapsed_s")

@@ -1,6 +1,5 @@
 """What `evaluate` can be asked for."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -9,6 +8,7 @@ from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.published import METHOD_NAMES
 from sphkv_cli.models.load import LoadOptions
+from sphkv_cli.option_checks import require_fraction, require_positive
 
 Protocol = Literal["auto", "uniform", "retention"]
 Split = Literal["select", "judge"]
@@ -113,11 +113,9 @@ class EvaluateOptions:
             if value is not None and value < least:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} is {value}", f"give {least} or more")
-        for name in ("gate_kl", "gate_top1", "gate_perplexity"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} is {value}", "give a number above 0")
+        require_positive("--gate-kl", self.gate_kl)
+        require_fraction("--gate-top1", self.gate_top1)
+        require_positive("--gate-perplexity", self.gate_perplexity)
 
 
 def parse_sinks(text: str) -> float | Literal["auto"]:

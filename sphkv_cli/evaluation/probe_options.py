@@ -1,10 +1,10 @@
 """What `evaluate --probe` can be asked for beside what `evaluate` is asked."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sphkv_cli.errors import UsageError
+from sphkv_cli.option_checks import require_at_least, require_fraction
 
 ProbeKind = Literal["copy-back", "needle"]
 
@@ -34,11 +34,10 @@ class ProbeOptions:
         if self.kind not in get_args(ProbeKind):
             raise UsageError(f"--probe {self.kind} is unknown", "choose copy-back or needle")
         for name in ("keys", "values", "digits", "prompts"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--probe-{name} is {getattr(self, name)}", "give 1 or more")
-        if not self.lengths or min(self.lengths) < 1:
-            raise UsageError(f"--probe-length is {self.lengths}", "give 1 or more tokens")
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise UsageError(f"--probe-depth is {self.depths}", "give fractions from 0 to 1")
-        if self.gate is not None and not (math.isfinite(self.gate) and 0 < self.gate <= 1):
-            raise UsageError(f"--gate-recall is {self.gate}", "give a fraction above 0, at most 1")
+            require_at_least(f"--probe-{name}", getattr(self, name), 1)
+        for length in self.lengths:
+            require_at_least("--probe-length", length, 1)
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise UsageError(f"--probe-depth is {depth:g}", "give a fraction from 0 to 1")
+        require_fraction("--gate-recall", self.gate)

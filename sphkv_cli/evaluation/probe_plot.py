@@ -5,7 +5,7 @@ from pathlib import Path
 from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.probe_options import ProbeOptions
 from sphkv_cli.evaluation.probe_result import ProbeResult
-from sphkv_cli.evaluation.rate_plot import image_format, require_drawable
+from sphkv_cli.plots.draw import require_drawable
 from sphkv_cli.plots.figures import Figure, GridPanel
 
 
@@ -47,10 +47,3 @@ def grid_figure(result: ProbeResult) -> Figure:
             for grid in grids
         ),
     )
-
-
-def draw_grids(result: ProbeResult, path: Path) -> None:
-    """Draw it; the suffix says how."""
-    from sphkv_cli.plots.draw import draw
-
-    draw(grid_figure(result), path, image_format(path))

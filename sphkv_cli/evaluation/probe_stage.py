@@ -36,7 +36,7 @@ from sphkv_cli.evaluation.recall_prompts import (
     encoder_of,
     start_tokens,
 )
-from sphkv_cli.evaluation.stage import load_captured
+from sphkv_cli.evaluation.stage import find_captured, load_captured
 from sphkv_cli.generation.context_policy import ContextPolicy
 from sphkv_cli.models.load import load_tokenizer
 from sphkv_cli.progress import NullProgress, Progress
@@ -67,7 +67,8 @@ def probe(
 
     Raises:
         ArtifactError: an input is missing, damaged or of another model; `output` cannot be written.
-        UsageError: a protocol without its input, an unknown code, method or tier.
+        UsageError: a protocol without its input, an unknown code, method or tier, a context too
+            short for what it states.
         EnvironmentUnable: the model cannot be loaded here.
         SphkvError: prompts longer than the model's context, or no text to fill them with.
 
@@ -86,7 +87,7 @@ def probe(
             for info in reader.documents_of(options.split)
             for token in reader.token_ids(info)
         ]
-        model, source = load_captured(options, reader, progress)
+        source = find_captured(options, reader, progress)
         tokenizer = load_tokenizer(source)
         shape = PromptShape(
             n_context=asked.lengths[0],
@@ -96,6 +97,7 @@ def probe(
             start=start_tokens(tokenizer),
         )
         prompts = _prompts(asked, shape, encoder_of(tokenizer), filler, options.seed)
+        model = load_captured(options, reader, source, progress)
         for prompt in prompts:
             model.require_length(prompt.name, prompt.n_tokens)
         is_uniform = options.protocol == "uniform" or allocation is None

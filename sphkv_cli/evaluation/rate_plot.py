@@ -4,38 +4,13 @@ The second panel shows each family's row nearest to one rate, so that a loss tha
 token read (drift) is told from one that does not.
 """
 
-from pathlib import Path
-
-from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.quantisers import ENDS_DENSE
 from sphkv_cli.evaluation.result import EvaluationResult, Row
-from sphkv_cli.plots.draw import ImageFormat
 from sphkv_cli.plots.figures import Figure, PlotPanel, Series
 
 _RATE, _AROUND = 3.0, 0.6
 """Bits per coordinate of the second panel, and how far from it a row may lie."""
 _EMPHASISED = "policy"
-
-
-def require_drawable(path: Path | None) -> None:
-    """Refuse a picture that cannot be drawn before anything runs.
-
-    Raises:
-        UsageError: a suffix other than .png and .svg.
-        EnvironmentUnable: matplotlib is not installed.
-    """
-    if path is None:
-        return
-    from sphkv_cli.plots.draw import require_matplotlib
-
-    if path.suffix not in (".png", ".svg"):
-        raise UsageError(f"--plot {path} is neither .png nor .svg", "give one of these suffixes")
-    require_matplotlib("--plot")
-
-
-def image_format(path: Path) -> ImageFormat:
-    """What a suffix asks for."""
-    return "svg" if path.suffix == ".svg" else "png"
 
 
 def rate_figure(result: EvaluationResult) -> Figure:
@@ -103,10 +78,3 @@ def _drift(row: Row) -> Series:
         style="both",
         emphasis=row.family == _EMPHASISED,
     )
-
-
-def draw_rates(result: EvaluationResult, path: Path) -> None:
-    """Draw it; the suffix says how."""
-    from sphkv_cli.plots.draw import draw
-
-    draw(rate_figure(result), path, image_format(path))

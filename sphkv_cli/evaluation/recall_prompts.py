@@ -115,7 +115,8 @@ def recall_prompt(
         depths: of each statement in [0, 1]; None draws them.
 
     Raises:
-        SphkvError: the statements alone are longer than the context, or there is no filler.
+        UsageError: the context is too short for its statements.
+        SphkvError: there is no filler.
     """
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[: shape.n_keys]]
     codes = [
@@ -129,13 +130,17 @@ def recall_prompt(
         for name, values in zip(names, codes, strict=True)
     ]
     end = encode("\n")
-    n_filler = shape.n_context - len(shape.start)
-    n_filler -= sum(len(ids) + len(end) for ids, _ in statements)
-    if n_filler < 1 or not len(filler):
+    n_stated = len(shape.start) + sum(len(ids) + len(end) for ids, _ in statements)
+    n_filler = shape.n_context - n_stated
+    if n_filler < 1:
+        raise UsageError(
+            f"a context of {shape.n_context} tokens is too short for what it states, "
+            f"{n_stated} tokens",
+            "give a longer context (--probe-length), or fewer keys and values",
+        )
+    if not len(filler):
         raise SphkvError(
-            f"{shape.n_keys} statements leave {n_filler} of {shape.n_context} context tokens to "
-            f"the filler, of which there are {len(filler)}",
-            "give a longer context, or fewer keys and values",
+            "there is no text to put around the statements", "capture documents of this split"
         )
     first = int(rng.integers(len(filler)))
     text = [int(filler[(first + i) % len(filler)]) for i in range(n_filler)]

@@ -226,22 +226,16 @@ def _documents(
 
 
 def _load(options: EvaluateOptions, reader: CaptureReader, progress: Progress) -> JudgedModel:
-    return load_captured(options, reader, progress)[0]
+    return load_captured(options, reader, find_captured(options, reader, progress), progress)
 
 
-def load_captured(
+def find_captured(
     options: EvaluateOptions, reader: CaptureReader, progress: Progress
-) -> tuple[JudgedModel, ModelSource]:
-    """The captured model, and where it was found (its tokenizer is there too).
-
-    Raises:
-        ArtifactError: it is not the captured one.
-        EnvironmentUnable, SphkvError: it cannot be loaded or listened to.
-    """
-    from sphkv_cli.models.load import load_model
+) -> ModelSource:
+    """Where the captured model is, and its tokenizer; raises EnvironmentUnable, SphkvError."""
     from sphkv_cli.models.source import resolve_model
 
-    source = resolve_model(
+    return resolve_model(
         options.model or reader.model,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
@@ -249,11 +243,24 @@ def load_captured(
         cache_dir=options.cache_dir,
         progress=progress,
     )
+
+
+def load_captured(
+    options: EvaluateOptions, reader: CaptureReader, source: ModelSource, progress: Progress
+) -> JudgedModel:
+    """The captured model.
+
+    Raises:
+        ArtifactError: it is not the captured one.
+        EnvironmentUnable, SphkvError: it cannot be loaded or listened to.
+    """
+    from sphkv_cli.models.load import load_model
+
     progress.start(f"loading {source.name}", None, "")
     model = JudgedModel.of(load_model(source, options.load))
     progress.finish()
     model.require_captured(reader.info, str(reader.path))
-    return model, source
+    return model
 
 
 def _judge(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.fit_tables import FrameRow
-from sphkv_cli.errors import SphkvError
+from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.fit.frame_choice import (
     FrameRules,
@@ -52,9 +52,16 @@ def fit_frames(options: FitOptions, capture: CaptureReader, progress: Progress) 
     """Measure what is left open in `options` and choose it.
 
     Raises:
+        UsageError: more RoPE pairs than a head has.
         SphkvError: a split without documents, NaN or Inf in the capture, or --centring pre_rope
             for a model whose RoPE it cannot follow.
     """
+    n_pairs = capture.head_dim // 2
+    if options.rope_pairs != "auto" and options.rope_pairs > n_pairs:
+        raise UsageError(
+            f"--rope-pairs is {options.rope_pairs}, a head of {capture.head_dim} has {n_pairs}",
+            f"give {n_pairs} or fewer, or auto",
+        )
     rotation = Rotation(options.rotation, capture.head_dim, options.seed)
     frequencies, note = _frequencies(options, capture)
     rules = FrameRules(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sphkv_cli.errors import UsageError
-from sphkv_cli.option_checks import require_at_least
+from sphkv_cli.option_checks import refuse_given, require_at_least
 
 RotationKind = Literal["hadamard", "haar", "none"]
 Centring = Literal["auto", "none", "post_rope", "pre_rope"]
@@ -50,6 +50,10 @@ class FitOptions:
         _one_of("balancing", self.balancing, get_args(Balancing))
         if self.rope_pairs != "auto" and self.rope_pairs < 1:
             raise UsageError(f"--rope-pairs is {self.rope_pairs}", "give 1 or more, or auto")
+        if self.centring in ("none", "post_rope"):
+            refuse_given(
+                f"with --centring {self.centring}", {"--rope-pairs": self.rope_pairs != "auto"}
+            )
         _one_of("density", self.density, get_args(Density))
         require_at_least("--seed", self.seed, 0)
         if not self.page_sizes or any(size not in (16, 32, 64) for size in self.page_sizes):

@@ -87,7 +87,7 @@ def fit_codebooks(
     Raises:
         ArtifactError: the capture is missing or damaged, or `output` exists (without `force`) or
             cannot be written.
-        UsageError: a code that cannot be meant for this head_dim.
+        UsageError: a code or a number of RoPE pairs that cannot be meant for this head_dim.
         SphkvError: NaN or Inf in the capture, or no document to fit or select on.
     """
     started = time.perf_counter()

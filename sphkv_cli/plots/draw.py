@@ -4,7 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-from sphkv_cli.errors import EnvironmentUnable
+from sphkv_cli.artifacts.store import replaced_when_whole
+from sphkv_cli.errors import EnvironmentUnable, UsageError
 from sphkv_cli.plots.figures import Figure, GridPanel, Panel, PlotPanel
 
 ImageFormat = Literal["png", "svg"]
@@ -34,6 +35,26 @@ def require_matplotlib(wanted_by: str) -> None:
             f"{wanted_by} draws its figures with matplotlib, which is missing",
             f"pip install 'sphkv[plot]', or leave {wanted_by} out",
         )
+
+
+def require_drawable(path: Path | None) -> None:
+    """Refuse a --plot that cannot be drawn before anything runs; None passes.
+
+    Raises:
+        UsageError: a suffix other than .png and .svg.
+        EnvironmentUnable: matplotlib is missing.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {path} is neither .png nor .svg", "end it in one of them")
+    require_matplotlib("--plot")
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Draw to `path`, whole or not at all; its suffix says as what."""
+    with replaced_when_whole(path) as temporary:
+        draw(figure, temporary, "svg" if path.suffix == ".svg" else "png")
 
 
 def draw(figure: Figure, path: Path, image_format: ImageFormat = "png") -> None:

@@ -1,11 +1,10 @@
 """What `profile` can be asked for."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from sphkv_cli.errors import UsageError
-from sphkv_cli.option_checks import require_at_least
+from sphkv_cli.option_checks import require_at_least, require_positive
 
 Backend = Literal["auto", "reference", "cuda"]
 
@@ -26,10 +25,7 @@ class Gates:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                flag = "--" + field.name.replace("_", "-")
-                raise UsageError(f"{flag} is {value}", "give a number above 0")
+            require_positive("--" + field.name.replace("_", "-"), getattr(self, field.name))
 
 
 @dataclass(frozen=True)

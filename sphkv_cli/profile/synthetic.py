@@ -124,7 +124,7 @@ def profile_synthetic(
 
     Raises:
         UsageError: a code that cannot be meant, or that the kernel does not read; one file for both
-            outputs.
+            outputs, or a plot that is neither .png nor .svg.
         ArtifactError: an output exists (without `force`) or cannot be written.
         EnvironmentUnable: no GPU, or `plot` without matplotlib.
         SphkvError: a shape that does not fit into the GPU's memory.
@@ -134,6 +134,8 @@ def profile_synthetic(
     from sphkv_cli.artifacts.header import collect_provenance
     from sphkv_cli.artifacts.report import as_json, save_report
     from sphkv_cli.artifacts.store import check_outputs
+    from sphkv_cli.plots.draw import require_drawable, write_figure
+    from sphkv_cli.profile.roofline import roofline
     from sphkv_cli.profile.synthetic_view import tables
     from sphkv_kernels.benchmark import metadata_case, run_case
     from sphkv_kernels.dense_attention import Baseline, dense_baselines, fp8_sentence
@@ -143,8 +145,7 @@ def profile_synthetic(
     started = time.perf_counter()
     progress = progress or NullProgress()
     check_outputs({"--output": output, "--plot": plot}, force=force)
-    if plot is not None:
-        _check_plot(plot)
+    require_drawable(plot)
     tiers = _tiers(options)
     if not torch.cuda.is_available():
         raise EnvironmentUnable(
@@ -209,7 +210,7 @@ def profile_synthetic(
         force=force,
     )
     if plot is not None:
-        _draw(content, plot)
+        write_figure(roofline(content.cases, content.read_gb_per_s), plot)
     return SyntheticSpeedReport(str(output), ref.digest, content, time.perf_counter() - started)
 
 
@@ -227,21 +228,3 @@ def _tiers(options: SyntheticSpeedOptions) -> list[Any]:
                 "give codes of kernels/LAYOUT.md, such as 4/2/2/2:fp16 or 3/2/2/2:r2",
             )
     return [TierFormat.spherical(code) for code in reversed(codes)]
-
-
-def _check_plot(plot: Path) -> None:
-    from sphkv_cli.plots.draw import require_matplotlib
-
-    if plot.suffix not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot.name} is no picture", "end it in .png or .svg")
-    require_matplotlib("--plot")
-
-
-def _draw(content: SyntheticSpeed, plot: Path) -> None:
-    from sphkv_cli.artifacts.store import replaced_when_whole
-    from sphkv_cli.plots.draw import draw
-    from sphkv_cli.profile.roofline import roofline
-
-    figure = roofline(content.cases, content.read_gb_per_s)
-    with replaced_when_whole(plot) as temporary:
-        draw(figure, temporary, "svg" if plot.suffix == ".svg" else "png")

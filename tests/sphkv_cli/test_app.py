@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from sphkv_cli.app import app
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable, GateFailed, SphkvError, UsageError
+from sphkv_cli.fit.options import FitOptions
 from sphkv_cli.render import TerminalProgress
 
 RUNNER = CliRunner()
@@ -225,8 +226,40 @@ def test_an_output_that_cannot_be_written_is_named_by_its_option(
         assert stderr == f"sphkv {arguments[0]}: {said}\n"
 
 
+WITH_A_PLOT = [(arguments, option) for arguments, option in TWO_OUTPUTS if option == "--plot"]
+
+
+@pytest.mark.parametrize(("arguments", "option"), WITH_A_PLOT)
+@pytest.mark.parametrize("name", ["a.txt", "a.pdf", "a"])
+def test_a_plot_is_a_png_or_an_svg_or_nothing_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    option: str,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, stderr = run(*arguments, "--output", "new", option, name, code=2)
+    said = f"--plot {name} is neither .png nor .svg; end it in one of them\n"
+    assert stderr == f"sphkv {arguments[0]}: {said}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", sorted({arguments[0] for arguments, _ in WITH_A_PLOT}))
+def test_every_help_names_the_pictures_in_the_same_words(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(command, "--help")[0].count("to this .png or .svg.") == 1
+
+
 MEASURED = ("profile", "capture.h5", "allocation.h5")
 TIMED = ("profile", "--synthetic", "1x1x64x1")
+RECORDED = ("capture", "--model", "smollm2", "--text-file", "a.txt")
+EVALUATED = ("evaluate", "capture.h5")
+NEEDLE = (*EVALUATED, "--probe", "needle")
+COPY_BACK = (*EVALUATED, "--probe", "copy-back")
+FITTED = ("fit-codebooks", "capture.h5", "--centring")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +275,27 @@ TIMED = ("profile", "--synthetic", "1x1x64x1")
         (TIMED, ("--tier", "int8"), "with --synthetic"),
         (TIMED, ("--max-kl", "0.1"), "with --synthetic"),
         (("capture", "--synthetic", "2x4x2x64"), ("--jsonl", "a"), "with --synthetic"),
+        (RECORDED, ("--fisher-samples", "2"), "without --fisher"),
+        (RECORDED, ("--fisher-tokens", "2048"), "without --fisher"),
+        (EVALUATED, ("--probe-length", "512"), "without --probe"),
+        (EVALUATED, ("--probe-depth", "0"), "without --probe"),
+        (EVALUATED, ("--probe-keys", "4"), "without --probe"),
+        (EVALUATED, ("--probe-values", "1"), "without --probe"),
+        (EVALUATED, ("--probe-prompts", "4"), "without --probe"),
+        (EVALUATED, ("--gate-recall", "0.9"), "without --probe"),
+        (NEEDLE, ("--probe-keys", "4"), "with --probe needle"),
+        (COPY_BACK, ("--probe-depth", "0"), "with --probe copy-back"),
+        (NEEDLE, ("--budget", "2b"), "with --probe"),
+        (NEEDLE, ("--rows", "own"), "with --probe"),
+        (NEEDLE, ("--context", "64"), "with --probe"),
+        (NEEDLE, ("--max-documents", "1"), "with --probe"),
+        (NEEDLE, ("--stepwise",), "with --probe"),
+        (NEEDLE, ("--by-position",), "with --probe"),
+        (NEEDLE, ("--gate-kl", "0.1"), "with --probe"),
+        (NEEDLE, ("--gate-top1", "0.9"), "with --probe"),
+        (NEEDLE, ("--gate-perplexity", "1.1"), "with --probe"),
+        ((*FITTED, "none"), ("--rope-pairs", "4"), "with --centring none"),
+        ((*FITTED, "post_rope"), ("--rope-pairs", "4"), "with --centring post_rope"),
     ],
 )
 def test_an_option_of_another_mode_is_refused_also_at_its_default(
@@ -250,3 +304,16 @@ def test_an_option_of_another_mode_is_refused_also_at_its_default(
     _, stderr = run(*arguments, *option, code=2)
     said = f"{option[0]} has no meaning {where}; leave it out\n"
     assert stderr == f"sphkv {arguments[0]}: {said}"
+
+
+def test_a_sweep_and_target_rates_are_designed_for_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fit(options: FitOptions, *_: object, **__: object) -> None:
+        raise SphkvError(f"rates {options.target_rates}")
+
+    monkeypatch.setattr("sphkv_cli.fit.stage.fit_codebooks", fit)
+    _, stderr = run(
+        *("fit-codebooks", "capture.h5", "--target-rate", "3.5", "--sweep", "2:3:1"), code=1
+    )
+    assert "rates (2.0, 3.0, 3.5)" in stderr

@@ -97,8 +97,10 @@ def test_a_start_token_comes_first_and_counts() -> None:
 
 
 def test_statements_longer_than_the_context_are_refused() -> None:
-    with pytest.raises(SphkvError, match="longer context"):
+    with pytest.raises(UsageError, match="longer context"):
         copy_back_prompts(encode, FILLER, PromptShape(n_context=100, n_keys=4))
+    with pytest.raises(SphkvError, match="no text to put around"):
+        copy_back_prompts(encode, [], PromptShape())
     with pytest.raises(UsageError, match="n_digits"):
         PromptShape(n_digits=0)
 

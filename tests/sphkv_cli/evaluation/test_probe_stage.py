@@ -65,8 +65,9 @@ def test_the_command_prints_and_its_gate_exits_3(tiny_chain: Any, tmp_path: Path
 def test_what_cannot_be_asked_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
     for others, message in (
         ({"keys": 0}, "probe-keys"),
-        ({"lengths": (0,)}, "probe-length"),
-        ({"depths": (1.5,)}, "probe-depth"),
+        ({"lengths": (9, 0)}, "--probe-length is 0; give 1 or more"),
+        ({"depths": (0.5, 1.5)}, "--probe-depth is 1.5; give a fraction from 0 to 1"),
+        ({"depths": (float("nan"),)}, "--probe-depth is nan"),
         ({"gate": 2.0}, "gate-recall"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -80,19 +81,31 @@ def test_what_cannot_be_asked_is_refused(tiny_chain: Any, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="no tier 'paper'"):
         asked = ProbeOptions("copy-back", lengths=(150,), keys=1)
         run(tiny_chain, output, asked, uniform=False, tiers=("paper",))
-    found = CliRunner().invoke(app, ["evaluate", str(tiny_chain.capture), "--gate-recall", "0.9"])
-    assert found.exit_code == 2 and "needs --probe" in found.output
     assert not output.exists()
+
+
+def test_a_context_too_short_for_its_statements_is_refused_before_the_model_is_loaded(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("sphkv_cli.models.load.load_model", loaded)
+    said = r"a context of 5 tokens is too short for what it states, \d+ tokens; give a longer"
+    with pytest.raises(UsageError, match=said):
+        asked = ProbeOptions("needle", lengths=(5,))
+        run(tiny_chain, tmp_path / "probe.json", asked, uniform=True)
 
 
 def test_a_needles_colours_mean_the_same_in_every_picture(tiny_chain: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    from sphkv_cli.evaluation.probe_plot import draw_grids, grid_figure
+    from sphkv_cli.evaluation.probe_plot import grid_figure
+    from sphkv_cli.plots.draw import write_figure
 
     asked = ProbeOptions("needle", lengths=(100,), depths=(0.0, 1.0), prompts=1)
     result = run(tiny_chain, tmp_path / "probe.json", asked, uniform=True, methods=("int8",))
     for panel in grid_figure(result).panels:
         assert panel.limits == (0, 1) and panel.row_names == ("100",)  # type: ignore[union-attr]
         assert panel.column_names == ("0", "1")  # type: ignore[union-attr]
-    draw_grids(result, tmp_path / "needle.svg")
+    write_figure(grid_figure(result), tmp_path / "needle.svg")
     assert (tmp_path / "needle.svg").read_text().lstrip().startswith("<?xml")

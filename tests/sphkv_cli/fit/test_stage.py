@@ -348,6 +348,7 @@ def test_the_paper_code_is_beaten_and_it_says_so(
         ({"centring": "in_rope"}, "in_rope"),
         ({"balancing": "some"}, "some"),
         ({"rope_pairs": 0}, "rope-pairs is 0"),
+        ({"rope_pairs": 4, "centring": "none"}, "--rope-pairs has no meaning with --centring none"),
         ({"density": "kernel"}, "kernel"),
         ({"seed": -1}, "-1"),
         ({"page_sizes": (48,)}, "48"),
@@ -357,6 +358,16 @@ def test_the_paper_code_is_beaten_and_it_says_so(
 def test_options_that_cannot_be_meant_are_refused(change: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         FitOptions(**change)
+
+
+def test_a_head_has_no_more_rope_pairs_than_half_its_coordinates(
+    make_capture: Callable[..., Path], tmp_path: Path
+) -> None:
+    capture = make_capture(head_dim=16, n_layers=1)
+    said = "--rope-pairs is 9, a head of 16 has 8; give 8 or fewer, or auto"
+    with pytest.raises(UsageError, match=said):
+        fit_codebooks(FitOptions(rope_pairs=9), capture, tmp_path / "c.h5")
+    assert not (tmp_path / "c.h5").exists()
 
 
 @pytest.mark.parametrize("code", ["4/2/2/2/2/2", "4/2/2:norm", "1/2+unbiased", "4/2:e9m9"])
