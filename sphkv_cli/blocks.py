@@ -39,6 +39,11 @@ def cell_text(cell: object) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things, "s" for more or fewer than one: '1 document', '2 documents'."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def bytes_text(n_bytes: float) -> str:
     """Bytes with a binary unit: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB"):

@@ -9,6 +9,7 @@ from sphkv_cli.allocation.agreement import LayerAgreement
 from sphkv_cli.allocation.discovery import Discovery, PositionRow
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.result import DocumentPlan
+from sphkv_cli.blocks import counted
 
 
 def read_summary(
@@ -52,11 +53,12 @@ def _comparisons(checks: Sequence[DocumentPlan]) -> tuple[str, ...]:
         if not times:
             continue
         factor = float(np.exp(np.mean(np.log(times))))
+        shown = f"{max(factor, 1 / factor):.3g}"
         verdict = "below" if factor >= 1 else "ABOVE"
-        shown = factor if factor >= 1 else 1 / factor
+        found = f"is {shown}x {verdict}" if shown != "1" else "ties with that of"
         sentences.append(
-            f"Measured on {len(times)} {checks[0].split} documents, the plan's output error is "
-            f"{shown:.3g}x {verdict} {name} within the same bytes."
+            f"Measured on {counted(len(times), f'{checks[0].split} document')}, the plan's output "
+            f"error {found} {name} within the same bytes."
         )
     if not any(name.startswith("uniform") for name in names):
         sentences.append("No uniform tier fits this budget: there is nothing to compare with.")
@@ -81,7 +83,8 @@ def _uniform_wins(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
     n_won = sum(plan.uniform_won for plan in plans)
     if not n_won:
         return ()
-    return (f"On {n_won} of {len(plans)} documents one tier for all pages is the better plan.",)
+    documents = counted(len(plans), "document")
+    return (f"On {n_won} of {documents} one tier for all pages is the better plan.",)
 
 
 def _model(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
@@ -117,8 +120,8 @@ def _discovered(discovery: Discovery, n_documents: int) -> tuple[str, ...]:
     rest = [row for row in discovery.profile("end") if row.first >= 32]
     at_start = sum(row.position == 0 for row in discovery.sinks)
     sentence = (
-        f"Unpinned, {discovery.n_sinks} tokens of {n_documents} documents are protected by at "
-        f"least half of the heads, token 0 in {at_start} of {n_documents}"
+        f"Unpinned, {discovery.n_sinks} tokens of {counted(n_documents, 'document')} are protected "
+        f"by at least half of the heads, token 0 in {at_start} of {n_documents}"
     )
     if not rest:
         return (sentence + ".",)

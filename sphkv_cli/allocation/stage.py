@@ -351,7 +351,6 @@ def _chosen_tiers(options: AllocateOptions, books: CodebooksReader) -> list[Tier
     known = {tier.name: tier for tier in (*books.tiers, TierFormat.int8(), TierFormat.dense())}
     for name in options.tiers:
         if name not in known:
-            raise UsageError(
-                f"tier {name!r} is not known", f"choose among {', '.join(known)} (drop is always)"
-            )
+            names = ", ".join(known) + ("" if options.no_drop else " (drop is always)")
+            raise UsageError(f"tier {name!r} is not known", f"choose among {names}")
     return [tier for name, tier in known.items() if not options.tiers or name in options.tiers]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sphkv_cli.allocation.pins import NO_PINS
 from sphkv_cli.allocation.result import AllocationResult, AllocationSummary, DocumentPlan
-from sphkv_cli.blocks import Block, Line, Table, bytes_text
+from sphkv_cli.blocks import Block, Line, Table, bytes_text, counted
 
 
 def view(result: AllocationResult) -> tuple[Block, ...]:
@@ -154,7 +154,7 @@ def _sinks(summary: AllocationSummary) -> tuple[Block, ...]:
 def _assumptions(result: AllocationResult) -> tuple[str, ...]:
     summary = result.summary
     calibrated = (
-        f"calibrated per layer and KV head on {result.n_fit_documents} fit documents"
+        f"calibrated per layer and KV head on {counted(result.n_fit_documents, 'fit document')}"
         if summary.is_calibrated
         else "not calibrated"
     )

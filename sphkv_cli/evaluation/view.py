@@ -2,7 +2,7 @@
 
 import math
 
-from sphkv_cli.blocks import Block, Line, Table
+from sphkv_cli.blocks import Block, Line, Table, counted
 from sphkv_cli.evaluation.intervals import Interval
 from sphkv_cli.evaluation.result import EvaluationResult, Row
 
@@ -13,8 +13,8 @@ def view(result: EvaluationResult, *, by_position: bool = False) -> tuple[Block,
     """Header lines, the table of rows, KL by position if asked for, sentences, gates."""
     blocks: list[Block] = [
         Line(
-            f"{result.model}, {result.n_documents} {result.split} documents, {result.n_scored} "
-            f"scored positions, dense perplexity {result.perplexity_dense:.2f}"
+            f"{result.model}, {counted(result.n_documents, f'{result.split} document')}, "
+            f"{result.n_scored} scored positions, dense perplexity {result.perplexity_dense:.2f}"
         ),
         Line(result.protocol_description),
         _table(result),

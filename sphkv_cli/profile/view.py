@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from sphkv_cli.blocks import Block, Line, Table, bytes_text
+from sphkv_cli.blocks import Block, Line, Table, bytes_text, counted
 from sphkv_cli.profile.result import CandidateReport, ProfileReport, SpeedReport, WorstHead
 
 _N_WORST = 6
@@ -16,8 +16,9 @@ def view(report: ProfileReport) -> tuple[Block, ...]:
     n_queries = sum(document.n_queries for document in content.documents)
     where = "accuracy only" if content.accuracy_only else content.device
     head = (
-        f"{content.model}: {len(content.documents)} judge documents, {n_queries} queries after "
-        f"their contexts, pages of {content.page_size} tokens; {content.backend} backend, {where}"
+        f"{content.model}: {counted(len(content.documents), 'judge document')}, "
+        f"{n_queries} queries after their contexts, pages of {content.page_size} tokens; "
+        f"{content.backend} backend, {where}"
     )
     blocks: list[Block] = [Line(head)]
     blocks += [_candidates(content.candidates), _logits(content.candidates)]

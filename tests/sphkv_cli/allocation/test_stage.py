@@ -239,6 +239,16 @@ def test_a_budget_below_every_uniform_tier_says_so(chain: Chain, tmp_path: Path)
     assert any("No uniform tier fits this budget" in said for said in result.summary.reading)
 
 
+def test_plans_that_cost_the_same_are_said_to_tie(chain: Chain, tmp_path: Path) -> None:
+    whole = replace(OPTIONS, budget="100%")
+    result = allocate(whole, chain.capture, chain.codebooks, tmp_path / "a.h5")
+    assert any(
+        said.startswith("Measured on 1 select document, the plan's output error ties with that of")
+        for said in result.summary.reading
+    )
+    assert not any(" 1x " in said for said in result.summary.reading if "Measured on" in said)
+
+
 def test_fisher_weights_are_used_where_they_were_captured(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(SphkvError, match="holds no Fisher weights; capture with --fisher"):
         wanted = replace(OPTIONS, head_weights="fisher")
@@ -368,7 +378,8 @@ def test_wrong_options_are_refused_at_once(changes: dict, words: str) -> None:
         ({"budget": "0.1b"}, "of document .* is below its metadata, .* give at least"),
         ({"budget": "20b"}, "is above its dense cache, .* give at most"),
         ({"budget": "1GiB"}, "above its dense cache"),
-        ({"tiers": ("dense", "fp4")}, "tier 'fp4' is not known; choose among .*dense"),
+        ({"tiers": ("dense", "fp4")}, r"'fp4' is not known; .*dense \(drop is always\)$"),
+        ({"tiers": ("fp4",), "no_drop": True}, "'fp4' is not known; choose among .*dense$"),
         ({"horizon": 170}, "193 tokens; horizon 170 and window 32 need 202"),
     ],
     ids=str,
