@@ -53,7 +53,7 @@ from sphkv_cli.artifacts.allocation import save_allocation
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import collect_provenance
-from sphkv_cli.artifacts.store import check_output, require_unchanged
+from sphkv_cli.artifacts.store import check_outputs, require_unchanged
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_codebooks.frame import FrameSet
@@ -81,12 +81,12 @@ def allocate(
         ArtifactError: an input is missing or damaged, the codebooks were fitted on another capture
             or model, or `output` exists (without `force`) or cannot be written.
         UsageError: a budget that cannot be laid out, an unknown tier, a horizon or window that
-            leaves a document no context.
+            leaves a document no context, or `output` is an input.
         SphkvError: NaN or Inf in the capture, or a split without documents.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_output(output, force=force)
+    check_outputs({"--output": output}, {"CAPTURE": capture, "CODEBOOKS": codebooks}, force=force)
     books = CodebooksReader.open(codebooks)
     require_unchanged(codebooks)
     with CaptureReader(capture) as reader:

@@ -139,20 +139,23 @@ def verify_digest(path: Path) -> bool:
         return content_digest(file) == _read_header(file, path).digest
 
 
-def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:
-    """`check_output` of each output of a command, no two of which may be one file.
+def check_outputs(
+    outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None], *, force: bool
+) -> None:
+    """`check_output` of each output of a command, none of which may be another or an input.
 
     Args:
-        outputs: by option, as typed; None where it was left out.
+        outputs, inputs: every file of the command by option or argument, as typed; None where it
+            was left out.
 
     Raises:
-        UsageError: two options name the same file.
+        UsageError: an output names the same file as an input or as another output.
         ArtifactError: as `check_output`.
     """
     given = {option: path for option, path in outputs.items() if path is not None}
-    option_of: dict[str, str] = {}
+    name_of = {os.path.realpath(path): name for name, path in inputs.items() if path is not None}
     for option, path in given.items():
-        other = option_of.setdefault(os.path.realpath(path), option)
+        other = name_of.setdefault(os.path.realpath(path), option)
         if other != option:
             raise UsageError(f"{other} and {option} name the same file, {path}", "give two names")
     for option, path in given.items():

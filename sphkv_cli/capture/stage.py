@@ -13,7 +13,7 @@ from typing import Any
 
 from sphkv_cli.artifacts.capture_info import CaptureInfo, LayerInfo
 from sphkv_cli.artifacts.header import collect_provenance
-from sphkv_cli.artifacts.store import check_output, read_header
+from sphkv_cli.artifacts.store import check_outputs, read_header
 from sphkv_cli.capture.documents import PlannedDocument, plan_documents
 from sphkv_cli.capture.options import CaptureOptions
 from sphkv_cli.capture.plan import CapturePlan, check_disk, make_plan
@@ -21,7 +21,7 @@ from sphkv_cli.capture.result import CaptureResult
 from sphkv_cli.capture.text import read_texts
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.models.geometry import ModelGeometry
-from sphkv_cli.models.source import ModelSource, resolve_model
+from sphkv_cli.models.source import ModelSource, local_path, resolve_model
 from sphkv_cli.progress import NullProgress, Progress
 
 
@@ -42,13 +42,14 @@ def capture(
         dry_run: return the plan with its bytes; neither weights are loaded nor files written.
 
     Raises:
+        UsageError: `output` is the model or a text.
         SphkvError: the model, a text, or the disk cannot serve; nothing half-written is left
             under the name `output`.
     """
     started = time.monotonic()
     progress = progress or NullProgress()
     if not dry_run:
-        check_output(output, force=force)
+        check_outputs({"--output": output}, _files_read(options), force=force)
     source = resolve_model(
         options.model,
         revision=options.revision,
@@ -75,6 +76,15 @@ def capture(
         total_s=time.monotonic() - started,
         n_tokens_run=run.n_tokens,
     )
+
+
+def _files_read(options: CaptureOptions) -> dict[str, Path | None]:
+    """Every input by option, as `check_outputs` takes them; texts are told apart by their paths."""
+    option_of = {"text": "--text-file", "jsonl": "--jsonl"}
+    return {
+        "--model": local_path(options.model, options.gguf_file),
+        **{f"{option_of[text.kind]} {text.path}": text.path for text in options.texts},
+    }
 
 
 def _plan(

@@ -105,7 +105,11 @@ def allocate_command(
         no_drop=no_drop,
         seed=seed,
     )
-    check_outputs({"--output": output, "--plot": plot}, force=force)
+    check_outputs(
+        {"--output": output, "--plot": plot},
+        {"CAPTURE": capture, "CODEBOOKS": codebooks},
+        force=force,
+    )
     require_drawable(plot)
     with TerminalProgress() as progress:
         result = allocate(options, capture, codebooks, output, progress=progress, force=force)

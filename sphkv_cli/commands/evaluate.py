@@ -185,7 +185,8 @@ def evaluate_command(
                 "--gate-perplexity": gate_perplexity is not None,
             },
         )
-    check_outputs({"--output": output, "--plot": plot}, force=force)
+    read = options.files_read(capture, codebooks, allocation)
+    check_outputs({"--output": output, "--plot": plot}, read, force=force)
     if probe is not None:
         from sphkv_cli.evaluation.probe_options import ProbeOptions
         from sphkv_cli.evaluation.probe_plot import checked_plot, grid_figure

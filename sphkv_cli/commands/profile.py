@@ -139,7 +139,11 @@ def profile_command(
         gates=Gates(max_logit_rmse, max_kl, max_output_error, min_speedup),
         seed=seed,
     )
-    check_outputs({"--output": output, "--html": html}, force=force)
+    check_outputs(
+        {"--output": output, "--html": html},
+        {"CAPTURE": capture, "ALLOCATION": allocation},
+        force=force,
+    )
     if html is not None:
         require_matplotlib("--html")
     with TerminalProgress() as progress:

@@ -53,14 +53,19 @@ def compare(
     Raises:
         ArtifactError: an input is missing or damaged, the codebooks are for another model, or an
             output exists (without `force`) or cannot be written.
-        UsageError: one file for both outputs, or a plot that is neither .png nor .svg.
+        UsageError: one file for both outputs, an output that is an input, or a plot that is neither
+            .png nor .svg.
         EnvironmentUnable: a plot without matplotlib.
         SphkvError: NaN or Inf in the capture, no document to fit or judge on, or a method that
             cannot code these vectors.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_outputs({"--output": output, "--plot": plot}, force=force)
+    check_outputs(
+        {"--output": output, "--plot": plot},
+        {"CAPTURE": capture, "--codebooks": codebooks},
+        force=force,
+    )
     require_drawable(plot)
     with CaptureReader(capture) as reader:
         books = None if codebooks is None else CodebooksReader.open(codebooks)

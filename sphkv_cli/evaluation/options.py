@@ -8,6 +8,7 @@ from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.published import METHOD_NAMES
 from sphkv_cli.models.load import LoadOptions
+from sphkv_cli.models.source import local_path
 from sphkv_cli.option_checks import require_fraction, require_positive
 
 Protocol = Literal["auto", "uniform", "retention"]
@@ -78,6 +79,17 @@ class EvaluateOptions:
     def wants_new_plans(self) -> bool:
         """Whether plans that an allocation holds are not enough."""
         return bool(self.budgets) or self.rows is not None or self.context is not None
+
+    def files_read(
+        self, capture: Path, codebooks: Path | None, allocation: Path | None
+    ) -> dict[str, Path | None]:
+        """Every input by argument or option, as `check_outputs` takes them."""
+        return {
+            "CAPTURE": capture,
+            "--codebooks": codebooks,
+            "--allocation": allocation,
+            "--model": local_path(self.model, self.gguf_file),
+        }
 
     def __post_init__(self) -> None:
         for budget in self.budgets:

@@ -14,7 +14,7 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_output, require_unchanged
+from sphkv_cli.artifacts.store import check_outputs, require_unchanged
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.evaluation.candidates import uniform_work
 from sphkv_cli.evaluation.copy_back import (
@@ -68,7 +68,7 @@ def probe(
     Raises:
         ArtifactError: an input is missing, damaged or of another model; `output` cannot be written.
         UsageError: a protocol without its input, an unknown code, method or tier, a context too
-            short for what it states.
+            short for what it states, or `output` is an input.
         EnvironmentUnable: the model cannot be loaded here.
         SphkvError: prompts longer than the model's context, or no text to fill them with.
 
@@ -76,7 +76,8 @@ def probe(
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_output(output, force=force)
+    read = options.files_read(capture, codebooks, allocation)
+    check_outputs({"--output": output}, read, force=force)
     inputs: dict[str, ArtifactRef] = {}
     with CaptureReader(capture) as reader:
         inputs["capture"] = reader.ref

@@ -22,7 +22,7 @@ from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_output, require_unchanged
+from sphkv_cli.artifacts.store import check_outputs, require_unchanged
 from sphkv_cli.errors import GateFailed, SphkvError, UsageError
 from sphkv_cli.evaluation.candidates import (
     Work,
@@ -72,7 +72,8 @@ def evaluate(
     Raises:
         ArtifactError: an input is missing, damaged or made for another model or capture; `output`
             exists (without `force`) or cannot be written.
-        UsageError: a protocol without its input, an unknown code, method or tier.
+        UsageError: a protocol without its input, an unknown code, method or tier; `output` is
+            an input.
         EnvironmentUnable: the model cannot be loaded here.
         SphkvError: a document too short to score or longer than the model's context.
 
@@ -80,7 +81,8 @@ def evaluate(
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_output(output, force=force)
+    read = options.files_read(capture, codebooks, allocation)
+    check_outputs({"--output": output}, read, force=force)
     protocol = options.protocol
     if protocol == "auto":
         protocol = "uniform" if allocation is None else "retention"

@@ -16,7 +16,7 @@ from sphkv_cli.artifacts.codebooks import CodebooksContent, ModelShape, save_cod
 from sphkv_cli.artifacts.empirical_books import book_keys
 from sphkv_cli.artifacts.fit_tables import FitTables
 from sphkv_cli.artifacts.header import collect_provenance
-from sphkv_cli.artifacts.store import check_output
+from sphkv_cli.artifacts.store import check_outputs
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.fit.angle_survey import (
     VECTOR_KINDS,
@@ -87,12 +87,13 @@ def fit_codebooks(
     Raises:
         ArtifactError: the capture is missing or damaged, or `output` exists (without `force`) or
             cannot be written.
-        UsageError: a code or a number of RoPE pairs that cannot be meant for this head_dim.
+        UsageError: a code or a number of RoPE pairs that cannot be meant for this head_dim, or
+            `output` is the capture.
         SphkvError: NaN or Inf in the capture, or no document to fit or select on.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_output(output, force=force)
+    check_outputs({"--output": output}, {"CAPTURE": capture}, force=force)
     with CaptureReader(capture) as reader:
         candidates = _Candidates.of(options, reader.head_dim)
         fitted = fit_frames(options, reader, progress)

@@ -91,6 +91,14 @@ def resolve_model(
     return ModelSource(model, model, local_only, revision, trust_remote_code)
 
 
+def local_path(model: str | None, gguf_file: str | None = None) -> Path | None:
+    """The file or folder of this disk that `resolve_model` would read, None where there is none."""
+    if model is None:
+        return None
+    path = Path(model).expanduser() / (gguf_file or "")
+    return path if path.exists() else None
+
+
 def _refuse(value: str | None, model: str, option: str) -> None:
     if value is not None:
         raise UsageError(f"{option} {value} means nothing for the local model {model}", "drop it")

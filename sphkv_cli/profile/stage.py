@@ -16,7 +16,7 @@ from sphkv_cli.artifacts.allocation import AllocationReader
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.header import collect_provenance
 from sphkv_cli.artifacts.report import save_report
-from sphkv_cli.artifacts.store import check_output, require_unchanged
+from sphkv_cli.artifacts.store import check_outputs, require_unchanged
 from sphkv_cli.errors import ArtifactError, EnvironmentUnable
 from sphkv_cli.profile.candidates import (
     Candidate,
@@ -54,13 +54,13 @@ def profile(
     Raises:
         ArtifactError: an input is missing or damaged, the allocation was made from another
             capture, or `output` exists (without `force`) or cannot be written.
-        UsageError: a tier that the allocation does not have.
+        UsageError: a tier that the allocation does not have, or `output` is an input.
         EnvironmentUnable: the CUDA backend, or a speed-up to reach, without a GPU.
         SphkvError: NaN or Inf in the capture, or a document without queries after its context.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_output(output, force=force)
+    check_outputs({"--output": output}, {"CAPTURE": capture, "ALLOCATION": allocation}, force=force)
     with CaptureReader(capture) as reader, AllocationReader(allocation) as planned:
         require_unchanged(allocation)
         planned.require_capture(reader.ref)

@@ -144,7 +144,7 @@ def profile_synthetic(
 
     started = time.perf_counter()
     progress = progress or NullProgress()
-    check_outputs({"--output": output, "--plot": plot}, force=force)
+    check_outputs({"--output": output, "--plot": plot}, {}, force=force)
     require_drawable(plot)
     tiers = _tiers(options)
     if not torch.cuda.is_available():

@@ -4,19 +4,29 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sphkv_cli.artifacts.store import os_errors_name
-from sphkv_cli.errors import ArtifactError
+from sphkv_cli.errors import ArtifactError, UsageError
 
 
-def check_folder(path: Path, *, force: bool) -> None:
+def check_folder(path: Path, inputs: Mapping[str, Path | None], *, force: bool) -> None:
     """Refuse early what `folder_when_whole` would refuse late.
 
+    Args:
+        inputs: every file or folder that is read, by option; None where it was left out.
+
     Raises:
+        UsageError: an input lies in `path`, which is replaced as a whole.
         ArtifactError: `path` exists and `force` is false, or is a file.
     """
+    replaced = os.path.realpath(path)
+    for option, source in inputs.items():
+        if source is not None and Path(os.path.realpath(source)).is_relative_to(replaced):
+            raise UsageError(
+                f"{option} {source} lies in {path}, which is replaced", "name another --output"
+            )
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path} is a file", "name another --output")
     if path.exists() and not force:

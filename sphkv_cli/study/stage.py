@@ -6,7 +6,7 @@ A study that fails or is interrupted leaves nothing; the folders of the others s
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import Report, save_report, write_text
 from sphkv_cli.errors import ArtifactError, SphkvError, UsageError
+from sphkv_cli.models.source import local_path
 from sphkv_cli.plots.draw import draw, require_matplotlib
 from sphkv_cli.progress import NullProgress, Progress
 from sphkv_cli.study.folders import check_folder, folder_when_whole
@@ -75,7 +76,8 @@ def run_studies(
         skip_unmet: skip studies that need what was not given, instead of refusing.
 
     Raises:
-        UsageError: a study needs what was not given (without `skip_unmet`).
+        UsageError: a study needs what was not given (without `skip_unmet`); an input lies in the
+            folder of a study.
         ArtifactError: an input is missing or damaged, or an output exists (without `force`).
         EnvironmentUnable: figures to draw without matplotlib.
     """
@@ -86,7 +88,9 @@ def run_studies(
             if missing:
                 raise UsageError(f"the study {name} needs {missing}", "give it, or leave it out")
     if output is not None:
-        _check_output(output, [study for study in studies if not unmet[study.name]], force=force)
+        wanted = [study for study in studies if not unmet[study.name]]
+        read = {"--capture": capture, "--codebooks": codebooks, "--model": local_path(model)}
+        _check_output(output, wanted, read, force=force)
     provenance = collect_provenance(seed=options.seed)
     with ExitStack() as stack:
         reader = None if capture is None else stack.enter_context(CaptureReader(capture))
@@ -108,12 +112,14 @@ def _unmet(study: Study, capture: Path | None, codebooks: Path | None, model: st
     return ""
 
 
-def _check_output(output: Path, studies: Sequence[Study], *, force: bool) -> None:
+def _check_output(
+    output: Path, studies: Sequence[Study], inputs: Mapping[str, Path | None], *, force: bool
+) -> None:
     require_matplotlib("--output")
     if output.exists() and not output.is_dir():
         raise ArtifactError(f"{output} is a file", "name a folder with --output")
     for study in studies:
-        check_folder(output / study.name, force=force)
+        check_folder(output / study.name, inputs, force=force)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

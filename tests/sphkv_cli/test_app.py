@@ -2,11 +2,15 @@
 
 import importlib.metadata
 import io
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from rich.console import Console
+from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 
 from sphkv_cli.app import app
@@ -251,6 +255,80 @@ def test_every_help_names_the_pictures_in_the_same_words(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     assert run(command, "--help")[0].count("to this .png or .svg.") == 1
+
+
+WRITTEN = ("output", "plot", "html")
+"""Parameters that name a file to write; every other path of a command that has --force is read."""
+
+ALSO_NEEDED = {"allocate": ("--budget", "3b")}
+
+READ_BY_NAME = [
+    (("capture", "--model", "smollm2", "--text-file", "it.h5"), "--text-file it.h5", "--output"),
+    (
+        ("capture", "--model", "smollm2", "--text-file", "fit=it.h5"),
+        "--text-file it.h5",
+        "--output",
+    ),
+    (("capture", "--model", "smollm2", "--jsonl", "judge=it.h5"), "--jsonl it.h5", "--output"),
+    (("capture", "--model", "it.h5", "--text-file", "other.txt"), "--model", "--output"),
+    (("evaluate", "other.h5", "--model", "it.h5"), "--model", "--output"),
+]
+"""Files that are read though their parameters are text."""
+
+
+def read_and_written() -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Of every command, each file read with each file written: a line, and what names the two."""
+    for registered in app.registered_commands:
+        name, function = str(registered.name), registered.callback
+        hints = get_type_hints(function, include_extras=True)
+        if "force" not in hints or name == "study":  # it writes folders: the test after the next
+            continue
+        paths = {key: hint for key, hint in hints.items() if "Path" in str(hint)}
+        arguments = [k for k in paths if isinstance(paths[k].__metadata__[0], ArgumentInfo)]
+        for read, written in itertools.product(paths.keys() - WRITTEN, paths.keys() & WRITTEN):
+            if (name, written) == ("profile", "plot"):  # with --synthetic, which reads nothing
+                continue
+            given = ["it.h5" if key == read else "other.h5" for key in arguments]
+            if read not in arguments:
+                given += [f"--{read}", "it.h5"]
+            names = (read.upper() if read in arguments else f"--{read}", f"--{written}")
+            yield (name, *ALSO_NEEDED.get(name, ()), *given), *names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read", "written"), [*sorted(read_and_written()), *READ_BY_NAME]
+)
+@pytest.mark.parametrize("spelt", ["it.h5", "./it.h5", "link.h5"])
+def test_no_command_overwrites_what_it_reads(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    read: str,
+    written: str,
+    spelt: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.h5").write_text("mine")
+    (tmp_path / "link.h5").symlink_to("it.h5")
+    _, stderr = run(*arguments, written, spelt, "--force", code=2)
+    said = f"{read} and {written} name the same file, {Path(spelt)}; give two names\n"
+    assert stderr == f"sphkv {arguments[0]}: {said}"
+    assert (tmp_path / "it.h5").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--capture", "--codebooks", "--model"])
+def test_no_study_replaces_a_folder_with_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "out" / "vector-search" / "it.h5"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    given = ("--capture", "other.h5", "--codebooks", "other.h5", option, kept)
+    _, stderr = run("study", "vector-search", *given, "--output", "out", "--force", code=2)
+    said = f"{option} {kept} lies in out/vector-search, which is replaced; name another --output\n"
+    assert stderr == f"sphkv study: {said}"
+    assert kept.read_text() == "mine"
 
 
 MEASURED = ("profile", "capture.h5", "allocation.h5")

@@ -209,8 +209,11 @@ def test_outputs_are_one_file_also_through_a_link_of_their_folder(tmp_path: Path
     (tmp_path / "link").symlink_to("real")
     one, other = tmp_path / "real" / "a", tmp_path / "link" / "a"
     with pytest.raises(UsageError, match="--output and --html name the same file"):
-        check_outputs({"--output": one, "--html": other}, force=True)
-    check_outputs({"--output": one, "--html": tmp_path / "a", "--plot": None}, force=False)
+        check_outputs({"--output": one, "--html": other}, {}, force=True)
+    with pytest.raises(UsageError, match="CAPTURE and --output name the same file"):
+        check_outputs({"--output": one}, {"--codebooks": None, "CAPTURE": other}, force=True)
+    two = {"--output": one, "--html": tmp_path / "a", "--plot": None}
+    check_outputs(two, {"CAPTURE": tmp_path / "real" / "b"}, force=False)
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
