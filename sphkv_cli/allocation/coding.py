@@ -97,7 +97,7 @@ def round_trip(kind: RegionFormat, vectors: Tensor, layer: int) -> Tensor:
         name = kind.name if isinstance(kind, SphericalCode) else kind
         raise SphkvError(
             f"{name} cannot encode layer {layer}: {error}",
-            "leave this tier out with --tier, or check the capture",
+            "leave this tier out with --tier, or check the capture with `sphkv inspect --verify`",
         ) from error
 
 

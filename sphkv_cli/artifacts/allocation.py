@@ -26,7 +26,7 @@ from sphkv_cli.artifacts.allocation_content import (
 from sphkv_cli.artifacts.capture_info import LayerInfo, Split
 from sphkv_cli.artifacts.frames import read_frames
 from sphkv_cli.artifacts.header import ArtifactRef, require_input
-from sphkv_cli.artifacts.reader import ArtifactReader
+from sphkv_cli.artifacts.reader import ArtifactReader, reads
 from sphkv_cli.artifacts.row_tables import read_rows
 from sphkv_cli.artifacts.store import artifact_ref, create_artifact, read_header
 from sphkv_codebooks.frame import FrameSet
@@ -77,10 +77,6 @@ class AllocationReader(ArtifactReader):
     @property
     def kind(self) -> str:
         return "allocation"
-
-    @property
-    def command(self) -> str:
-        return "sphkv allocate"
 
     def require_capture(self, capture: ArtifactRef) -> None:
         """Refuse any other capture than the one that was allocated; raises ArtifactError."""
@@ -143,7 +139,7 @@ class AllocationReader(ArtifactReader):
 
     def tier_of_token(self, document: PlanInfo) -> npt.NDArray[np.int8]:
         """(n_layers, n_kv_heads, n_context) index into `tiers`, -1 = dropped."""
-        return self._plan_array(document, "tier_of_token", np.int8)
+        return self._plan_tiers(document, "tier_of_token")
 
     def page_of_token(self, document: PlanInfo) -> npt.NDArray[np.int32]:
         """(n_layers, n_kv_heads, n_context) page inside the (layer, KV head), dropped ones too."""
@@ -151,14 +147,16 @@ class AllocationReader(ArtifactReader):
 
     def policy_tier_of_token(self, document: PlanInfo) -> npt.NDArray[np.int8]:
         """As `tier_of_token`, by the frozen quotas instead of the solved plan; same pages."""
-        return self._plan_array(document, "policy_tier_of_token", np.int8)
+        return self._plan_tiers(document, "policy_tier_of_token")
 
     @property
+    @reads
     def quotas(self) -> FloatArray:
         """(n_layers, n_kv_heads, 1 + n_tiers) fractions of pages, drop first."""
         return np.asarray(self._file["policy/quotas"][()], dtype=np.float64)
 
     @cached_property
+    @reads
     def quota_fit(self) -> QuotaFitArrays | None:
         """What quotas are fitted from, for other budgets and lengths; None in files without it."""
         group = self._file["policy"]
@@ -177,11 +175,13 @@ class AllocationReader(ArtifactReader):
         )
 
     @property
+    @reads
     def head_weights(self) -> FloatArray:
         """(n_layers, n_q_heads) F of each query head."""
         return np.asarray(self._file["head_weights"][()], dtype=np.float64)
 
     @property
+    @reads
     def drop_coefficients(self) -> FloatArray:
         """(n_layers, n_kv_heads) c_drop; one number for all in files of version 1."""
         if "drop_coefficients" not in self._file:
@@ -190,6 +190,7 @@ class AllocationReader(ArtifactReader):
         return np.asarray(self._file["drop_coefficients"][()], dtype=np.float64)
 
     @property
+    @reads
     def code_coefficients(self) -> FloatArray:
         """(n_layers, n_kv_heads) c_code; 1 in files that lack it."""
         if "code_coefficients" not in self._file:
@@ -197,6 +198,7 @@ class AllocationReader(ArtifactReader):
         return np.asarray(self._file["code_coefficients"][()], dtype=np.float64)
 
     @property
+    @reads
     def score_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What the score needs beside its name, as FORMAT.md says; empty where that says all."""
         if "score" not in self._file:
@@ -204,6 +206,7 @@ class AllocationReader(ArtifactReader):
         return {name: np.asarray(dataset[()]) for name, dataset in self._file["score"].items()}
 
     @property
+    @reads
     def calibration(self) -> CalibrationArrays | None:
         """The tables from score to expected damage, None where scores were believed."""
         if "calibration" not in self._file:
@@ -212,10 +215,19 @@ class AllocationReader(ArtifactReader):
         names = (field.name for field in dataclasses.fields(CalibrationArrays))
         return CalibrationArrays(**{name: group[name][()] for name in names})
 
+    @reads
     def table(self, name: str, row_type: type[Any]) -> tuple[Any, ...]:
-        """One of the tables for people; raises KeyError where there is none of that name."""
+        """One of the tables for people."""
         return read_rows(self._file["tables"], name, row_type)
 
+    @reads
+    def _plan_tiers(self, document: PlanInfo, name: str) -> npt.NDArray[np.int8]:
+        tiers = self._plan_array(document, name, np.int8)
+        if tiers.size and not -1 <= tiers.min() <= tiers.max() < len(self.tiers):
+            raise ValueError(f"{name} has tiers from {tiers.min()} to {tiers.max()}")
+        return tiers
+
+    @reads
     def _plan_array(self, document: PlanInfo, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         index = self.documents.index(document)
         return np.asarray(self._file[f"documents/{index:03d}/{name}"][()], dtype=dtype)

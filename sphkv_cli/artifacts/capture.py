@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from sphkv_cli.artifacts.bfloat16 import BFLOAT16, STORED_AS, from_bfloat16_bits
 from sphkv_cli.artifacts.capture_info import SPLITS, CaptureInfo, DocumentInfo, LayerInfo, Split
 from sphkv_cli.artifacts.capture_writer import document_path, layer_path
-from sphkv_cli.artifacts.reader import ArtifactReader
+from sphkv_cli.artifacts.reader import ArtifactReader, reads
 from sphkv_cli.errors import ArtifactError
 
 __all__ = ["SPLITS", "CaptureInfo", "CaptureReader", "DocumentInfo", "LayerInfo", "Split"]
@@ -38,10 +37,6 @@ class CaptureReader(ArtifactReader):
     def kind(self) -> str:
         return "capture"
 
-    @property
-    def command(self) -> str:
-        return "sphkv capture"
-
     def _check(self) -> None:
         _ = self.info, self.documents
 
@@ -56,7 +51,7 @@ class CaptureReader(ArtifactReader):
                 softmax_scale=float(row["softmax_scale"]),
                 logit_softcap=float(row["logit_softcap"]),
             )
-            for row in self._dataset("layers")[()]
+            for row in self._file["layers"][()]
         )
         if len(layers) != int(attrs["n_layers"]):
             raise ValueError(f"{len(layers)} layers in its table, n_layers {attrs['n_layers']}")
@@ -174,13 +169,15 @@ class CaptureReader(ArtifactReader):
         """Queries as attention got them, at `query_positions`: (n_queries, n_q_heads, head_dim)."""
         return self._activations(document, layer, "queries", rows)
 
+    @reads
     def query_positions(self, document: int | DocumentInfo) -> npt.NDArray[np.int64]:
         """The token positions of the captured queries, ascending: (n_queries,)."""
-        return np.asarray(self._dataset(f"{self._place(document)}/query_positions"), np.int64)
+        return np.asarray(self._file[f"{self._place(document)}/query_positions"], np.int64)
 
+    @reads
     def token_ids(self, document: int | DocumentInfo) -> npt.NDArray[np.int64]:
         """The tokens of a document: (n_tokens,)."""
-        return np.asarray(self._dataset(f"{self._place(document)}/token_ids"), np.int64)
+        return np.asarray(self._file[f"{self._place(document)}/token_ids"], np.int64)
 
     @property
     def query_mean(self) -> Float32:
@@ -201,6 +198,7 @@ class CaptureReader(ArtifactReader):
         return weight
 
     @property
+    @reads
     def fisher(self) -> npt.NDArray[np.float64] | None:
         """F, squared gradient of log p(sampled label) per coordinate of a head's output:
         (n_layers, n_q_heads), None where it was not captured."""
@@ -214,21 +212,16 @@ class CaptureReader(ArtifactReader):
         return weight
 
     @property
+    @reads
     def fisher_standard_error(self) -> npt.NDArray[np.float64]:
         """Standard error of `fisher` over its passes, NaN where there was one pass."""
-        return np.asarray(self._dataset("fisher_standard_error")[()], dtype=np.float64)
+        return np.asarray(self._file["fisher_standard_error"][()], dtype=np.float64)
 
     def _place(self, document: int | DocumentInfo) -> str:
         index = document if isinstance(document, int) else document.index
         if not 0 <= index < len(self.documents):
             raise IndexError(f"document {index} of {len(self.documents)}")
         return document_path(index)
-
-    def _dataset(self, name: str) -> h5py.Dataset:
-        try:
-            return self._file[name]
-        except KeyError as error:
-            raise self._damaged(f"lacks {name}") from error
 
     def _activations(
         self, document: int | DocumentInfo, layer: int, name: str, rows: slice
@@ -237,12 +230,10 @@ class CaptureReader(ArtifactReader):
             raise IndexError(f"layer {layer} of {self.n_layers}")
         return self._float32(f"{self._place(document)}/{layer_path(layer)}/{name}", rows)
 
+    @reads
     def _float32(self, name: str, rows: slice) -> Float32:
-        dataset = self._dataset(name)
-        try:
-            raw = dataset[rows]
-        except OSError as error:
-            raise self._damaged(f"{name} cannot be read") from error
+        dataset = self._file[name]
+        raw = dataset[rows]
         if dataset.attrs.get(STORED_AS) == BFLOAT16:
             return from_bfloat16_bits(raw)
         return np.ascontiguousarray(raw, dtype=np.float32)

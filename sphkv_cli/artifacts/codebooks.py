@@ -19,6 +19,7 @@ from sphkv_cli.artifacts.codebooks_content import (
     read_content,
     write_content,
 )
+from sphkv_cli.artifacts.damage import reading
 from sphkv_cli.artifacts.empirical_books import EmpiricalBooks
 from sphkv_cli.artifacts.fit_tables import FitTables
 from sphkv_cli.artifacts.header import ArtifactRef, Header, require_input
@@ -39,8 +40,6 @@ __all__ = [
 ]
 
 FloatArray = npt.NDArray[np.float64]
-
-_REMAKE = "make it again with `sphkv fit-codebooks`"
 
 
 class Capture(Protocol):
@@ -79,12 +78,8 @@ class CodebooksReader:
             ArtifactError: missing, truncated, foreign or newer file; damaged shapes; a rotation
                 whose matrix has another digest than recorded.
         """
-        with open_artifact(path, "codebooks") as file:
-            try:
-                content = read_content(file)
-            except (KeyError, ValueError, TypeError, OSError) as error:
-                why = str(error).strip("'\"")
-                raise ArtifactError(f"{path} is damaged ({why})", _REMAKE) from error
+        with open_artifact(path, "codebooks") as file, reading(path, "codebooks"):
+            content = read_content(file)
         return cls(path, read_header(path), content)
 
     @property

@@ -1,22 +1,30 @@
 """What lazy readers of HDF5 artifacts share: open, check, header, digest, one way to fail."""
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import h5py
 import numpy.typing as npt
 
+from sphkv_cli.artifacts.damage import damaged, reading
 from sphkv_cli.artifacts.header import ArtifactRef, Header
 from sphkv_cli.artifacts.store import artifact_ref, open_artifact, read_header
 from sphkv_cli.errors import ArtifactError
 
+R = TypeVar("R", bound="ArtifactReader")
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class ArtifactReader(ABC):
     """A context manager around one file; datasets are read when they are asked for.
+
+    A public method of a subclass that reads one is marked with `reads`.
 
     Raises:
         ArtifactError: on entering, when the file is not a whole artifact of its kind.
@@ -32,22 +40,16 @@ class ArtifactReader(ABC):
     def kind(self) -> str:
         """Kind of artifact, as its header has it."""
 
-    @property
-    @abstractmethod
-    def command(self) -> str:
-        """The command that makes it."""
-
     @abstractmethod
     def _check(self) -> None:
         """Read what must be there; KeyError, ValueError, TypeError or OSError where it is not."""
 
     def __enter__(self) -> Self:
-        self._open = self._stack.enter_context(open_artifact(self.path, self.kind))
-        try:
-            self._check()
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            self._stack.close()
-            raise self._damaged(str(error).strip("'\"")) from error
+        with ExitStack() as opened:
+            self._open = opened.enter_context(open_artifact(self.path, self.kind))
+            with reading(self.path, self.kind):
+                self._check()
+            self._stack = opened.pop_all()
         return self
 
     def __exit__(
@@ -59,7 +61,7 @@ class ArtifactReader(ABC):
         self._stack.close()
         self._open = None
 
-    @cached_property
+    @functools.cached_property
     def header(self) -> Header:
         """Kind, version, digest, inputs, provenance."""
         return read_header(self.path)
@@ -81,9 +83,18 @@ class ArtifactReader(ABC):
         return self._open
 
     def _damaged(self, why: str) -> ArtifactError:
-        return ArtifactError(
-            f"{self.path} is a damaged {self.kind} ({why})", f"make it again with `{self.command}`"
-        )
+        return damaged(self.path, self.kind, why)
+
+
+def reads(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
+    """Of a reader's method that reads after `_check`: what it meets on damage names the file."""
+
+    @functools.wraps(method)
+    def named(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with reading(self.path, self.kind):
+            return method(self, *args, **kwargs)
+
+    return named
 
 
 def write_array(group: h5py.Group, name: str, values: npt.NDArray[Any], axes: str) -> None:

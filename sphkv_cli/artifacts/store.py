@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from sphkv_cli.artifacts.damage import damaged, reading
 from sphkv_cli.artifacts.header import (
     FORMAT_NAME,
     MADE_BY,
@@ -96,8 +97,8 @@ def open_artifact(path: Path, kind: str) -> Iterator[h5py.File]:
         ArtifactError: missing, truncated, foreign, of another kind or of a newer version; the
             message says how to make it.
     """
-    with _opened(path, MADE_BY[kind]) as file:
-        header = _read_header(file, path)
+    with _opened(path, kind) as file:
+        header = _read_header(file, path, kind)
         if header.kind != kind:
             raise ArtifactError(
                 f"{path} holds {header.kind}, not {kind}", f"make it with `{MADE_BY[kind]}`"
@@ -134,9 +135,15 @@ def require_unchanged(path: Path) -> None:
 
 
 def verify_digest(path: Path) -> bool:
-    """Recompute the content digest of an artifact and compare it with the recorded one."""
+    """Recompute the content digest of an artifact and compare it with the recorded one.
+
+    Raises:
+        ArtifactError: the content cannot be read.
+    """
     with _opened(path) as file:
-        return content_digest(file) == _read_header(file, path).digest
+        header = _read_header(file, path)
+        with reading(path, header.kind):
+            return content_digest(file) == header.digest
 
 
 def check_outputs(
@@ -236,11 +243,12 @@ def _as_text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _read_header(file: h5py.File, path: Path) -> Header:
-    attrs = file.attrs
-    if attrs.get("format") != FORMAT_NAME:
+def _read_header(file: h5py.File, path: Path, wanted: str | None = None) -> Header:
+    with reading(path, wanted):
+        attrs = file.attrs
+        name, kind = attrs.get("format"), str(attrs.get("kind"))
+    if name != FORMAT_NAME:
         raise ArtifactError(f"{path} was not written by sphkv", "check the path")
-    kind = str(attrs.get("kind"))
     if kind not in VERSIONS:
         raise ArtifactError(
             f"{path} is a {kind!r}, which this sphkv does not know", "upgrade sphkv"
@@ -262,18 +270,17 @@ def _read_header(file: h5py.File, path: Path) -> Header:
             inputs=decode_inputs(attrs["inputs"]),
             provenance=json.loads(attrs["provenance"]),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(
             f"{path} has a damaged header ({error})", f"remake it with `{MADE_BY[kind]}`"
         ) from error
 
 
 @contextlib.contextmanager
-def _opened(path: Path, maker: str | None = None) -> Iterator[h5py.File]:
+def _opened(path: Path, kind: str | None = None) -> Iterator[h5py.File]:
     if not path.exists():
-        raise ArtifactError(
-            f"{path} does not exist", f"make it with `{maker}`" if maker else "check the path"
-        )
+        hint = f"make it with `{MADE_BY[kind]}`" if kind else "check the path"
+        raise ArtifactError(f"{path} does not exist", hint)
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder", "name the file in it")
     try:
@@ -283,11 +290,10 @@ def _opened(path: Path, maker: str | None = None) -> Iterator[h5py.File]:
             f"{path} cannot be read ({error.strerror})", "mend its rights"
         ) from error
     except OSError as error:
-        why = "truncated or damaged" if _is_hdf5(path) else "not an HDF5 file"
-        raise ArtifactError(
-            f"{path} is {why}",
-            f"make it again with `{maker}`" if maker else "make it again, or check the path",
-        ) from error
+        if _is_hdf5(path):
+            raise damaged(path, kind) from error
+        hint = f"make it again with `{MADE_BY[kind]}`" if kind else "check the path"
+        raise ArtifactError(f"{path} is not an HDF5 file", hint) from error
     with file:
         yield file
 

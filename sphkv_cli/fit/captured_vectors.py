@@ -76,9 +76,14 @@ def read_vectors(
         raise SphkvError(
             f"{what} among the {vectors} of layer {layer}, head {head} "
             f"({capture.path}, document {document.name!r})",
-            "capture again with another --dtype, or leave this document out",
+            f"capture again with another --dtype, or leave this document out; {verify(capture)}",
         )
     return array
+
+
+def verify(capture: CaptureReader) -> str:
+    """What to try where numbers make no sense: damage can leave a capture readable."""
+    return f"`sphkv inspect --verify {capture.path}` tells whether it is as it was written"
 
 
 def token_chunks(

@@ -14,6 +14,7 @@ from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.fit_tables import FrameRow
 from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.evaluation.protocol import UniformProtocol
+from sphkv_cli.fit.captured_vectors import verify
 from sphkv_cli.fit.frame_choice import (
     FrameRules,
     LayerChoice,
@@ -77,7 +78,7 @@ def fit_frames(options: FitOptions, capture: CaptureReader, progress: Progress) 
         try:
             return choose_layer(capture, layer, keys, row, rotation, rules)
         except CodeError as error:
-            raise SphkvError(f"layer {layer} cannot be coded: {error}") from error
+            raise SphkvError(f"layer {layer} cannot be coded: {error}", verify(capture)) from error
 
     choices = []
     progress.start("Choosing frames", capture.n_layers, "layers")

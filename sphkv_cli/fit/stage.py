@@ -25,7 +25,7 @@ from sphkv_cli.fit.angle_survey import (
     count_layer,
 )
 from sphkv_cli.fit.candidates import candidate_codes, candidate_tiers
-from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks
+from sphkv_cli.fit.captured_vectors import documents_of, layer_chunks, verify
 from sphkv_cli.fit.code_measurement import LayerMeasurement, measure_layer
 from sphkv_cli.fit.design import design_codes
 from sphkv_cli.fit.design_codes import Leaders, leaders_of
@@ -287,4 +287,4 @@ def _measure_layer(
             window=info.window,
         )
     except CodeError as error:
-        raise SphkvError(f"layer {layer} cannot be coded: {error}") from error
+        raise SphkvError(f"layer {layer} cannot be coded: {error}", verify(reader)) from error

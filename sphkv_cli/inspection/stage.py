@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 
+from sphkv_cli.artifacts.damage import reading
 from sphkv_cli.artifacts.header import Header
 from sphkv_cli.artifacts.report import Report
 from sphkv_cli.artifacts.store import open_artifact, read_header, verify_digest
@@ -47,12 +48,12 @@ def inspect_artifact(path: Path, *, verify: bool = False) -> Inspection:
     """Describe the artifact at `path`; with `verify`, recompute its content digest.
 
     Raises:
-        ArtifactError: missing, truncated, foreign or newer file.
+        ArtifactError: missing, truncated, damaged, foreign or newer file.
     """
     if _is_json(path):
         return _inspect_report(path)
     header = read_header(path)
-    with open_artifact(path, header.kind) as file:
+    with open_artifact(path, header.kind) as file, reading(path, header.kind):
         attributes = {
             key: _plain(file.attrs[key])
             for key in sorted(file.attrs)

@@ -97,6 +97,27 @@ def test_inspect_fails_on_a_changed_artifact(tmp_path: Path) -> None:
     assert "DOES NOT MATCH" in stdout
 
 
+DAMAGES = {
+    "zeros": lambda content: content[:2048] + bytes(3952) + content[6000:],
+    "flips": lambda content: bytes(
+        byte ^ 0x5A if place > 4096 and place % 97 == 0 else byte
+        for place, byte in enumerate(content)
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["capture", "codebooks", "allocation"])
+def test_a_damaged_artifact_is_one_line(tmp_path: Path, kind: str, damage: str) -> None:
+    path = tmp_path / "it.h5"
+    path.write_bytes(DAMAGES[damage](ARCHIVED[kind].read_bytes()))
+    _, stderr = run("inspect", path, "--verify", code=1)
+    assert stderr.startswith(f"sphkv inspect: {path} ")
+    assert "damaged" in stderr
+    assert "make it again" in stderr or "remake it" in stderr
+    assert stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

@@ -74,14 +74,23 @@ def test_damaged_files_are_refused(copied: Path) -> None:
             del file[name]
 
     without("documents/000/page_of_token")
-    refused(copied, r"a.h5 is a damaged allocation \(.*page_of_token")
+    refused(copied, r"a.h5 is truncated or damaged \(.*page_of_token")
 
 
 def test_wrong_shapes_are_refused(copied: Path) -> None:
     with h5py.File(copied, "r+") as file:
         del file["policy/quotas"]
         file["policy/quotas"] = np.zeros((2, 2, 3))
-    refused(copied, r"damaged allocation \(quotas have shape")
+    refused(copied, r"damaged \(quotas have shape")
+
+
+def test_tiers_that_are_not_there_are_refused(copied: Path) -> None:
+    with h5py.File(copied, "r+") as file:
+        file["documents/000/tier_of_token"][0, 0, 0] = 99
+    with AllocationReader(copied) as reader:
+        _ = reader.page_of_token(reader.documents[0])  # the rest is whole
+        with pytest.raises(ArtifactError, match=r"damaged \(tier_of_token has .* to 99"):
+            reader.tier_of_token(reader.documents[0])
 
 
 def test_another_rotation_is_refused(copied: Path) -> None:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from sphkv_cli.artifacts.damage import reading
 from sphkv_cli.artifacts.header import ArtifactRef, require_input
 from sphkv_cli.artifacts.store import (
     artifact_ref,
@@ -168,6 +169,34 @@ def test_a_damaged_header_is_named_as_such(tmp_path: Path) -> None:
         file.attrs["inputs"] = json.dumps({"capture": {"kind": "capture"}})
     with pytest.raises(ArtifactError, match="damaged header"):
         read_header(path)
+
+
+@pytest.mark.parametrize("structure", [b"TREE", b"HEAP", b"SNOD", b"GCOL", b"\x10\x00\x10\x00"])
+def test_damage_names_the_file_whatever_structure_it_hits(tmp_path: Path, structure: bytes) -> None:
+    path = tmp_path / "a.h5"
+    write(path)
+    content = path.read_bytes()
+    assert structure in content
+    path.write_bytes(content.replace(structure, bytes(len(structure))))
+    with pytest.raises(ArtifactError, match=r"a\.h5 .*damaged.*; (re)?make it") as caught:
+        require_unchanged(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_defect_of_ours_is_not_called_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write(path)
+    for defect in (RuntimeError, OSError, KeyError, ValueError):
+        with pytest.raises(defect, match="ours"), open_artifact(path, "capture"):
+            raise defect("ours")
+    with pytest.raises(RuntimeError, match="ours"), reading(path, "capture"):
+        raise RuntimeError("ours")
+    with (
+        pytest.raises(ArtifactError, match=r"damaged \(.*; make it again with `sphkv capture`"),
+        h5py.File(path) as file,
+        reading(path, "capture"),
+    ):
+        _ = file["group/no"]
 
 
 def test_a_broken_chain_says_which_file_to_remake(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -79,3 +80,18 @@ def test_bad_files_are_one_line_and_a_failure(tiny_capture: Path, tmp_path: Path
         assert found.stderr.count("\n") == 1
     assert taken.read_bytes() == b"something"
     assert not (tmp_path / "c.h5").exists()
+
+
+@pytest.mark.parametrize("bits", [0x7F00, 0x7F80])  # bfloat16: 1.7e38, whose norm is inf, and inf
+def test_numbers_that_only_damage_explains_name_the_check_of_the_file(
+    tiny_capture: Path, tmp_path: Path, bits: int
+) -> None:
+    damaged = tmp_path / "damaged.h5"
+    damaged.write_bytes(tiny_capture.read_bytes())
+    with h5py.File(damaged, "r+") as file:
+        for document in file["documents"].values():
+            document["layers/01/values"][0] = bits
+    found = run(damaged, "--output", tmp_path / "c.h5", "--code", "4/2:fp16")
+    assert found.exit_code == 1, found.output
+    assert f"`sphkv inspect --verify {damaged}` tells whether" in found.stderr
+    assert found.stderr.count("\n") == 1
