@@ -5,13 +5,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from sphkv_cli.commands.registry import ForceFlag, JsonFlag, Seed, command
+from sphkv_cli.commands.registry import ForceFlag, JsonFlag, Seed, command, options_typed
 from sphkv_cli.errors import UsageError
 from sphkv_cli.option_checks import refuse_given
+
+_SYNTHETIC = {
+    "synthetic", "output", "document_tokens", "query_stride", "query_tail", "store_dtype", "seed",
+    "dry_run", "force", "json_output",
+}  # fmt: skip
+"""Parameters that have a meaning without a model."""
 
 
 @command("capture")
 def capture_command(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="The capture to write.")] = Path("capture.h5"),
     model: Annotated[
         str | None,
@@ -111,16 +118,9 @@ def capture_command(
     if synthetic is not None:
         from sphkv_cli.capture.synthetic import capture_synthetic
 
+        typed = options_typed(context)
         refuse_given(
-            "with --synthetic",
-            {
-                "--text-file": bool(text_file),
-                "--jsonl": bool(jsonl),
-                "--max-tokens": max_tokens is not None,
-                "--pre-rope": pre_rope,
-                "--resume": resume,
-                "--fisher": fisher,
-            },
+            "with --synthetic", {option: name not in _SYNTHETIC for name, option in typed.items()}
         )
         n_layers, n_q_heads, n_kv_heads, head_dim = _numbers("--synthetic", synthetic, 4)
         options = SyntheticOptions(

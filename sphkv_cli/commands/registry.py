@@ -52,6 +52,17 @@ def _shared(
     del version  # its callback has printed it
 
 
+def options_typed(context: typer.Context) -> dict[str, str]:
+    """By name of their parameter, the options that stand on the command line, as they are typed."""
+    found = {}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            found[name] = max(parameter.opts, key=len)
+    return found
+
+
 def command(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a command whose `SphkvError` becomes one line on stderr and its exit code."""
 

@@ -374,6 +374,8 @@ FITTED = ("fit-codebooks", "capture.h5", "--centring")
         (TIMED, ("--tier", "int8"), "with --synthetic"),
         (TIMED, ("--max-kl", "0.1"), "with --synthetic"),
         (("capture", "--synthetic", "2x4x2x64"), ("--jsonl", "a"), "with --synthetic"),
+        (("capture", "--synthetic", "2x4x2x64"), ("--min-tokens", "64"), "with --synthetic"),
+        (("capture", "--synthetic", "2x4x2x64"), ("--device", "auto"), "with --synthetic"),
         (RECORDED, ("--fisher-samples", "2"), "without --fisher"),
         (RECORDED, ("--fisher-tokens", "2048"), "without --fisher"),
         (EVALUATED, ("--probe-length", "512"), "without --probe"),
