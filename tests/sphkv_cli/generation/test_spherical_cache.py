@@ -377,7 +377,7 @@ def test_what_cannot_work_is_refused_at_once(
 ) -> None:
     model = random_model("llama")
     rule = rule_of(frames("none"), TierFormat.dense())
-    with pytest.raises(EnvironmentUnable, match="backend cuda"):
+    with pytest.raises(EnvironmentUnable, match="CUDA backend needs the model on a GPU"):
         SphericalCache(model, rule, backend="cuda")
     with pytest.raises(UsageError, match="unknown"):
         SphericalCache(model, rule, backend="gpu")  # type: ignore[arg-type]
