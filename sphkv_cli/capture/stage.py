@@ -234,8 +234,8 @@ class _Run:
             if not n:
                 raise
             raise KeyboardInterrupt(
-                f"{n} documents are kept in {work.path}; go on with --resume, or start over with "
-                "--force"
+                f"{n} of {len(self._documents)} documents are kept in {work.path}; go on with "
+                "--resume, or start over with --force"
             ) from error
         finally:
             work.close()
