@@ -149,6 +149,8 @@ class _VariantKey:
 def _load(key: _VariantKey, device: torch.device) -> LoadedKernel:
     capability = capability_of(device)
     source = kernel_source(key.variant, capability)
+    # Also where the kernel is there: the tables of its codes are copied to the device below.
+    _refuse_in_capture(source.kernel_name)
     function = load_function(
         source.text, source.kernel_name, source.shared_bytes, capability, device
     )
@@ -170,11 +172,7 @@ def load_function(
     """
     from cuda.bindings import driver
 
-    if torch.cuda.is_current_stream_capturing():
-        raise KernelLaunchError(
-            f"the kernel {name} is not loaded, and cannot be while a CUDA graph is captured: run "
-            "the same step once before"
-        )
+    _refuse_in_capture(name)
     cubin = compile_cubin(text, capability)
     with torch.cuda.device(device):
         _make_context_current(device)
@@ -186,6 +184,14 @@ def load_function(
         (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
         require_success(status, "cuFuncSetAttribute")
     return function
+
+
+def _refuse_in_capture(name: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelLaunchError(
+            f"the kernel {name} is not loaded, and cannot be while a CUDA graph is captured: run "
+            "the same step once before"
+        )
 
 
 def require_success(status: Any, what: str) -> None:

@@ -147,7 +147,7 @@ def _one_line(source: ModelSource) -> Iterator[None]:
         if isinstance(error, SphkvError):
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        if "device_map" in str(error):
+        if "device_map as a string, the value needs" in str(error):
             raise UsageError(
                 f"--device-map cannot be followed ({first[:200]})", "give auto, or leave it away"
             ) from error
@@ -156,7 +156,7 @@ def _one_line(source: ModelSource) -> Iterator[None]:
             hint = "pass --trust-remote-code if you trust its authors' Python"
         elif "does not recognize this architecture" in str(error):
             hint = "upgrade transformers, or choose another model"
-        elif isinstance(error, ImportError):
+        elif isinstance(error, ImportError) or "requires `accelerate`" in str(error):
             raise EnvironmentUnable(
                 f"the model {source.name} cannot be loaded ({first[:200]})", "install what is named"
             ) from error

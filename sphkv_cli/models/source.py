@@ -93,7 +93,7 @@ def resolve_model(
 
 def local_path(model: str | None, gguf_file: str | None = None) -> Path | None:
     """The file or folder of this disk that `resolve_model` would read, None where there is none."""
-    if model is None:
+    if model is None or model in PACKAGED or model in SPLIT:
         return None
     path = Path(model).expanduser() / (gguf_file or "")
     return path if path.exists() else None

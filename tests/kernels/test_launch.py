@@ -20,6 +20,7 @@ from sphkv_kernels.kernel_structs import KernelParams
 from sphkv_kernels.plan import make_plan
 from sphkv_kernels.tier import PageError, TierFormat
 from sphkv_kernels.tier_dispatch import require_readable
+from sphkv_kernels.variant import Variant
 from tests.kernels.cases import even_code, plan_without_kernels, random_tokens
 
 TIER = TierFormat.spherical(SphericalCode.analytic("code", 64, (4, 2, 2, 2), "lloyd_max:2"))
@@ -89,6 +90,16 @@ def test_a_thread_that_has_no_context_gets_that_of_torch(monkeypatch: pytest.Mon
     results[:] = [driver.CUresult.CUDA_ERROR_INVALID_VALUE] * 2
     with pytest.raises(launch.KernelLaunchError, match="INVALID_VALUE"):
         launch.launch_function(*arguments)
+
+
+def test_new_codes_are_not_loaded_in_a_capture_though_their_kernel_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(launch, "load_function", lambda *_: object())
+    with pytest.raises(launch.KernelLaunchError, match="run the same step once before"):
+        launch.load_kernel(Variant((TIER,), 64, 1), torch.device("cuda", 0))
 
 
 def test_a_grid_that_no_launch_takes_is_refused() -> None:
