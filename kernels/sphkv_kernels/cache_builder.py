@@ -55,14 +55,10 @@ def build_cache(
         raise PageError("a cache needs at least one sequence (it may have no tokens)")
     if len(tiers) > MOST_TIERS:
         raise PageError(f"{len(tiers)} tiers: a page table numbers up to {MOST_TIERS}")
-    if sequences[0].keys.ndim != 3:
-        raise PageError(
-            f"sequence 0: keys is {tuple(sequences[0].keys.shape)}, expected (n_tokens, "
-            "n_kv_heads, head_dim)"
-        )
-    n_kv_heads, head_dim = sequences[0].keys.shape[1:]
+    of_token = tuple(sequences[0].keys.shape[1:])
     for index, tokens in enumerate(sequences):
-        _check_tokens(index, tokens, n_kv_heads, head_dim)
+        _check_tokens(index, tokens, of_token)
+    n_kv_heads, head_dim = of_token
     slots = place_tokens(sequences, len(tiers), page_size)
     pool, offsets = pack_pages(
         tiers, page_size, sequences, slots, dead_rows, uses_kernel=uses_kernel
@@ -158,15 +154,19 @@ def _stored_positions(
     return (positions & 0xFFFF if dtype == torch.uint16 else positions).to(dtype)
 
 
-def _check_tokens(index: int, tokens: SequenceTokens, n_kv_heads: int, head_dim: int) -> None:
-    if not tokens.keys.ndim:
-        raise PageError(f"sequence {index}: keys is a single number")
+def _check_tokens(index: int, tokens: SequenceTokens, of_token: tuple[int, ...]) -> None:
+    """of_token: (n_kv_heads, head_dim), those of the first sequence."""
+    if tokens.keys.ndim != 3:
+        raise PageError(
+            f"sequence {index}: keys is {tuple(tokens.keys.shape)}, expected (n_tokens, "
+            "n_kv_heads, head_dim)"
+        )
     n_tokens = tokens.keys.shape[0]
-    expected = {
-        "keys": (tokens.keys, (n_tokens, n_kv_heads, head_dim)),
-        "values": (tokens.values, (n_tokens, n_kv_heads, head_dim)),
-        "tier_of_token": (tokens.tier_of_token, (n_tokens, n_kv_heads)),
-        "page_of_token": (tokens.page_of_token, (n_tokens, n_kv_heads)),
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "keys": (tokens.keys, (n_tokens, *of_token)),
+        "values": (tokens.values, (n_tokens, *of_token)),
+        "tier_of_token": (tokens.tier_of_token, (n_tokens, of_token[0])),
+        "page_of_token": (tokens.page_of_token, (n_tokens, of_token[0])),
     }
     if tokens.positions is not None:
         expected["positions"] = (tokens.positions, (n_tokens,))

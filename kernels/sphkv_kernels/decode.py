@@ -125,21 +125,18 @@ class AttentionPlan:
         near = positions.near if positions else True
         mode = (logits, window, softcap, groups, offset_bytes, near)
         if mode not in self.kernels:
-            tiers = tuple(self.cache.tiers[index] for index in self.work.used_tiers)
-            variant = Variant(
-                tiers=tiers or (TierFormat.dense(),),
-                head_dim=self.cache.head_dim,
-                group_tiles=_group_tiles(self.group_size),
+            plain = _plain_variant(
+                self.cache, self.work, self.group_size, self.n_warps, self.table_heads
+            )
+            variant = replace(
+                plain,
                 logits=logits,
                 window=window,
                 softcap=softcap,
-                n_warps=self.n_warps,
-                small_pages=self.cache.page_size == 16,
                 position_groups=groups,
                 position_bytes=_position_bytes(self.cache) if window else 4,
                 offset_bytes=offset_bytes,
                 near_offsets=near,
-                table_heads=self.table_heads,
             )
             if self.score_form == "auto" and not tables_fit(variant, self.cache.device):
                 variant = replace(variant, table_heads=0)
@@ -195,13 +192,7 @@ def plan(
         score_form, used, work.tier_costs, work.n_starts, group_size, cache.head_dim
     )
     device = cache.device
-    if heads and not tables_fit(
-        Variant(
-            used, cache.head_dim, tiles, n_warps=n_warps, small_pages=cache.page_size == 16,
-            table_heads=heads,
-        ),
-        device,
-    ):  # fmt: skip
+    if heads and not tables_fit(_plain_variant(cache, work, group_size, n_warps, heads), device):
         if score_form == "table":
             raise PageError(
                 "score_form 'table': the query tables beside those of this cache's tiers do not "
@@ -298,6 +289,21 @@ def _checked_plan(query: Tensor, cache: PagedCache, given: AttentionPlan | None)
     if given.group_size != group_size:
         raise PageError(f"the plan is for groups of {given.group_size}, the query has {group_size}")
     return given
+
+
+def _plain_variant(
+    cache: PagedCache, work: DecodePlan, group_size: int, n_warps: int, heads: int
+) -> Variant:
+    """The kernel of a plan without window, soft-cap and position term; heads: `table_heads`."""
+    tiers = tuple(cache.tiers[index] for index in work.used_tiers)
+    return Variant(
+        tiers or (TierFormat.dense(),),
+        cache.head_dim,
+        _group_tiles(group_size),
+        n_warps=n_warps,
+        small_pages=cache.page_size == 16,
+        table_heads=heads,
+    )
 
 
 def _group_tiles(group_size: int) -> int:

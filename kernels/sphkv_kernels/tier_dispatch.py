@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import decoded_layout_of, native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of
 from sphkv_kernels.layout import NativeLayout, Scheme
 from sphkv_kernels.lookup_tables import CodeTables, Table, code_tables, wide_tables
 from sphkv_kernels.table_space import ROW_BYTES, TableSpace
@@ -173,7 +173,7 @@ def has_query_table(region: RegionFormat, head_dim: int) -> bool:
     """Whether keys of this format can be scored by query tables."""
     if isinstance(region, str) or head_dim not in TABLE_HEAD_DIMS:
         return False
-    layout = native_layout_of(region)
+    layout = decoded_layout_of(region)
     return layout is not None and layout.scheme in _SCORE_CLASS
 
 

@@ -5,9 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from sphkv_cli.commands.registry import ForceFlag, JsonFlag, Seed, command, options_typed
+from sphkv_cli.commands.registry import (
+    ForceFlag,
+    JsonFlag,
+    Seed,
+    command,
+    options_typed,
+    refuse_typed,
+)
 from sphkv_cli.errors import UsageError
-from sphkv_cli.option_checks import refuse_given
 
 _SYNTHETIC = {
     "synthetic", "output", "document_tokens", "query_stride", "query_tail", "store_dtype", "seed",
@@ -18,7 +24,7 @@ _SYNTHETIC = {
 
 @command("capture")
 def capture_command(
-    context: typer.Context,
+    command_line: typer.Context,
     output: Annotated[Path, typer.Option(help="The capture to write.")] = Path("capture.h5"),
     model: Annotated[
         str | None,
@@ -80,15 +86,14 @@ def capture_command(
         ),
     ] = False,
     fisher_samples: Annotated[
-        int | None,
+        int,
         typer.Option(
-            help="With --fisher: backward passes per fit document, each with sampled labels; 2."
+            help="With --fisher: backward passes per fit document, each with sampled labels."
         ),
-    ] = None,
+    ] = 2,
     fisher_tokens: Annotated[
-        int | None,
-        typer.Option(help="With --fisher: first tokens of a fit document that serve it; 2048."),
-    ] = None,
+        int, typer.Option(help="With --fisher: first tokens of a fit document that serve it.")
+    ] = 2048,
     seed: Seed = 42,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the documents and bytes, write nothing.")
@@ -107,20 +112,13 @@ def capture_command(
     if (model is None) == (synthetic is None):
         raise UsageError("pass either --model or --synthetic", "for example --model smollm2")
     if not fisher:
-        refuse_given(
-            "without --fisher",
-            {
-                "--fisher-samples": fisher_samples is not None,
-                "--fisher-tokens": fisher_tokens is not None,
-            },
-        )
+        refuse_typed(command_line, "without --fisher", ("fisher_samples", "fisher_tokens"))
     progress = TerminalProgress()
     if synthetic is not None:
         from sphkv_cli.capture.synthetic import capture_synthetic
 
-        typed = options_typed(context)
-        refuse_given(
-            "with --synthetic", {option: name not in _SYNTHETIC for name, option in typed.items()}
+        refuse_typed(
+            command_line, "with --synthetic", options_typed(command_line).keys() - _SYNTHETIC
         )
         n_layers, n_q_heads, n_kv_heads, head_dim = _numbers("--synthetic", synthetic, 4)
         options = SyntheticOptions(
@@ -156,8 +154,8 @@ def capture_command(
                 attention=attention,
                 jsonl_field=jsonl_field,
                 fisher=fisher,
-                fisher_samples=2 if fisher_samples is None else fisher_samples,
-                fisher_tokens=2048 if fisher_tokens is None else fisher_tokens,
+                fisher_samples=fisher_samples,
+                fisher_tokens=fisher_tokens,
                 seed=seed,
                 load=LoadOptions(dtype=dtype, device=device, device_map=device_map),
                 revision=revision,

@@ -5,12 +5,28 @@ from typing import Annotated, Literal
 
 import typer
 
-from sphkv_cli.commands.registry import CaptureArgument, ForceFlag, JsonFlag, Seed, command
-from sphkv_cli.option_checks import refuse_given
+from sphkv_cli.commands.registry import (
+    CaptureArgument,
+    ForceFlag,
+    JsonFlag,
+    Seed,
+    command,
+    refuse_typed,
+)
+
+_OF_PROBES = (
+    "probe_length", "probe_depth", "probe_keys", "probe_values", "probe_prompts", "gate_recall",
+)  # fmt: skip
+_OF_ROWS = (
+    "budget", "rows", "context", "max_documents", "stepwise", "by_position", "gate_kl",
+    "gate_top1", "gate_perplexity",
+)  # fmt: skip
+"""Parameters that have a meaning with a probe alone, and with rows alone."""
 
 
 @command("evaluate")
 def evaluate_command(
+    command_line: typer.Context,
     capture: CaptureArgument,
     codebooks: Annotated[
         Path | None,
@@ -89,13 +105,11 @@ def evaluate_command(
     probe_depth: Annotated[
         list[float] | None, typer.Option(help="Depth of the needle, 0 to 1, repeatable.")
     ] = None,
-    probe_keys: Annotated[
-        int | None, typer.Option(help="Statements in a context (copy-back): 4.")
-    ] = None,
-    probe_values: Annotated[int | None, typer.Option(help="Codes in each statement: 1.")] = None,
+    probe_keys: Annotated[int, typer.Option(help="Statements in a context (copy-back).")] = 4,
+    probe_values: Annotated[int, typer.Option(help="Codes in each statement.")] = 1,
     probe_prompts: Annotated[
-        int | None, typer.Option(help="Prompts per length (copy-back) or per cell (needle): 4.")
-    ] = None,
+        int, typer.Option(help="Prompts per length (copy-back) or per cell (needle).")
+    ] = 4,
     gate_recall: Annotated[
         float | None, typer.Option(help="Gate: least fraction of digits that come back.")
     ] = None,
@@ -158,33 +172,12 @@ def evaluate_command(
         gguf_file=gguf_file,
         seed=seed,
     )
-    asks = {
-        "--probe-length": bool(probe_length),
-        "--probe-depth": bool(probe_depth),
-        "--probe-keys": probe_keys is not None,
-        "--probe-values": probe_values is not None,
-        "--probe-prompts": probe_prompts is not None,
-        "--gate-recall": gate_recall is not None,
-    }
     if probe is None:
-        refuse_given("without --probe", asks)
+        refuse_typed(command_line, "without --probe", _OF_PROBES)
     else:
-        other = "--probe-depth" if probe == "copy-back" else "--probe-keys"
-        refuse_given(f"with --probe {probe}", {other: asks[other]})
-        refuse_given(
-            "with --probe",
-            {
-                "--budget": bool(budget),
-                "--rows": rows is not None,
-                "--context": context is not None,
-                "--max-documents": max_documents is not None,
-                "--stepwise": stepwise,
-                "--by-position": by_position,
-                "--gate-kl": gate_kl is not None,
-                "--gate-top1": gate_top1 is not None,
-                "--gate-perplexity": gate_perplexity is not None,
-            },
-        )
+        other = "probe_depth" if probe == "copy-back" else "probe_keys"
+        refuse_typed(command_line, f"with --probe {probe}", (other,))
+        refuse_typed(command_line, "with --probe", _OF_ROWS)
     read = options.files_read(capture, codebooks, allocation)
     check_outputs({"--output": output, "--plot": plot}, read, force=force)
     if probe is not None:
@@ -197,9 +190,9 @@ def evaluate_command(
             kind=probe,
             lengths=tuple(probe_length) if probe_length else (512,),
             depths=tuple(probe_depth) if probe_depth else (0.0, 0.25, 0.5, 0.75, 1.0),
-            keys=4 if probe_keys is None else probe_keys,
-            values=1 if probe_values is None else probe_values,
-            prompts=4 if probe_prompts is None else probe_prompts,
+            keys=probe_keys,
+            values=probe_values,
+            prompts=probe_prompts,
             gate=gate_recall,
         )
         checked_plot(plot, asked)

@@ -5,13 +5,14 @@ commands, so that `sphkv --help` never loads torch.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
 from sphkv_cli.errors import SphkvError
+from sphkv_cli.option_checks import refuse_given
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,15 +53,24 @@ def _shared(
     del version  # its callback has printed it
 
 
-def options_typed(context: typer.Context) -> dict[str, str]:
+def options_typed(command_line: typer.Context) -> dict[str, str]:
     """By name of their parameter, the options that stand on the command line, as they are typed."""
     found = {}
-    for parameter in context.command.params:
+    for parameter in command_line.command.params:
         name = str(parameter.name)
-        source = context.get_parameter_source(name)
+        source = command_line.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             found[name] = max(parameter.opts, key=len)
     return found
+
+
+def refuse_typed(command_line: typer.Context, where: str, names: Container[str]) -> None:
+    """Refuse options of another mode than the one asked for, by name of their parameter.
+
+    where: as `refuse_given`.
+    """
+    typed = options_typed(command_line)
+    refuse_given(where, {option: name in names for name, option in typed.items()})
 
 
 def command(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

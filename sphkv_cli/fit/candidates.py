@@ -11,7 +11,7 @@ from sphkv_cli.fit.code_spec import CodeSpec, default_code_texts, parse_code_spe
 from sphkv_cli.fit.options import FitOptions
 from sphkv_codebooks.errors import CodeError
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of
 from sphkv_kernels.pages import region_bytes
 from sphkv_kernels.tier import TierFormat
 
@@ -63,7 +63,7 @@ def _default_tiers(options: FitOptions, codes: tuple[SphericalCode, ...]) -> tup
     names = tuple(code.name for code in codes)
     if options.codes:
         return names
-    native = tuple(code.name for code in codes if native_layout_of(code) is not None)
+    native = tuple(code.name for code in codes if decoded_layout_of(code) is not None)
     # Of the small head dimensions that the kernel does not read, every code serves the reference.
     return native or names
 

@@ -18,7 +18,7 @@ from sphkv_cli.fit.code_measurement import LayerMeasurement
 from sphkv_codebooks.density import EmpiricalDensity, analytic_density
 from sphkv_codebooks.distortion import distortion_shares, relative_logit_error
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -84,7 +84,7 @@ def code_rows(
                 digest=code.digest,
                 code_rate=code.code_rate,
                 laid_out_rates=tuple(laid_out_rate(code, size) for size in page_sizes),
-                has_kernel_layout=int(native_layout_of(code) is not None),
+                has_kernel_layout=int(decoded_layout_of(code) is not None),
                 predicted_distortion=predicted,
                 gap_db=10.0 * math.log10(predicted * 4.0**code.code_rate),
                 key_distortion=float(measured.key_distortion[index].mean()),

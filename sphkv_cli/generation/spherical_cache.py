@@ -37,7 +37,7 @@ from sphkv_cli.generation.placement import PlacementRule, PolicyRule
 from sphkv_cli.generation.store_state import NewTokens, StoreState
 from sphkv_cli.generation.trial import try_pages
 from sphkv_cli.models.geometry import ModelGeometry, inspect_model
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of
 
 Backend = Literal["auto", "cuda", "reference"]
 _TRIAL_TOKENS = 3
@@ -190,9 +190,13 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return sum(frame.n_bytes for frame in self._frames)
 
     @property
+    def _held(self) -> StoreState | DecodeSteps | None:
+        return self._steps or self._states[0]
+
+    @property
     def n_coded_tokens(self) -> int:
         """Tokens of all sequences that lie in pages or were dropped; the others are dense."""
-        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        held = self._held
         return 0 if held is None else sum(held.n_sealed)
 
     @property
@@ -203,7 +207,7 @@ class SphericalCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def dense_bytes(self, bytes_per_number: int = 2) -> int:
         """What the same tokens take in a dense cache."""
-        held: StoreState | DecodeSteps | None = self._steps or self._states[0]
+        held = self._held
         n_tokens = 0 if held is None else sum(held.n_tail) + sum(held.n_sealed)
         shape = self.geometry
         return 2 * n_tokens * shape.n_layers * shape.n_kv_heads * shape.head_dim * bytes_per_number
@@ -550,7 +554,7 @@ def _require_native(rule: PlacementRule) -> None:
     """Refuse codes that the kernel has no decoder for."""
     for tier in rule.tiers:
         for code in (tier.key_code, tier.value_code):
-            if code is not None and native_layout_of(code) is None:
+            if code is not None and decoded_layout_of(code) is None:
                 raise UsageError(
                     f"the CUDA kernel does not read the code {code.name}",
                     "choose another tier, or the reference backend",

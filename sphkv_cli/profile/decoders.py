@@ -15,7 +15,7 @@ from sphkv_cli.errors import EnvironmentUnable, SphkvError
 from sphkv_cli.profile.layer_inputs import LayerInputs
 from sphkv_cli.profile.options import Backend
 from sphkv_codebooks.spherical_code import SphericalCode
-from sphkv_kernels.block_words import native_layout_of
+from sphkv_kernels.block_words import decoded_layout_of
 from sphkv_kernels.cache import PagedCache
 from sphkv_kernels.cache_reader import logits_by_token
 from sphkv_kernels.reference import DecodeResult, ada_logits_reference, decode_from_logits
@@ -167,7 +167,7 @@ def _foreign_codes(tiers: Sequence[TierFormat]) -> list[str]:
     """Names of the spherical codes without a layout that the kernel reads."""
     formats = [kind for tier in tiers for kind in (tier.key_format, tier.value_format)]
     codes = {kind.name: kind for kind in formats if isinstance(kind, SphericalCode)}
-    return [name for name, code in codes.items() if native_layout_of(code) is None]
+    return [name for name, code in codes.items() if decoded_layout_of(code) is None]
 
 
 def _decoded(

@@ -217,12 +217,12 @@ def profile_synthetic(
 def _tiers(options: SyntheticSpeedOptions) -> list[Any]:
     from sphkv_cli.fit.candidates import candidate_codes
     from sphkv_cli.fit.options import FitOptions
-    from sphkv_kernels.block_words import native_layout_of
+    from sphkv_kernels.block_words import decoded_layout_of
     from sphkv_kernels.tier import TierFormat
 
     codes = candidate_codes(FitOptions(codes=options.codes), options.head_dim)
     for code in codes:
-        if native_layout_of(code) is None or code.pairing != "adjacent":
+        if decoded_layout_of(code) is None:
             raise UsageError(
                 f"the CUDA kernel does not read the code {code.name}",
                 "give codes of kernels/LAYOUT.md, such as 4/2/2/2:fp16 or 3/2/2/2:r2",
