@@ -34,8 +34,8 @@ LOOP_INSTRUCTIONS: dict[Scheme, dict[int, int]] = {
 POSITION_TERM_SHARES: dict[int, float] = {0: 0.0, 4: 0.12, 8: 0.21, 16: 0.54, 32: 0.99}
 """By RoPE pairs: what the position term adds to the time of a step, at most. Measured on an H100 of
 an earlier kernel: 3/2/2/2 with two-bit radii (the fastest code), head_dim 128, 8 x 8 x 32768 x 4.
-Today's adds 0.11, 0.19, 0.45 and 0.61 at most, over all codes, shapes and orders of positions of
-its report; an H200, where steps are shorter, 0.13, 0.22, 0.50 and 0.68."""
+Today's adds 0.11, 0.19, 0.46 and 0.63 at most, over all codes, shapes and orders of positions of
+its report; an H200, where steps are shorter, 0.13, 0.23, 0.51 and 0.70."""
 
 
 def instructions_per_coordinate(key_code: SphericalCode, value_code: SphericalCode) -> float | None:
