@@ -113,11 +113,29 @@ class ResolvedBudget:
             raise UsageError(
                 f"budget {self.describe()} of {document} is below its metadata, "
                 f"{minimum_bytes:,} bytes with every token dropped",
-                f"give at least {8 * minimum_bytes / self.n_coordinates:.3g}b",
+                f"give at least {least_budget(minimum_bytes, self.n_coordinates)}",
             )
         if self.n_bytes > dense_bytes:
             raise UsageError(
                 f"budget {self.describe()} of {document} is above its dense cache, "
                 f"{dense_bytes:,} bytes laid out in pages",
-                f"give at most {8 * dense_bytes / self.n_coordinates:.4g}b, or keep bf16",
+                f"give at most {most_budget(dense_bytes, self.n_coordinates)}, or keep bf16",
             )
+
+
+def least_budget(n_bytes: int, n_coordinates: int) -> str:
+    """ "2.271b": `n_bytes` in bits per coordinate, rounded up: a budget that pays for them."""
+    count = -(-8000 * n_bytes // n_coordinates)
+    text = f"{_thousandths(count)}b"
+    # Where they are a whole number of thousandths, the binary fraction can lie below it.
+    is_short = Budget.parse(text).resolve(n_coordinates).n_bytes < n_bytes
+    return f"{_thousandths(count + 1)}b" if is_short else text
+
+
+def most_budget(n_bytes: int, n_coordinates: int) -> str:
+    """ "2.27b": `n_bytes` in bits per coordinate, rounded down: a budget that takes no more."""
+    return f"{_thousandths(8000 * n_bytes // n_coordinates)}b"
+
+
+def _thousandths(count: int) -> str:
+    return f"{count / 1000:.12g}"

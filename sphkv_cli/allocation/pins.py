@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sphkv_cli.allocation.budget import least_budget
 from sphkv_cli.allocation.layout import PageLayout
 from sphkv_cli.errors import UsageError
 from sphkv_cli.option_checks import require_at_least
@@ -65,7 +66,8 @@ class Pins:
             f"{self.describe()} of {document} take {minimum:,} bytes = "
             f"{8 * minimum / n_coordinates:.3g} bits per coordinate, the budget is "
             f"{budget_bytes:,} bytes",
-            "pin fewer tokens, allow drops, or give a larger budget",
+            "pin fewer tokens, allow drops, or give a budget of at least "
+            f"{least_budget(minimum, n_coordinates)}",
         )
 
     def describe(self) -> str:

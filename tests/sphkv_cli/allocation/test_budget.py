@@ -2,9 +2,9 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
-from sphkv_cli.allocation.budget import Budget
+from sphkv_cli.allocation.budget import Budget, least_budget, most_budget
 from sphkv_cli.errors import UsageError
 
 
@@ -71,7 +71,21 @@ def test_wrong_budgets_say_what_is_wrong(text: str, words: str) -> None:
 def test_budgets_outside_the_layout_are_refused_with_the_limit() -> None:
     resolved = Budget.parse("3b").resolve(8000)
     resolved.check(minimum_bytes=3000, dense_bytes=3000, document="a")
-    with pytest.raises(UsageError, match=r"of a is below its metadata, 3,001 bytes.*at least 3b"):
+    with pytest.raises(
+        UsageError, match=r"of a is below its metadata, 3,001 bytes.*at least 3.001b"
+    ):
         resolved.check(minimum_bytes=3001, dense_bytes=9000, document="a")
     with pytest.raises(UsageError, match=r"of a is above its dense cache, 2,999 bytes"):
         resolved.check(minimum_bytes=0, dense_bytes=2999, document="a")
+
+
+@given(st.integers(1, 10**9), st.integers(1000, 10**9))
+@example(105_984, 1_474_560)  # .575b, whose binary fraction is a byte short
+def test_a_limit_that_a_refusal_names_is_accepted(n_bytes: int, n_coordinates: int) -> None:
+    least = Budget.parse(least_budget(n_bytes, n_coordinates)).resolve(n_coordinates)
+    assert least.n_bytes >= n_bytes
+    # At most two thousandths of a bit more than it takes.
+    assert least.n_bytes <= n_bytes + 2 * n_coordinates / 8000
+    most = most_budget(n_bytes, n_coordinates)
+    if most != "0b":
+        assert Budget.parse(most).resolve(n_coordinates).n_bytes <= n_bytes

@@ -262,7 +262,7 @@ def test_pinned_tokens_stay_in_the_largest_tier_of_plans_and_of_the_policy(
     ("changes", "words"),
     [
         ({"pin_last": 200, "budget": "4b"}, "the 200 last tokens .* pin fewer"),
-        ({"no_drop": True, "budget": "2b"}, "all tokens in some tier .* give a larger budget"),
+        ({"no_drop": True, "budget": "2b"}, "all tokens in some tier .* at least [0-9.]+b"),
         ({"pin_first": -1}, "--pin-first is -1"),
     ],
 )
