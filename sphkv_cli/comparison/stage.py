@@ -56,8 +56,8 @@ def compare(
         UsageError: one file for both outputs, an output that is an input, or a plot that is neither
             .png nor .svg.
         EnvironmentUnable: a plot without matplotlib.
-        SphkvError: NaN or Inf in the capture, no document to fit or judge on, or a method that
-            cannot code these vectors.
+        SphkvError: NaN or Inf in the capture, no document to fit or judge on, a judge document
+            no token of which is read coded, or a method that cannot code these vectors.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
@@ -86,6 +86,8 @@ def compare(
             ) from error
         layers = _layers(reader.n_layers, options.max_layers)
         protocol = UniformProtocol(options.window, options.first_tokens)
+        for document in judged:
+            protocol.require_coded(document.name, document.n_tokens)
         progress.start(f"Comparing {len(candidates)} codings", len(layers), "layers")
         measured = measure(
             *(reader, judged, fitted, layers, candidates, frame, protocol, options.max_queries),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sphkv_cli.errors import UsageError
+from sphkv_cli.errors import SphkvError, UsageError
 
 
 class ReadProtocol(ABC):
@@ -75,6 +75,15 @@ class UniformProtocol(ReadProtocol):
 
     def scored(self, n_tokens: int) -> range:
         return range(self.first_scored, n_tokens - 1)
+
+    def require_coded(self, document: str, n_tokens: int) -> None:
+        """Refuse a document none of whose tokens is ever read coded; raises SphkvError."""
+        if n_tokens - 1 - self.window <= self.first_tokens:
+            raise SphkvError(
+                f"document {document} has {n_tokens} tokens, none of which is read coded: the last "
+                f"{self.window} before a query and the first {self.first_tokens} stay dense",
+                "lower --window or --first-tokens, or capture longer documents",
+            )
 
     def check_group(self, name: str, token_group: int) -> None:
         if self.window < token_group - 1:

@@ -21,6 +21,7 @@ from sphkv_cli.comparison.options import CompareOptions
 from sphkv_cli.comparison.polar_quantizer import PAGE_SIZE, packed_rate, polar_code_at
 from sphkv_cli.comparison.result import CompareRow, Comparison
 from sphkv_cli.comparison.stage import compare
+from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.protocol import UniformProtocol
 from sphkv_cli.study.calibration import mean_frames
 from sphkv_codebooks.comparators.coordinate_codebook import coordinate_codebook
@@ -180,3 +181,14 @@ def test_rows_do_not_depend_on_who_else_takes_part(capture: Path, result: Compar
         assert row == replace(
             row_of(result, row.setting, is_centred=row.is_centred), seed_spread=row.seed_spread
         )
+
+
+def test_a_window_that_leaves_nothing_coded_is_refused(capture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "compare.json"
+    # The last query, 287, has 283 tokens after the first 4: a window of 282 leaves it one.
+    for window in (283, 1000):
+        with pytest.raises(SphkvError, match=r"none of which is read coded.*lower --window"):
+            compare(CompareOptions(seeds=1, window=window), capture, output=output)
+    assert not output.exists()
+    options = CompareOptions(rates=(3.0,), methods=("fp8",), seeds=1, max_queries=4)
+    assert compare(replace(options, window=282), capture).rows

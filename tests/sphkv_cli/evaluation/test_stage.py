@@ -151,6 +151,7 @@ def test_bad_input_is_refused(chain: Chain, tmp_path: Path) -> None:
     refused(UsageError, "centred methods need", methods=("eden:3,centred",), codebooks=None)
     refused(UsageError, "--window 31", methods=("kivi:2",), window=16)
     refused(SphkvError, "--first-scored", first_scored=149)
+    refused(SphkvError, "none of which is read coded.*--window", window=1000)
     refused(ArtifactError, "does not exist", capture=tmp_path / "none.h5")
     other = save_llama(tmp_path / "other", seed=8)
     with pytest.raises(ArtifactError, match="digest"):
