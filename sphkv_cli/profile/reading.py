@@ -25,7 +25,7 @@ def _against_uniform(plan: CandidateReport, uniform: Sequence[CandidateReport]) 
     fitting = [c for c in uniform if c.laid_out_bytes <= plan.laid_out_bytes]
     size = f"{plan.laid_out_rate:.3f} bits per coordinate laid out"
     if not fitting:
-        return f"The plan takes {size}, less than any tier for every token would."
+        return f"The plan takes {size}, less than any tier measured here would for every token."
     best = min(fitting, key=lambda c: c.weighted_output_error)
     ratio = best.weighted_output_error / max(plan.weighted_output_error, 1e-300)
     compared = (

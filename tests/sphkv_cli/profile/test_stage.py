@@ -257,6 +257,9 @@ def test_only_the_named_tiers_are_measured(run: Run, tmp_path: Path) -> None:
     found = profile(options, run.capture, run.allocation, tmp_path / "r.json")
     assert [c.name for c in found.content.candidates] == ["plan", "policy", "int8"]
     assert found.content.documents[0].n_queries <= 5
+    # Tiers that were not measured may fit the plan's bytes: nothing is said of them.
+    said = [sentence for sentence in found.content.reading if sentence.startswith("The plan takes")]
+    assert len(said) == 1 and "less than any tier measured here would" in said[0]
     with pytest.raises(UsageError, match="no tier 'nonsense'"):
         profile(
             ProfileOptions(backend="reference", tiers=("nonsense",)),
