@@ -31,15 +31,22 @@ def read_tables(
     return tuple(sentences)
 
 
-def read_tiers(code_names: Sequence[str], tier_names: Sequence[str]) -> tuple[str, ...]:
-    """A sentence where some codes are measured and are in no tier ("KEY/VALUE" or one name)."""
+def read_tiers(
+    code_names: Sequence[str], tier_names: Sequence[str], *, are_named: bool
+) -> tuple[str, ...]:
+    """A sentence where some codes are measured and are in no tier ("KEY/VALUE" or one name).
+
+    are_named: the user named the tiers, else they are the codes that the CUDA kernel reads.
+    """
     used = {name for tier in tier_names for name in tier.split("/")}
     unused = [name for name in code_names if name not in used]
     if not unused:
         return ()
+    because = "no --tier names" if are_named else "the CUDA kernel does not read"
+    them = "it" if len(unused) == 1 else "them"
     return (
-        f"{', '.join(unused)}: measured for comparison and in no tier, as the CUDA kernel does not "
-        "read it or no --tier names it; name it with --tier to allocate it all the same.",
+        f"{', '.join(unused)}: measured for comparison and in no tier, as {because} {them}; name "
+        f"{them} with --tier to allocate {them} all the same.",
     )
 
 

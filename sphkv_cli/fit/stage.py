@@ -151,7 +151,11 @@ def fit_codebooks(
         reading=(
             *read_frames(frames, fitted.sinks, tables.frames, fitted.note),
             *read_tables(tables, frames, measured.kept_key_energy, options.page_sizes),
-            *read_tiers([code.name for code in codes], [tier.name for tier in tiers]),
+            *read_tiers(
+                [code.name for code in codes],
+                [tier.name for tier in tiers],
+                are_named=bool(options.tiers),
+            ),
             *(read_design(design) if design else ()),
         ),
         design=design,
