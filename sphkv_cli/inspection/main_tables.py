@@ -16,6 +16,7 @@ from sphkv_cli.blocks import Block, Line, Table, bytes_text
 _REPORT_COLUMNS = (
     *("code_rate", "coded_laid_out_rate", "laid_out_rate", "logit_rmse", "attention_kl"),
     *("output_error", "kl", "kl_geometric", "kl_p99", "perplexity_ratio", "top1"),
+    *("digit_accuracy", "exact"),
 )
 """What is shown of each row, where the report has it."""
 
@@ -147,11 +148,12 @@ def _allocation(path: Path) -> tuple[Block, ...]:
 def _report(path: Path) -> tuple[Block, ...]:
     content: Mapping[str, Any] = Report.open(path).content
     stage = str(content.get("stage", "profile"))
-    body = content.get(stage.replace("evaluate", "evaluation"), content)
+    body = content.get("probe") or content.get(stage.replace("evaluate", "evaluation"), content)
     reading = tuple(Line(sentence) for sentence in body.get("reading", ()))
     if "tables" in body:
         return (*(Table(**table) for table in body["tables"]), *reading)
-    rows = body.get("candidates") or body.get("rows") or []
+    # A row of a probe has its numbers in its score.
+    rows = [row | row.get("score", {}) for row in body.get("candidates") or body.get("rows") or []]
     columns = [key for key in _REPORT_COLUMNS if rows and all(key in row for row in rows)]
     table = Table(
         f"Report of {stage}",

@@ -58,6 +58,9 @@ def test_the_command_prints_and_its_gate_exits_3(tiny_chain: Any, tmp_path: Path
     found = CliRunner().invoke(app, [*arguments, "--probe-prompts", "1"])
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["kind"] == "copy-back"
+    inspected = CliRunner().invoke(app, ["inspect", str(output)]).output
+    for said in ("laid out rate", "digit accuracy", "policy", "dense", "proves nothing"):
+        assert said in inspected
     gated = [*arguments, "--probe-prompts", "1", "--gate-recall", "0.9", "--force"]
     assert CliRunner().invoke(app, gated).exit_code == 3
 
