@@ -75,7 +75,7 @@ def measure_context(
     n_tokens = int(token_ids.numel())
     if not 0 < n_context < n_tokens:
         raise ValueError(f"a context of {n_context} of {n_tokens} tokens")
-    model.require_length(name, n_tokens)
+    model.require_length(f"document {name}", n_tokens)
     run = _MeasuringRun.of(model, allocation, others or {}, n_tokens, n_context)
     with reading_coded(model.model, run):
         model.dense_hidden(token_ids.to(model.model.device))

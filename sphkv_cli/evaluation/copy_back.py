@@ -117,7 +117,9 @@ def copy_back_recall(
     progress = progress or NullProgress()
     found, name = [], "dense"
     for prompt in prompts:
-        model.require_length(prompt.name, prompt.n_tokens)
+        model.require_length(
+            f"the probe's {prompt.name!r}", prompt.n_tokens, "ask for shorter contexts"
+        )
         ids = prompt.token_ids.to(model.model.device)
         if coding is None:
             hidden, rate = model.dense_hidden(ids), 16.0

@@ -63,13 +63,14 @@ class JudgedModel:
                 "name the captured model with --model, or capture this one",
             )
 
-    def require_length(self, name: str, n_tokens: int) -> None:
-        """Refuse a document longer than the model's context; raises SphkvError."""
+    def require_length(
+        self, name: str, n_tokens: int, hint: str = "capture shorter documents"
+    ) -> None:
+        """Refuse a text longer than the model's context; raises SphkvError with `hint`."""
         if n_tokens > self.geometry.max_tokens:
             raise SphkvError(
-                f"document {name} has {n_tokens} tokens, the model's context "
-                f"{self.geometry.max_tokens}",
-                "capture shorter documents",
+                f"{name} has {n_tokens} tokens, the model's context is {self.geometry.max_tokens}",
+                hint,
             )
 
     def dense_hidden(self, token_ids: Tensor) -> Tensor:

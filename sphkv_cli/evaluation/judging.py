@@ -55,7 +55,7 @@ def judge_document(
             no token that is read coded.
     """
     progress = progress or NullProgress()
-    model.require_length(document.name, document.n_tokens)
+    model.require_length(f"document {document.name}", document.n_tokens)
     positions = protocol.scored(document.n_tokens)
     if len(positions) < 1:
         raise SphkvError(

@@ -100,7 +100,9 @@ def probe(
         prompts = _prompts(asked, shape, encoder_of(tokenizer), filler, options.seed)
         model = load_captured(options, reader, source, progress)
         for prompt in prompts:
-            model.require_length(prompt.name, prompt.n_tokens)
+            model.require_length(
+                f"the probe's {prompt.name!r}", prompt.n_tokens, "lower --probe-length"
+            )
         is_uniform = options.protocol == "uniform" or allocation is None
         protocol: ReadProtocol | None = None
         if is_uniform:

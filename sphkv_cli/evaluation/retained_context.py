@@ -69,7 +69,7 @@ class RetainedContext:
         n_tokens = int(token_ids.numel())
         if not 0 < n_context < n_tokens:
             raise ValueError(f"a context of {n_context} of {n_tokens} tokens")
-        model.require_length(name, n_tokens)
+        model.require_length(f"document {name}", n_tokens)
         steps = min(n_tokens - n_context, _ERROR_QUERIES)
         asked = torch.linspace(n_context, n_tokens - 1, steps).round().long()
         protocol = RetentionProtocol(n_context)

@@ -76,7 +76,7 @@ def test_what_cannot_be_asked_is_refused(tiny_chain: Any, tmp_path: Path) -> Non
         with pytest.raises(UsageError, match=message):
             ProbeOptions("needle", **others)  # type: ignore[arg-type]
     output = tmp_path / "probe.json"
-    with pytest.raises(SphkvError, match="model's context"):
+    with pytest.raises(SphkvError, match=r"^the probe's '600 tokens, .*--probe-length"):
         run(tiny_chain, output, ProbeOptions("needle", lengths=(600,)), uniform=True)
     with pytest.raises(UsageError, match="leave out --codebooks and --method"):
         asked = ProbeOptions("copy-back", lengths=(150,), keys=1)

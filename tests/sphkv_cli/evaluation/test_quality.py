@@ -186,7 +186,7 @@ def test_a_document_without_scored_positions_is_refused(judged: Judged, token_id
         judge_document(
             model, JudgedDocument("text", token_ids[:17]), [DenseCoding(model.shape)], PROTOCOL
         )
-    with pytest.raises(SphkvError, match="context 512"):
+    with pytest.raises(SphkvError, match="context is 512"):
         judge_document(
             model,
             JudgedDocument("text", token_ids.repeat(8)),
