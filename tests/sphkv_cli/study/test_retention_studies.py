@@ -1,6 +1,7 @@
 """The studies of retention, page sizes and growing caches on a tiny captured model."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from sphkv_cli.artifacts.capture import CaptureReader
 from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.blocks import Table
-from sphkv_cli.errors import UsageError
+from sphkv_cli.capture.options import SyntheticOptions
+from sphkv_cli.capture.synthetic import capture_synthetic
+from sphkv_cli.errors import SphkvError, UsageError
 from sphkv_cli.study import growing, page_sizes, retention, window_run
 from sphkv_cli.study.inputs import StudyInputs, StudyOptions
 from sphkv_cli.study.result import StudyResult
@@ -107,3 +110,10 @@ def test_studies_of_plans_need_codebooks(tiny_chain: Any) -> None:
         for study in (retention, growing, page_sizes):
             with pytest.raises(UsageError, match="needs tiers"):
                 study.run(StudyInputs(StudyOptions(), reader))
+
+
+def test_a_study_that_runs_the_model_refuses_a_synthetic_capture(tmp_path: Path) -> None:
+    path = tmp_path / "synthetic.h5"
+    capture_synthetic(SyntheticOptions(1, 2, 1, 32, document_tokens=64), path)
+    with CaptureReader(path) as reader, pytest.raises(SphkvError, match="is synthetic, there is"):
+        _ = StudyInputs(StudyOptions(), reader).judged_model
