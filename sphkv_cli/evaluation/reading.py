@@ -64,7 +64,7 @@ def _uniform(rows: Sequence[Row]) -> list[str]:
         factor = 1 / times if times < 1 else times
         sentences.append(
             f"At no more bytes than {row.name} ({row.laid_out_rate:.2f} b whole cache), "
-            f"{best.name} ({best.laid_out_rate:.2f} b) has {factor:.2g} times {verdict}."
+            f"{best.name} ({best.laid_out_rate:.2f} b) has {times_text(factor)} times {verdict}."
         )
     return sentences
 
@@ -88,7 +88,7 @@ def _retention(rows: Sequence[Row]) -> list[str]:
         if baselines:
             base = min(baselines, key=lambda row: row.kl_geometric.mean)
             times = base.kl_geometric.mean / max(plan.kl_geometric.mean, 1e-12)
-            how = f"{times:.2g} times less KL than" if times > 1 else "no less KL than"
+            how = f"{times_text(times)} times less KL than" if times > 1 else "no less KL than"
             sentences.append(
                 f"The plan{where} ({plan.coded_laid_out_rate:.2f} b laid out) has {how} the best "
                 f"other method of no more bytes, {base.name} ({base.coded_laid_out_rate:.2f} b)."
@@ -98,3 +98,8 @@ def _retention(rows: Sequence[Row]) -> list[str]:
             f"The frozen policy{where} has {times:.2f} times the KL of the plan made per text."
         )
     return sentences
+
+
+def times_text(factor: float) -> str:
+    """Two digits, a whole number from ten on: 1.3, 20, 160, never 1.6e+02."""
+    return f"{factor:.2g}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}"
