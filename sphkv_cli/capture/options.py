@@ -92,8 +92,13 @@ class CaptureOptions:
         require_at_least("--fisher-tokens", self.fisher_tokens, 16)
         require_at_least("--seed", self.seed, 0)
         if self.max_tokens is not None:
-            # One document at least for each of fitting, selecting and judging.
-            require_at_least("--max-tokens", self.max_tokens, len(SPLITS) * self.document_tokens)
+            least = len(SPLITS) * self.document_tokens
+            if self.max_tokens < least:
+                raise UsageError(
+                    f"--max-tokens is {self.max_tokens}, but fitting, selecting and judging need "
+                    f"a document of {self.document_tokens} tokens each",
+                    f"give {least} or more, or lower --document-tokens",
+                )
         if self.store_dtype not in STORAGE_DTYPES:
             raise UsageError(
                 f"--store-dtype {self.store_dtype} is unknown",

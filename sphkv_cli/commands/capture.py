@@ -46,7 +46,10 @@ def capture_command(
         ),
     ] = None,
     document_tokens: Annotated[
-        int | None, typer.Option(help="Cut longer texts into documents of this many tokens.")
+        int | None,
+        typer.Option(
+            help="Cut longer texts into documents of this many tokens: 1024; with --synthetic 256."
+        ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="At most this many tokens in all.")] = None,
     min_tokens: Annotated[int, typer.Option(help="Refuse shorter documents.")] = 64,

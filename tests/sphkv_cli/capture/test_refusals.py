@@ -275,7 +275,7 @@ def test_a_json_line_may_hold_other_line_separators(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"document_tokens": 10}, "--document-tokens is 10"),
-        ({"max_tokens": 100}, "--max-tokens is 100"),
+        ({"max_tokens": 100}, r"--max-tokens is 100, but .* or lower --document-tokens"),
         ({"query_stride": 0}, "--query-stride is 0"),
         ({"store_dtype": "int8"}, "--store-dtype int8 is unknown"),
         ({"attention": "flash"}, "--attention flash is unknown"),
