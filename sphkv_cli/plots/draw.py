@@ -123,6 +123,7 @@ def _draw_series(
 def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     values = np.ma.masked_invalid(np.asarray(panel.values, dtype=np.float64))
     norm = None
@@ -133,6 +134,8 @@ def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
     if panel.limits is not None:
         image.set_clim(*panel.limits)
     _label(ax, panel)
+    for axis in (ax.xaxis, ax.yaxis):  # rows and columns are counted: there is no column 0.5
+        axis.set_major_locator(MaxNLocator(integer=True))
     if panel.row_names:
         ax.set_yticks(range(len(panel.row_names)), panel.row_names)
     if panel.column_names:

@@ -98,8 +98,12 @@ def _plots(report: ProfileReport) -> list[tuple[str, bytes]]:
 
 
 def _heat_map(figure, values: FloatArray) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
     figure.colorbar(image, ax=axes)

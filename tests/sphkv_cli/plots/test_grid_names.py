@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sphkv_cli.plots.draw import draw
+from sphkv_cli.plots.draw import _draw_grid, draw
 from sphkv_cli.plots.figures import Figure, GridPanel
 
 
@@ -25,3 +25,14 @@ def test_names_of_rows_and_columns_are_drawn(tmp_path: Path) -> None:
 def test_a_grid_refuses_names_for_other_rows(names: dict[str, tuple[str, ...]]) -> None:
     with pytest.raises(ValueError, match="'t' names"):
         grid(**names)
+
+
+def test_rows_and_columns_without_names_have_whole_numbers() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas()
+    ax = canvas.subplots()
+    _draw_grid(canvas, ax, grid())
+    for ticks in (ax.get_xticks(), ax.get_yticks()):
+        assert len(ticks) and all(tick == round(tick) for tick in ticks)
