@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sphkv_cli.allocation.agreement import LayerAgreement, MeasuredErrors, layer_agreement
+from sphkv_cli.allocation.coherence import CODE_START, DROP_START
 from sphkv_cli.allocation.discovery import Discovery
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.head_weights import HeadWeighting
@@ -64,8 +65,12 @@ def summarise(
         drop_coefficient_range=_range(planner.coefficients.drop),
         code_coefficient=_geometric_mean(planner.coefficients.code),
         code_coefficient_range=_range(planner.coefficients.code),
-        code_coefficient_source=_source(options.code_coefficient, "code"),
-        drop_coefficient_source=_source(options.drop_coefficient, "drop"),
+        code_coefficient_source=_source(
+            options.code_coefficient, "code", planner.coefficients.code, CODE_START
+        ),
+        drop_coefficient_source=_source(
+            options.drop_coefficient, "drop", planner.coefficients.drop, DROP_START
+        ),
         weights=weights.source,
         pins=options.pins.describe(),
         price_rates=tuple(planner.quotas.prices.rates)
@@ -86,8 +91,11 @@ def summarise(
     )
 
 
-def _source(given: float | None, kind: str) -> str:
-    """Where a coefficient comes from."""
+def _source(given: float | None, kind: str, values: NDArray[np.float64], start: float) -> str:
+    """Where a coefficient, `values` of all heads, comes from; start: where its fits begin."""
+    if given is None and (values == start).all():
+        done = {"drop": "dropped", "code": "coded"}[kind]
+        return f"where fits start: plans of the fit documents {done} nothing to fit it on"
     if given is None:
         return "fitted per layer and KV head on the fit documents"
     return f"given with --{kind}-coefficient"

@@ -276,6 +276,16 @@ def test_pins_that_the_budget_cannot_pay_for_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_price_of_drops_is_not_called_fitted_where_nothing_is_dropped(
+    chain: Chain, tmp_path: Any
+) -> None:
+    options = AllocateOptions(budget="8b", page_size=16, horizon=48, window=32, no_drop=True)
+    summary = allocate(options, chain.capture, chain.codebooks, tmp_path / "a.h5").summary
+    assert summary.drop_coefficient == pytest.approx(8)
+    assert "dropped nothing" in summary.drop_coefficient_source
+    assert "fitted" in summary.code_coefficient_source
+
+
 def _tensor(array: np.ndarray) -> Any:
     import torch
 
