@@ -14,6 +14,7 @@ from typing import Any
 from sphkv_cli.artifacts.capture_info import CaptureInfo, LayerInfo
 from sphkv_cli.artifacts.header import collect_provenance
 from sphkv_cli.artifacts.store import check_outputs, read_header
+from sphkv_cli.blocks import counted
 from sphkv_cli.capture.documents import PlannedDocument, plan_documents
 from sphkv_cli.capture.options import CaptureOptions
 from sphkv_cli.capture.plan import CapturePlan, check_disk, make_plan
@@ -141,7 +142,7 @@ def _fisher_note(options: CaptureOptions, documents: Sequence[PlannedDocument]) 
     ]
     return (
         f"Fisher weights from {options.fisher_samples} backward passes over {sum(counts):,} tokens "
-        f"of {len(counts)} fit documents, seed {options.seed}",
+        f"of {counted(len(counts), 'fit document')}, seed {options.seed}",
     )
 
 

@@ -14,6 +14,7 @@ _PANEL_INCHES = (5.2, 3.7)
 _LEGEND_INCHES = 2.6
 _ENTRY_INCHES = 0.21
 _MOST_INSIDE = 6
+_LIGHTEST_GREY = 0.65
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linestyle": "-"},
     "points": {"linestyle": "", "marker": "o", "markersize": 4},
@@ -164,18 +165,20 @@ def _shares_legend(figure: Figure) -> bool:
 
 
 def _colors(figure: Figure) -> dict[str, Any]:
-    """A label has one colour in all panels of a figure; what is emphasised is black."""
+    """A label has one colour in all panels of a figure; what is emphasised is black, then grey."""
     import matplotlib
 
     labels = list(dict.fromkeys(label for panel in figure.panels for label in _labels(panel)))
-    black = {
+    emphasised = {
         series.label
         for panel in figure.panels
         if not isinstance(panel, GridPanel)
         for series in panel.series
         if series.emphasis and not series.pair_of
     }
-    others = [label for label in labels if label not in black]
+    greys = [label for label in labels if label in emphasised]
+    others = [label for label in labels if label not in emphasised]
     colors = matplotlib.colormaps["tab10" if len(others) <= 10 else "tab20"]
     found = {label: colors(index % colors.N) for index, label in enumerate(others)}
-    return found | dict.fromkeys(black, (0.0, 0.0, 0.0, 1.0))
+    lightest = _LIGHTEST_GREY / max(len(greys) - 1, 1)
+    return found | {label: (index * lightest,) * 3 for index, label in enumerate(greys)}

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 class Series:
     """Numbers y over x, equally many; NaN leaves a gap. `steps`: y[i] holds from x[i] to x[i+1].
 
-    emphasis: drawn thicker, black and above the others, for what the panel is about.
+    emphasis: drawn thicker, black (several: to grey) and above the others, for what it is about.
     pair_of: the label whose colour it has; the legend then names that one alone.
     """
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo
+from sphkv_cli.blocks import counted
 from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.comparator_coding import ComparatorCoding
@@ -100,8 +101,8 @@ def run(inputs: StudyInputs) -> StudyResult:
         first = last
     costs = time_books(capture, inputs.seed)
     conditions = [
-        f"{len(documents)} judge documents, {len(layers)} of {capture.n_layers} layers; rotated "
-        f"codes are means over {N_SEEDS} seeds, which intervals are paired over.",
+        f"{counted(len(documents), 'judge document')}, {len(layers)} of {capture.n_layers} layers; "
+        f"rotated codes are means over {N_SEEDS} seeds, which intervals are paired over.",
         protocol.description[0].upper() + protocol.description[1:] + ".",
         f"Times: one layer of the model's shape ({capture.n_kv_heads} KV heads of "
         f"{capture.head_dim}), {TIMED_TOKENS} Gaussian tokens (beyond the captured documents, not "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sphkv_cli.artifacts.fit_tables import VectorKind
+from sphkv_cli.blocks import counted
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.frame_coding import FrameCoding
 from sphkv_cli.evaluation.protocol import UniformProtocol
@@ -80,8 +81,8 @@ def judged_on(inputs: StudyInputs) -> str:
     documents = inputs.documents("judge")
     return (
         f"{inputs.require_capture().model}: {sum(d.n_tokens for d in documents):,} tokens of "
-        f"{len(documents)} judge documents, {len(inputs.layers())} layers; means from `fit` "
-        "documents."
+        f"{counted(len(documents), 'judge document')}, {len(inputs.layers())} layers; means from "
+        "`fit` documents."
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sphkv_cli.blocks import Table
+from sphkv_cli.blocks import Table, counted
 from sphkv_cli.evaluation.coding import CodedTokens, KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.intervals import Interval, mean_interval
 from sphkv_cli.evaluation.protocol import UniformProtocol
@@ -165,8 +165,9 @@ def run(inputs: StudyInputs) -> StudyResult:
         reading=read(comparisons),
         conditions=(
             f"{code.name} ({code.code_rate:.3g} bits per coordinate, code rate) for keys and "
-            f"values, Hadamard, centring {centred.centring_summary}; {len(documents)} judge "
-            f"documents, {len(layers)} of {capture.n_layers} layers.",
+            f"values, Hadamard, centring {centred.centring_summary}; "
+            f"{counted(len(documents), 'judge document')}, "
+            f"{len(layers)} of {capture.n_layers} layers.",
             protocol.description,
         ),
     )

@@ -29,7 +29,7 @@ from sphkv_cli.allocation.estimator_names import COMBINATION, ORACLE
 from sphkv_cli.allocation.future_queries import FutureQueries
 from sphkv_cli.allocation.head_weights import HeadWeighting
 from sphkv_cli.allocation.layout import PageLayout, order_tiers
-from sphkv_cli.blocks import Table
+from sphkv_cli.blocks import Table, counted
 from sphkv_cli.plots.figures import Figure, PlotPanel, Series
 from sphkv_cli.study.calibration import block_code, mean_frames
 from sphkv_cli.study.inputs import StudyInputs
@@ -125,7 +125,8 @@ def run(inputs: StudyInputs) -> StudyResult:
         figures=(_figure(rows, layers, {**rates, EXACT: 16.0}),),
         reading=_reading(rows),
         conditions=(
-            f"{len(select)} select documents, scored with what {len(fit)} fit documents taught; "
+            f"{counted(len(select), 'select document')}, scored with what "
+            f"{counted(len(fit), 'fit document')} taught; "
             f"the last {horizon} tokens are the future, the {window} before them the window.",
             f"Code rates of the coded keys: {named} bits per coordinate; scores from "
             "coded keys are fitted and calibrated on coded keys.",

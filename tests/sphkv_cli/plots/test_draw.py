@@ -49,6 +49,14 @@ def test_a_label_has_one_colour_and_many_shared_labels_one_legend() -> None:
     assert len(set(drawing._colors(shared).values())) == 8
 
 
+def test_what_is_emphasised_is_black_and_then_grey() -> None:
+    named = [Series(name, (1.0,), (1.0,), emphasis=name != "rival") for name in ("a", "rival", "b")]
+    colors = drawing._colors(Figure("f", "c", (PlotPanel("t", "x", "y", named),)))
+    assert colors["a"] == (0, 0, 0)
+    assert colors["b"] == (0.65, 0.65, 0.65)
+    assert len(set(colors["rival"][:3])) > 1
+
+
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EnvironmentUnable, match="sphkv\\[plot\\]"):
