@@ -16,7 +16,7 @@ from sphkv_cli.errors import SphkvError
 from sphkv_cli.evaluation.coding import KeyValueCoding, ModelCacheShape
 from sphkv_cli.evaluation.context_reading import ContextReader
 from sphkv_cli.evaluation.judged_model import JudgedModel
-from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol, UniformProtocol
+from sphkv_cli.evaluation.protocol import ReadProtocol, RetentionProtocol
 from sphkv_cli.evaluation.result import DocumentScore
 from sphkv_cli.evaluation.retained_context import RetainedContext
 from sphkv_cli.evaluation.sinks import dense_key_bytes
@@ -63,8 +63,7 @@ def judge_document(
             f"is {positions.start}",
             "capture longer documents, or lower --first-scored",
         )
-    if isinstance(protocol, UniformProtocol):
-        protocol.require_coded(document.name, document.n_tokens)
+    protocol.require_coded(document.name, document.n_tokens)
     ids = document.token_ids.to(model.model.device)
     dense = model.dense_hidden(ids)
     read, first = _reader(model, document, codings, protocol)

@@ -35,6 +35,10 @@ class ReadProtocol(ABC):
     def scored(self, n_tokens: int) -> range:
         """Positions whose next-token distribution is compared."""
 
+    def require_coded(self, document: str, n_tokens: int) -> None:
+        """Raise SphkvError for a document none of whose tokens is ever read coded."""
+        return  # A protocol without a window codes some of every document.
+
     @abstractmethod
     def check_group(self, name: str, token_group: int) -> None:
         """Raise UsageError where a group of tokens would be read coded before it is full."""
@@ -77,7 +81,6 @@ class UniformProtocol(ReadProtocol):
         return range(self.first_scored, n_tokens - 1)
 
     def require_coded(self, document: str, n_tokens: int) -> None:
-        """Refuse a document none of whose tokens is ever read coded; raises SphkvError."""
         if n_tokens - 1 - self.window <= self.first_tokens:
             raise SphkvError(
                 f"document {document} has {n_tokens} tokens, none of which is read coded: the last "
