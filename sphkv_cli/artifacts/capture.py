@@ -16,7 +16,7 @@ from sphkv_cli.artifacts.bfloat16 import BFLOAT16, STORED_AS, from_bfloat16_bits
 from sphkv_cli.artifacts.capture_info import SPLITS, CaptureInfo, DocumentInfo, LayerInfo, Split
 from sphkv_cli.artifacts.capture_writer import document_path, layer_path
 from sphkv_cli.artifacts.reader import ArtifactReader, reads
-from sphkv_cli.errors import ArtifactError
+from sphkv_cli.errors import ArtifactError, SphkvError
 
 __all__ = ["SPLITS", "CaptureInfo", "CaptureReader", "DocumentInfo", "LayerInfo", "Split"]
 
@@ -78,6 +78,14 @@ class CaptureReader(ArtifactReader):
     def architecture(self) -> str:
         """transformers' model_type, or "synthetic"."""
         return self.info.architecture
+
+    def require_model(self) -> None:
+        """Refuse a synthetic capture where its model is to run; raises SphkvError."""
+        if self.architecture == "synthetic":
+            raise SphkvError(
+                f"{self.path} is synthetic, there is no model to run",
+                "pass the capture of a model",
+            )
 
     @property
     def model_digest(self) -> str:

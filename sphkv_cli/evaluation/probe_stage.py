@@ -15,7 +15,7 @@ from sphkv_cli.artifacts.codebooks import CodebooksReader
 from sphkv_cli.artifacts.header import ArtifactRef, collect_provenance
 from sphkv_cli.artifacts.report import save_report
 from sphkv_cli.artifacts.store import check_outputs, require_unchanged
-from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.errors import UsageError
 from sphkv_cli.evaluation.candidates import uniform_work
 from sphkv_cli.evaluation.copy_back import (
     RecallScore,
@@ -81,8 +81,7 @@ def probe(
     inputs: dict[str, ArtifactRef] = {}
     with CaptureReader(capture) as reader:
         inputs["capture"] = reader.ref
-        if reader.architecture == "synthetic":
-            raise SphkvError(f"{capture} is synthetic, there is no model to probe", "capture one")
+        reader.require_model()
         filler = [
             int(token)
             for info in reader.documents_of(options.split)

@@ -96,11 +96,7 @@ def evaluate(
     notes: tuple[str, ...] = ()
     with CaptureReader(capture) as reader:
         inputs["capture"] = reader.ref
-        if reader.architecture == "synthetic":
-            raise SphkvError(
-                f"{capture} is synthetic, there is no model to evaluate",
-                "capture a model with --model",
-            )
+        reader.require_model()
         books = None if codebooks is None else CodebooksReader.open(codebooks)
         if codebooks is not None and books is not None:
             require_unchanged(codebooks)

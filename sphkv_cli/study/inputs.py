@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from sphkv_cli.allocation.budget import Budget
 from sphkv_cli.artifacts.capture import CaptureReader, DocumentInfo, Split
 from sphkv_cli.artifacts.codebooks import CodebooksReader
-from sphkv_cli.errors import SphkvError, UsageError
+from sphkv_cli.errors import UsageError
 from sphkv_cli.fit.captured_vectors import documents_of
 from sphkv_cli.option_checks import require_at_least
 from sphkv_cli.progress import NullProgress, Progress
@@ -117,11 +117,8 @@ class StudyInputs:
         from sphkv_cli.models.load import LoadOptions, load_model
         from sphkv_cli.models.source import resolve_model
 
-        if self.capture is not None and self.capture.architecture == "synthetic":
-            raise SphkvError(
-                f"{self.capture.path} is synthetic, there is no model to run",
-                "pass the capture of a model",
-            )
+        if self.capture is not None:
+            self.capture.require_model()
         name = self.model or (None if self.capture is None else self.capture.model)
         if name is None:
             raise UsageError("this study runs the model", "name it with --model")
