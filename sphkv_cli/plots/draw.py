@@ -80,7 +80,7 @@ def draw(figure: Figure, path: Path, image_format: ImageFormat = "png") -> None:
     for panel in figure.panels:
         ax = next(axes)
         if isinstance(panel, GridPanel):
-            _draw_grid(canvas, ax, panel)
+            draw_grid(canvas, ax, panel)
         else:
             handles |= _draw_series(ax, panel, colors, has_legend=not share_legend)
     for unused in axes:
@@ -121,7 +121,8 @@ def _draw_series(
     return handles
 
 
-def _draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
+def draw_grid(canvas: Any, ax: Any, panel: GridPanel) -> None:
+    """Draw `panel` on axes of a matplotlib figure `canvas`."""
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator

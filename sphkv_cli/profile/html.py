@@ -5,13 +5,12 @@ import html
 import io
 from pathlib import Path
 
-import numpy as np
-
 from sphkv_cli.artifacts.report import write_text
 from sphkv_cli.artifacts.store import check_output
 from sphkv_cli.blocks import Block, Line, cell_text
-from sphkv_cli.plots.draw import require_matplotlib
-from sphkv_cli.profile.result import CandidateReport, FloatArray, ProfileReport
+from sphkv_cli.plots.draw import draw_grid, require_matplotlib
+from sphkv_cli.plots.figures import GridPanel
+from sphkv_cli.profile.result import CandidateReport, ProfileReport
 from sphkv_cli.profile.view import view
 
 _STYLE = """
@@ -89,24 +88,13 @@ def _plots(report: ProfileReport) -> list[tuple[str, bytes]]:
         ("Relative output error of the plan, by layer and head", plan.heads.output_error),
     ):
         figure = Figure(figsize=(7, 5), layout="constrained")
-        _heat_map(figure, values)
+        panel = GridPanel("", "query head", "layer", values.tolist(), "")
+        draw_grid(figure, figure.subplots(), panel)
         pictures.append((caption, drawn(figure)))
     figure = Figure(figsize=(7, 5), layout="constrained")
     _error_against_rate(figure, candidates)
     pictures.append(("Output error against bits per coordinate laid out", drawn(figure)))
     return pictures
-
-
-def _heat_map(figure, values: FloatArray) -> None:  # type: ignore[no-untyped-def]
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("query head")
-    axes.set_ylabel("layer")
-    figure.colorbar(image, ax=axes)
 
 
 def _error_against_rate(figure, candidates: tuple[CandidateReport, ...]) -> None:  # type: ignore[no-untyped-def]

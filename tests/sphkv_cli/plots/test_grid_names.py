@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sphkv_cli.plots.draw import _draw_grid, draw
+from sphkv_cli.plots.draw import draw, draw_grid
 from sphkv_cli.plots.figures import Figure, GridPanel
 
 
@@ -33,6 +33,6 @@ def test_rows_and_columns_without_names_have_whole_numbers() -> None:
 
     canvas = Canvas()
     ax = canvas.subplots()
-    _draw_grid(canvas, ax, grid())
+    draw_grid(canvas, ax, grid())
     for ticks in (ax.get_xticks(), ax.get_yticks()):
         assert len(ticks) and all(tick == round(tick) for tick in ticks)
