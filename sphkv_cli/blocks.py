@@ -44,6 +44,12 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
+def times_text(factor: float, digits: int = 2) -> str:
+    """So many digits, and no exponent from 10 to a billion: 1.3, 20, 160, 1,600."""
+    text = f"{factor:.{digits}g}"
+    return f"{float(text):,.0f}" if 10 ** (digits - 1) <= factor < 1e9 else text
+
+
 def bytes_text(n_bytes: float) -> str:
     """Bytes with a binary unit: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB"):

@@ -9,7 +9,7 @@ from sphkv_cli.allocation.agreement import LayerAgreement
 from sphkv_cli.allocation.discovery import Discovery, PositionRow
 from sphkv_cli.allocation.estimators import UtilityEstimator
 from sphkv_cli.allocation.result import DocumentPlan
-from sphkv_cli.blocks import counted
+from sphkv_cli.blocks import counted, times_text
 
 
 def read_summary(
@@ -53,7 +53,7 @@ def _comparisons(checks: Sequence[DocumentPlan]) -> tuple[str, ...]:
         if not times:
             continue
         factor = float(np.exp(np.mean(np.log(times))))
-        shown = f"{max(factor, 1 / factor):.3g}"
+        shown = times_text(max(factor, 1 / factor), 3)
         verdict = "below" if factor >= 1 else "ABOVE"
         found = f"is {shown}x {verdict}" if shown != "1" else "ties with that of"
         sentences.append(
@@ -74,9 +74,9 @@ def _certificate(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
 
 
 def _policy(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
-    times = [row.times_plan for plan in plans for row in plan.baselines if row.name == "policy"]
-    mean = float(np.exp(np.mean(np.log(times))))
-    return (f"The frozen quotas cost {mean:.3g}x the plan solved for each context (predicted).",)
+    found = [row.times_plan for plan in plans for row in plan.baselines if row.name == "policy"]
+    times = times_text(float(np.exp(np.mean(np.log(found)))), 3)
+    return (f"The frozen quotas cost {times}x the plan solved for each context (predicted).",)
 
 
 def _uniform_wins(plans: Sequence[DocumentPlan]) -> tuple[str, ...]:
@@ -106,11 +106,12 @@ def _coherence(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
     priced = np.array([row.drop_coefficient for row in agreement])
     if np.isnan(found).all():
         return ("Nothing was dropped.",)
-    low, middle, high = np.nanquantile(found, [0.1, 0.5, 0.9])
+    low, middle, high = map(times_text, np.nanquantile(found, [0.1, 0.5, 0.9]))
+    least, most = times_text(priced.min()), times_text(priced.max())
     return (
-        f"Dropped tokens hurt {middle:.2g}x their sum (80 % of layers: {low:.2g} to {high:.2g}); "
-        f"drops were priced at {np.exp(np.log(priced).mean()):.2g}x ({priced.min():.2g} to "
-        f"{priced.max():.2g} by layer), furthest off in layer "
+        f"Dropped tokens hurt {middle}x their sum (80 % of layers: {low} to {high}); "
+        f"drops were priced at {times_text(np.exp(np.log(priced).mean()))}x ({least} to "
+        f"{most} by layer), furthest off in layer "
         f"{agreement[_furthest(found, priced)].layer}.",
     )
 
@@ -144,9 +145,10 @@ def _coded(agreement: Sequence[LayerAgreement]) -> tuple[str, ...]:
         return ()
     worst = agreement[_furthest(found, priced)]
     return (
-        f"The plan's coded tokens hurt {np.nanmedian(found):.2g}x their first-order sum (median "
-        f"over layers) and were priced at {np.exp(np.log(priced).mean()):.2g}x; furthest off in "
-        f"layer {worst.layer} ({worst.code_coherence:.2g} at {worst.code_coefficient:.2g}).",
+        f"The plan's coded tokens hurt {times_text(np.nanmedian(found))}x their first-order sum "
+        f"(median over layers) and were priced at {times_text(np.exp(np.log(priced).mean()))}x; "
+        f"furthest off in layer {worst.layer} ({times_text(worst.code_coherence)} at "
+        f"{times_text(worst.code_coefficient)}).",
     )
 
 

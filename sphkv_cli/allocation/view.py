@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sphkv_cli.allocation.pins import NO_PINS
 from sphkv_cli.allocation.result import AllocationResult, AllocationSummary, DocumentPlan
-from sphkv_cli.blocks import Block, Line, Table, bytes_text, counted
+from sphkv_cli.blocks import Block, Line, Table, bytes_text, counted, times_text
 
 
 def view(result: AllocationResult) -> tuple[Block, ...]:
@@ -179,4 +179,4 @@ def _times(mean: float, ends: tuple[float, float]) -> str:
     low, high = ends
     if low == high:
         return f"{low:g}"
-    return f"{mean:.3g} (geometric mean; {low:.3g} to {high:.3g})"
+    return f"{times_text(mean, 3)} (geometric mean; {times_text(low, 3)} to {times_text(high, 3)})"

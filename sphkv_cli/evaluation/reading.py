@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sphkv_cli.blocks import times_text
 from sphkv_cli.evaluation.options import EvaluateOptions
 from sphkv_cli.evaluation.result import GateOutcome, Row
 
@@ -98,8 +99,3 @@ def _retention(rows: Sequence[Row]) -> list[str]:
             f"The frozen policy{where} has {times:.2f} times the KL of the plan made per text."
         )
     return sentences
-
-
-def times_text(factor: float) -> str:
-    """Two digits, a whole number from ten on: 1.3, 20, 160, never 1.6e+02."""
-    return f"{factor:.2g}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sphkv_cli.blocks import times_text
 from sphkv_cli.profile.result import CandidateReport
 
 _COLLAPSE = 1.0
@@ -30,7 +31,7 @@ def _against_uniform(plan: CandidateReport, uniform: Sequence[CandidateReport]) 
     ratio = best.weighted_output_error / max(plan.weighted_output_error, 1e-300)
     compared = (
         f"the best single tier within its bytes ({best.name}, {best.laid_out_rate:.3f} bits) has "
-        f"{ratio:.3g} times its weighted squared output error"
+        f"{times_text(ratio, 3)} times its weighted squared output error"
     )
     if ratio < 1:
         return f"Uniform wins: at {size} {compared}."
